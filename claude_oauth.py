@@ -1,0 +1,6394 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: claude_oauth contributors
+#
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["requests>=2.20"]
+# ///
+"""Sign a program in to Claude, and never let that login lapse.
+
+    python claude_oauth.py login            a person signs in, by browser or by paste
+    python claude_oauth.py token            a token that works, for scripts
+
+    service = claude_oauth.OAuthService()
+    requests.get(url, auth=claude_oauth.BearerAuth(service))
+
+Copy this file into your tree, unchanged; it needs `requests`, and that only when it
+talks to a server.  Every section uses only the sections above it:
+
+    Constants     endpoints, scopes, lifetimes and limits
+    Errors        ClaudeOAuthError and what is under it
+    Values        OAuthConfig, Credentials, Profile: frozen, and silent about secrets
+    PKCE          code verifier, code challenge, state
+    Messages      build and check what goes over the wire and what a person pastes; pure
+    Client        OAuthClient: the HTTP requests
+    Storage       where a credential waits, and the lock that processes share
+    Sign-in       the loopback listener, the paste prompt, and the race between them
+    Service       OAuthService: login, access_token, refresh, logout; BearerAuth
+    Sandbox       a loopback authorization server, for demos and for tests
+    Command line  main(argv=None) -> int
+
+What a caller can do about an error decides its class:
+
+    ClaudeOAuthError
+    +-- ConfigError       a setting is missing or unsafe: mend the call
+    +-- NotLoggedIn       there is no credential: log in
+    +-- LoginError        this attempt failed: try again
+    |   +-- LoginDenied      the server answered the callback with an error
+    |   +-- LoginTimeout     nobody finished in time
+    |   +-- LoginCancelled   the person gave up, or no way to answer is left
+    +-- TokenRefused      the grant is dead: log in again
+    +-- Unavailable       network, TLS, 429, 5xx: try later
+    +-- BadAnswer         the server's answer is not what it should be
+    +-- StorageError      the credential could not be read or written
+        +-- StorageLocked    the keychain is locked; the text says how to unlock it
+        +-- StorageCorrupt   the record is unreadable; it is left as it was
+
+Not affiliated with Anthropic.  There is no default client id: bring the one that your
+program was issued.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+
+# Importing this module must cost next to nothing, because `token` stands in shell
+# loops: what is slow to import is imported where it is needed, and `typing` never is.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    import selectors
+    import socket
+    import subprocess
+    import threading
+    from types import FrameType, TracebackType
+    from typing import (
+        Any,
+        BinaryIO,
+        Callable,
+        ClassVar,
+        ContextManager,
+        Final,
+        Generator,
+        Iterable,
+        Iterator,
+        Mapping,
+        NoReturn,
+        Protocol,
+        Sequence,
+        TextIO,
+        TypeVar,
+    )
+
+    import requests
+    from typing_extensions import Self, dataclass_transform
+
+    _T = TypeVar("_T")
+else:
+    Protocol = object
+
+    def dataclass_transform(**_options: bool) -> Callable[[type], type]:
+        return lambda cls: cls
+
+
+__all__ = [
+    "ALLOWED_SCOPE_EXPANSIONS",
+    "ALL_SCOPES",
+    "AuthCodeListener",
+    "BadAnswer",
+    "BearerAuth",
+    "CLAUDE_AI_SCOPES",
+    "CONSOLE_SCOPES",
+    "ClaudeOAuthError",
+    "ConfigError",
+    "Credentials",
+    "DPAPICipher",
+    "FernetCipher",
+    "FileStorage",
+    "KeychainStorage",
+    "LoginCancelled",
+    "LoginDenied",
+    "LoginError",
+    "LoginTimeout",
+    "MemoryStorage",
+    "NotLoggedIn",
+    "OAuthClient",
+    "OAuthConfig",
+    "OAuthService",
+    "Profile",
+    "REFRESH_BUFFER",
+    "SCOPE_ORG_CREATE_API_KEY",
+    "SCOPE_USER_FILE_UPLOAD",
+    "SCOPE_USER_INFERENCE",
+    "SCOPE_USER_MCP_SERVERS",
+    "SCOPE_USER_PROFILE",
+    "SCOPE_USER_SESSIONS_CLAUDE_CODE",
+    "SECURITY",
+    "SUBSCRIPTION_TYPES",
+    "Sandbox",
+    "SecretServiceStorage",
+    "Storage",
+    "StorageCorrupt",
+    "StorageError",
+    "StorageLocked",
+    "TokenRefused",
+    "Unavailable",
+    "code_challenge",
+    "default_storage",
+    "generate_code_verifier",
+    "generate_state",
+    "main",
+    "merge_record",
+]
+
+__version__ = "0.1.0"
+
+
+# -- Constants -------------------------------------------------------------------------
+
+CLAUDE_AI_AUTHORIZE_URL: Final = "https://claude.com/cai/oauth/authorize"
+"""Where a Claude.ai subscriber signs in.  Source: the public client's traffic."""
+
+CONSOLE_AUTHORIZE_URL: Final = "https://platform.claude.com/oauth/authorize"
+"""Where a Console user signs in.  Source: as above."""
+
+TOKEN_URL: Final = "https://platform.claude.com/v1/oauth/token"
+PROFILE_URL: Final = "https://api.anthropic.com/api/oauth/profile"
+API_KEY_URL: Final = "https://api.anthropic.com/api/oauth/claude_cli/create_api_key"
+
+MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
+"""The page that shows ``code#state`` to copy, for who cannot reach the loopback."""
+
+SCOPE_ORG_CREATE_API_KEY: Final = "org:create_api_key"
+SCOPE_USER_PROFILE: Final = "user:profile"
+SCOPE_USER_INFERENCE: Final = "user:inference"
+SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
+SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
+SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
+
+CLAUDE_AI_SCOPES: Final = (
+    SCOPE_USER_PROFILE,
+    SCOPE_USER_INFERENCE,
+    SCOPE_USER_SESSIONS_CLAUDE_CODE,
+    SCOPE_USER_MCP_SERVERS,
+    SCOPE_USER_FILE_UPLOAD,
+)
+CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
+
+ALL_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, *CLAUDE_AI_SCOPES)
+"""What both paths ask for; the server grants those that fit the account."""
+
+ALLOWED_SCOPE_EXPANSIONS: Final = (
+    SCOPE_USER_SESSIONS_CLAUDE_CODE,
+    SCOPE_USER_MCP_SERVERS,
+    SCOPE_USER_FILE_UPLOAD,
+)
+"""Scopes that a refresh may add to an older login, without a new login."""
+
+SUBSCRIPTION_TYPES: Final = {
+    "claude_max": "max",
+    "claude_pro": "pro",
+    "claude_team": "team",
+    "claude_enterprise": "enterprise",
+}
+"""The profile's organization_type, and what the credential calls it."""
+
+OAUTH_BETA: Final = "oauth-2025-04-20"
+"""The anthropic-beta header's value that the API wants beside an OAuth token."""
+
+REFRESH_BUFFER: Final = 300
+"""Seconds before expiry from which a token is refreshed while it is still served."""
+
+DEFAULT_LIFETIME: Final = 3600.0
+"""Seconds that a token counts for if its answer does not say so usably."""
+
+MAX_LIFETIME: Final = 366 * 86400.0
+"""Seconds; a longer lifetime in an answer is a mistake, and counts as malformed."""
+
+LOGIN_END_WARNING: Final = 3 * 86400.0
+"""Seconds before the end of the login itself (30 days) from which `status` warns."""
+
+LOGIN_TIMEOUT: Final = 300.0
+"""Seconds for a person to sign in."""
+
+REQUEST_TIMEOUT: Final = 30.0
+"""Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
+
+LOOK_INTERVAL: Final = 0.5
+"""Seconds for which a token is handed out before the store is looked at again."""
+
+LOCK_TIMEOUT: Final = 90.0
+"""Seconds to wait for another process's refresh: two tries of its own, and a pause."""
+
+PUT_OFF: Final = 30.0
+"""Seconds until the next try when a refresh failed and the token is still alive."""
+
+SHORT_WAIT: Final = 2.0
+"""Seconds; a pause up to this is waited out on the spot when the token has expired."""
+
+WAIT_FLOOR: Final = 1.0
+"""Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
+
+RATE_LIMIT_FLOOR: Final = 30.0
+"""Seconds to pause after a 429 that names none or 0: knocking makes it worse."""
+
+WAIT_CEILING: Final = 3600.0
+"""Seconds; no Retry-After is believed beyond this."""
+
+FLUSH_TIMEOUT: Final = 5.0
+"""Seconds that a logout gives to telemetry, and then to revocation."""
+
+MAX_ANSWER_BYTES: Final = 1 << 20
+"""No answer of the service comes near; more is not read."""
+
+MAX_FILE_BYTES: Final = 1 << 20
+"""A credential file beyond this is not one."""
+
+MAX_PASTE_CHARS: Final = 4096
+"""What a person pastes is a code or an address; nothing longer is either."""
+
+USER_AGENT: Final = "claude-oauth-py/" + __version__
+"""Honest: the edge refuses an empty or a scripting one."""
+
+
+# -- Errors ----------------------------------------------------------------------------
+
+
+class ClaudeOAuthError(Exception):
+    """Whatever this module reports; ``str()`` says what is wrong and what to do.
+
+    No token, code, verifier, request or response is in an error or in its chain, and
+    each survives pickle and copy: its arguments are the facts, in order.
+    """
+
+
+class ConfigError(ClaudeOAuthError):
+    """A setting is missing or unsafe: mend the call."""
+
+
+class NotLoggedIn(ClaudeOAuthError):
+    """There is no credential: log in."""
+
+    def __init__(
+        self, message: str = "not logged in; run `claude-oauth login`"
+    ) -> None:
+        super().__init__(message)
+
+
+class LoginError(ClaudeOAuthError):
+    """This attempt to log in failed: try again."""
+
+
+class LoginDenied(LoginError):
+    """The server answered the callback with an error.
+
+    ``code`` is for programs (``access_denied``), ``description`` for people; the server
+    wrote it.  Source: RFC 6749 section 4.1.2.1.
+    """
+
+    def __init__(self, code: str, description: str | None = None) -> None:
+        super().__init__(code, description)
+        self.code = code
+        self.description = description
+
+    def __str__(self) -> str:
+        because = _because(self.code, self.description)
+        return f"the login was denied ({because}); try again"
+
+
+class LoginTimeout(LoginError):
+    """Nobody finished the login in time."""
+
+
+class LoginCancelled(LoginError):
+    """The person gave up, or no way to answer is left."""
+
+
+class TokenRefused(ClaudeOAuthError):
+    """The server refused the grant or the token: log in again.
+
+    ``code`` is for programs (``invalid_grant``), ``description`` for people, ``status``
+    is HTTP's.  Source: RFC 6749 section 5.2.
+    """
+
+    def __init__(
+        self, code: str, description: str | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(code, description, status)
+        self.code = code
+        self.description = description
+        self.status = status
+
+    def __str__(self) -> str:
+        because = _because(self.code, self.description)
+        if self.status == 403:
+            return f"this is not allowed ({because}); it takes another scope or account"
+        return f"the server refused the login ({because}); log in again"
+
+
+class Unavailable(ClaudeOAuthError):
+    """No usable answer, for a reason that may pass: try later.
+
+    ``retry_after`` is in seconds, or None if nobody said; ``status`` is HTTP's, or None
+    if there was no answer at all.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        retry_after: float | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message, retry_after, status)
+        self.retry_after = retry_after
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class BadAnswer(ClaudeOAuthError):
+    """The server's answer is not what it should be; ``field`` names where."""
+
+    def __init__(self, field: str, problem: str = "is missing or malformed") -> None:
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"the server's answer is wrong: {self.field} {self.problem}; try later"
+
+
+class StorageError(ClaudeOAuthError):
+    """The credential could not be read or written."""
+
+
+class StorageLocked(StorageError):
+    """The keychain is locked or asks for a person; the text says how to unlock it."""
+
+
+class StorageCorrupt(StorageError):
+    """The stored record is unreadable; it is left as it was."""
+
+
+def _because(code: str, description: str | None) -> str:
+    return f"{code}: {description}" if description else code
+
+
+# -- Values ----------------------------------------------------------------------------
+
+
+@dataclass_transform(frozen_default=True)
+class _Value:
+    """A frozen record: its annotations are its fields, in order.
+
+    A frozen dataclass in little.  `import dataclasses` alone takes longer than starting
+    Python does, and would be most of what `token` costs.
+    """
+
+    _secret: ClassVar[tuple[str, ...]] = ()
+    """Fields whose content no repr shows."""
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        fields = tuple(type(self).__annotations__)
+        if len(values) > len(fields):
+            raise TypeError(f"{type(self).__name__} takes {len(fields)} values at most")
+        given = dict(zip(fields, values))
+        for name in named:
+            if name in given or name not in fields:
+                raise TypeError(f"{type(self).__name__} got an unfitting {name!r}")
+        given.update(named)
+        for name in fields:
+            if name not in given and not hasattr(type(self), name):
+                raise TypeError(f"{type(self).__name__} needs {name!r}")
+            self.__dict__[name] = given.get(name, getattr(type(self), name, None))
+        self._validate()
+
+    def _validate(self) -> None:
+        """Refuse what must not exist; a subclass says what."""
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with these fields changed."""
+        return type(self)(**{**self.__dict__, **changes})
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} is frozen; use replace()")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} is frozen")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.__dict__.values()))
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={'…' if value and name in self._secret else repr(value)}"
+            for name, value in self.__dict__.items()
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class OAuthConfig(_Value):
+    """Who asks, and where: the client id, the endpoints, the scopes.
+
+    Endpoints must be https; plain http is for loopback hosts alone.
+
+    Raises:
+        ConfigError: An endpoint, the User-Agent or the time limit is unusable.
+    """
+
+    client_id: str
+    """A program's own; empty if there is none, which is enough for all but a login."""
+    claude_ai_authorize_url: str = CLAUDE_AI_AUTHORIZE_URL
+    console_authorize_url: str = CONSOLE_AUTHORIZE_URL
+    token_url: str = TOKEN_URL
+    profile_url: str = PROFILE_URL
+    api_key_url: str = API_KEY_URL
+    manual_redirect_uri: str = MANUAL_REDIRECT_URI
+    revoke_url: str | None = None
+    """None: nothing is revoked at logout.  The service documents no such endpoint."""
+    scopes: tuple[str, ...] = ALL_SCOPES
+    user_agent: str = USER_AGENT
+    """A program may name itself in front; this module's own name stays in it."""
+    timeout: float = REQUEST_TIMEOUT
+    """Seconds to connect, and to answer."""
+
+    @classmethod
+    def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
+        """Return the settings for a server that has every endpoint at one origin.
+
+        Args:
+            origin: Scheme, host and port (``http://127.0.0.1:8000``), without a path.
+
+        Raises:
+            ConfigError: The origin has a path or is not https (or loopback http).
+        """
+        origin = origin.rstrip("/")
+        if origin.count("/") != 2 or "?" in origin or "#" in origin:
+            raise ConfigError(
+                "a server is given as scheme, host and port alone,"
+                " as in https://auth.example.com"
+            )
+        endpoints = {
+            "claude_ai_authorize_url": origin + "/oauth/authorize",
+            "console_authorize_url": origin + "/oauth/authorize",
+            "token_url": origin + "/v1/oauth/token",
+            "profile_url": origin + "/api/oauth/profile",
+            "api_key_url": origin + "/api/oauth/claude_cli/create_api_key",
+            "manual_redirect_uri": origin + "/oauth/code/callback",
+            "revoke_url": origin + "/v1/oauth/revoke",
+        }
+        return cls(client_id, **{**endpoints, **settings})
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> OAuthConfig:
+        """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say.
+
+        Raises:
+            ConfigError: CLAUDE_OAUTH_SERVER is not a usable origin.
+        """
+        environ = os.environ if environ is None else environ
+        client_id = environ.get("CLAUDE_OAUTH_CLIENT_ID", "").strip()
+        server = environ.get("CLAUDE_OAUTH_SERVER", "").strip()
+        return cls.for_server(server, client_id=client_id) if server else cls(client_id)
+
+    def _validate(self) -> None:
+        if isinstance(self.scopes, str):
+            raise ConfigError("scopes must be a list of strings, not one string")
+        self.__dict__["scopes"] = tuple(self.scopes)
+        if not self.timeout > 0:
+            raise ConfigError("the time limit of a request must be above 0 seconds")
+        if not self.user_agent.isprintable() or not self.user_agent.isascii():
+            raise ConfigError("a User-Agent must be printable ASCII")
+        if USER_AGENT not in self.user_agent:
+            self.__dict__["user_agent"] = f"{self.user_agent} {USER_AGENT}".strip()
+        for name, url in self.__dict__.items():
+            # The defaults are known to be good, and urllib is slow to import.
+            if name.endswith(("_url", "_uri")) and url != getattr(type(self), name):
+                _check_endpoint(name, url)
+
+
+def _check_endpoint(name: str, url: str) -> None:
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url if is_header_safe(url) else "")
+        host = parts.hostname if parts.port != 0 else None
+    except ValueError:  # a port that is no number, brackets that do not match
+        host = None
+    if not host:
+        raise ConfigError(f"{name} is not a usable URL; give it as https://host/path")
+    if parts.username is not None:
+        raise ConfigError(f"{name} must not carry a name or password; leave them out")
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
+        raise ConfigError(f"{name} must be https (plain http is for loopback alone)")
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address can only mean this machine."""
+    octets = host.split(".")
+    return host.lower() in ("localhost", "::1") or (
+        len(octets) == 4
+        and octets[0] == "127"
+        and all(octet.isdigit() and int(octet) < 256 for octet in octets)
+    )
+
+
+class Credentials(_Value):
+    """What a login gave, with lifetimes turned into moments of this machine's clock."""
+
+    _secret = ("access_token", "refresh_token", "api_key")
+
+    access_token: str
+    refresh_token: str | None = None
+    """Works once: the answer to a refresh brings its successor."""
+    expires_at: float | None = None
+    """Seconds since the epoch, or None if nobody said."""
+    scopes: tuple[str, ...] = ()
+    """As granted."""
+    subscription_type: str | None = None
+    rate_limit_tier: str | None = None
+    refresh_token_expires_at: float | None = None
+    """When the login itself ends, whatever is refreshed, in seconds since the epoch."""
+    client_id: str | None = None
+    """The program that the tokens were issued to, and that must refresh them."""
+    api_key: str | None = None
+    """On the Console path: a permanent key of the organization."""
+
+    @property
+    def is_claude_ai(self) -> bool:
+        """Whether this is a Claude.ai subscriber's login rather than the Console's."""
+        return SCOPE_USER_INFERENCE in self.scopes
+
+    def _validate(self) -> None:
+        self.__dict__["scopes"] = tuple(self.scopes)
+
+    def to_record(self) -> dict[str, object]:
+        """Return the JSON object to store; what is None is left out."""
+        tokens = {
+            "accessToken": self.access_token,
+            "refreshToken": self.refresh_token,
+            "expiresAt": _to_ms(self.expires_at),
+            "refreshTokenExpiresAt": _to_ms(self.refresh_token_expires_at),
+            "scopes": list(self.scopes),
+            "subscriptionType": self.subscription_type,
+            "rateLimitTier": self.rate_limit_tier,
+            "clientId": self.client_id,
+        }
+        record: dict[str, object] = {
+            "claudeAiOauth": {k: v for k, v in tokens.items() if v is not None}
+        }
+        if self.api_key is not None:
+            record["consoleApiKey"] = self.api_key
+        return record
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> Credentials:
+        """Read a stored JSON object.
+
+        Raises:
+            StorageCorrupt: A field has the wrong type; the text names it.
+        """
+        tokens = record.get("claudeAiOauth")
+        if not isinstance(tokens, dict):
+            raise _corrupt("claudeAiOauth")
+        scopes = tokens.get("scopes") or []
+        if not isinstance(scopes, list) or not all(isinstance(s, str) for s in scopes):
+            raise _corrupt("scopes")
+        access_token = _text_of(tokens, "accessToken")
+        if not access_token or not is_header_safe(access_token):
+            raise _corrupt("accessToken")
+        return cls(
+            access_token=access_token,
+            refresh_token=_text_of(tokens, "refreshToken") or None,
+            expires_at=_moment_of(tokens, "expiresAt"),
+            scopes=tuple(scopes),
+            subscription_type=_text_of(tokens, "subscriptionType"),
+            rate_limit_tier=_text_of(tokens, "rateLimitTier"),
+            refresh_token_expires_at=_moment_of(tokens, "refreshTokenExpiresAt"),
+            client_id=_text_of(tokens, "clientId"),
+            api_key=_text_of(record, "consoleApiKey"),
+        )
+
+    @classmethod
+    def from_answer(
+        cls,
+        answer: object,
+        *,
+        received_at: float,
+        previous: Credentials | None = None,
+    ) -> Credentials:
+        """Read a token endpoint's answer, merged over the previous credential.
+
+        What the answer leaves out stays as it was.  An unusable lifetime counts as
+        3600 s: the refresh token behind this answer is spent, so a good successor must
+        not be thrown away for it.
+
+        Raises:
+            BadAnswer: There is no usable access token in it.
+
+        Source: RFC 6749 section 5.1.
+        """
+        if not isinstance(answer, dict):
+            raise BadAnswer("the answer", "is not a JSON object")
+        access_token = _text(answer.get("access_token"))
+        if access_token is None or not is_header_safe(access_token):
+            raise BadAnswer("access_token")
+        if str(answer.get("token_type") or "bearer").lower() != "bearer":
+            raise BadAnswer("token_type", "is not bearer")
+        base = previous or cls(access_token)
+        lifetime = _lifetime_of(answer.get("expires_in")) or DEFAULT_LIFETIME
+        login_lifetime = _lifetime_of(answer.get("refresh_token_expires_in"))
+        ends_at = received_at + login_lifetime if login_lifetime else None
+        return base.replace(
+            access_token=access_token,
+            refresh_token=_text(answer.get("refresh_token")) or base.refresh_token,
+            expires_at=received_at + lifetime,
+            scopes=_scopes_of(answer.get("scope")) or base.scopes,
+            refresh_token_expires_at=ends_at or base.refresh_token_expires_at,
+        )
+
+
+class Profile(_Value):
+    """Whose login it is.  Times are as the server writes them (ISO 8601)."""
+
+    account_uuid: str
+    email: str | None = None
+    display_name: str | None = None
+    account_created_at: str | None = None
+    organization_uuid: str | None = None
+    organization_name: str | None = None
+    subscription_type: str | None = None
+    """max, pro, team, enterprise; None for a kind of organization not known here."""
+    rate_limit_tier: str | None = None
+    billing_type: str | None = None
+    subscription_created_at: str | None = None
+    has_extra_usage_enabled: bool | None = None
+
+    @classmethod
+    def from_answer(cls, answer: Mapping[str, object]) -> Profile:
+        """Read the profile endpoint's answer.
+
+        Raises:
+            BadAnswer: It names no account.
+        """
+        account = answer.get("account")
+        if not isinstance(account, dict):
+            raise BadAnswer("account")
+        if not isinstance(account.get("uuid"), str) or not account["uuid"]:
+            raise BadAnswer("account.uuid")
+        found = answer.get("organization")
+        organization = found if isinstance(found, dict) else {}
+        kind = _text(organization.get("organization_type"))
+        extra = organization.get("has_extra_usage_enabled")
+        return cls(
+            account_uuid=account["uuid"],
+            email=_text(account.get("email")),
+            display_name=_text(account.get("display_name"))
+            or _text(account.get("full_name")),
+            account_created_at=_text(account.get("created_at")),
+            organization_uuid=_text(organization.get("uuid")),
+            organization_name=_text(organization.get("name")),
+            subscription_type=SUBSCRIPTION_TYPES.get(kind or ""),
+            rate_limit_tier=_text(organization.get("rate_limit_tier")),
+            billing_type=_text(organization.get("billing_type")),
+            subscription_created_at=_text(organization.get("subscription_created_at")),
+            has_extra_usage_enabled=extra if isinstance(extra, bool) else None,
+        )
+
+    def to_record(self) -> dict[str, object]:
+        """Return what account.json keeps; plan and tier stay with the credential."""
+        return {key: getattr(self, name) for name, key in _ACCOUNT_KEYS.items()}
+
+    @classmethod
+    def from_record(
+        cls, record: Mapping[str, object], credentials: Credentials | None = None
+    ) -> Profile | None:
+        """Read what account.json keeps, with plan and tier from the credential."""
+        known = {name: record.get(key) for name, key in _ACCOUNT_KEYS.items()}
+        extra = known.pop("has_extra_usage_enabled")
+        texts = {name: _text(value) for name, value in known.items()}
+        account_uuid = texts.pop("account_uuid")
+        if not account_uuid:
+            return None
+        return cls(
+            account_uuid,
+            **texts,
+            subscription_type=credentials.subscription_type if credentials else None,
+            rate_limit_tier=credentials.rate_limit_tier if credentials else None,
+            has_extra_usage_enabled=extra if isinstance(extra, bool) else None,
+        )
+
+
+_ACCOUNT_KEYS: Final = {
+    "account_uuid": "accountUuid",
+    "email": "emailAddress",
+    "display_name": "displayName",
+    "account_created_at": "accountCreatedAt",
+    "organization_uuid": "organizationUuid",
+    "organization_name": "organizationName",
+    "billing_type": "billingType",
+    "subscription_created_at": "subscriptionCreatedAt",
+    "has_extra_usage_enabled": "hasExtraUsageEnabled",
+}
+"""The profile's fields, and what account.json calls them."""
+
+
+def is_header_safe(token: str) -> bool:
+    """Tell whether a token can stand in a header: printable ASCII without a blank."""
+    return bool(token) and token.isascii() and token.isprintable() and " " not in token
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _to_ms(moment: float | None) -> int | None:
+    return None if moment is None else int(moment * 1000)
+
+
+def _corrupt(field: str) -> StorageCorrupt:
+    return StorageCorrupt(
+        f"the stored record is damaged: {field} is missing or malformed;"
+        " move it away and log in again"
+    )
+
+
+def _text_of(record: Mapping[str, object], field: str) -> str | None:
+    value = record.get(field)
+    if value is not None and not isinstance(value, str):
+        raise _corrupt(field)
+    return value
+
+
+def _moment_of(record: Mapping[str, object], field: str) -> float | None:
+    value = record.get(field)
+    if value is None:
+        return None
+    # Up to the year 33658 in ms: a longer number is not a time, and NaN is not less.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _corrupt(field)
+    if not 0 <= value < 1e15:
+        raise _corrupt(field)
+    return value / 1000
+
+
+def _lifetime_of(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 < value <= MAX_LIFETIME else None
+
+
+def _scopes_of(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(value.split())
+    if isinstance(value, list) and all(isinstance(scope, str) for scope in value):
+        return tuple(value)
+    return ()
+
+
+# -- PKCE ------------------------------------------------------------------------------
+
+
+def generate_code_verifier() -> str:
+    """Return a new code verifier: 32 random bytes, 43 characters.
+
+    Make one anew for each login, and keep it in memory alone.  Source: RFC 7636
+    section 4.1.
+    """
+    import secrets
+
+    return secrets.token_urlsafe(32)
+
+
+def code_challenge(verifier: str) -> str:
+    """Return the S256 code challenge of a verifier.  Source: RFC 7636 section 4.2."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(verifier.encode("ascii")).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode("ascii")
+
+
+def generate_state() -> str:
+    """Return a new state: 32 random bytes, which only the right callback can know.
+
+    Source: RFC 6749 section 10.12.
+    """
+    import secrets
+
+    return secrets.token_urlsafe(32)
+
+
+# -- Messages --------------------------------------------------------------------------
+# Pure: what goes over the wire and what comes back, without I/O.
+
+
+def parse_json_object(data: bytes | str) -> dict[str, object] | None:
+    """Return the JSON object in data, or None if it holds anything else."""
+    import json
+
+    # A JSONDecodeError carries the whole text, tokens included: it ends here.
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def dump_json(obj: object) -> str:
+    """Return obj as compact ASCII JSON, keys in the order given."""
+    import json
+
+    return json.dumps(obj, separators=(",", ":"))
+
+
+def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) -> str:
+    """Return text that somebody else wrote, fit for a terminal: one line, no secret.
+
+    Control, direction and zero-width characters go; so does whatever is in ``secrets``
+    or looks like one of the service's tokens.
+    """
+    import re
+
+    line = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
+    for secret in secrets:
+        if len(secret) > 3:
+            line = line.replace(secret, "…")
+    line = re.sub(r"sk-ant-[\w-]+", "sk-ant-…", line)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def authorize_url(
+    endpoint: str,
+    *,
+    client_id: str,
+    redirect_uri: str,
+    scopes: Iterable[str],
+    challenge: str,
+    state: str,
+    extra: Mapping[str, str] | None = None,
+) -> str:
+    """Return the address where a person allows the login.
+
+    Source: RFC 6749 section 4.1.1 and RFC 7636 section 4.3; ``code=true`` makes the
+    service's manual page show the code (seen in the public client's traffic).
+    """
+    from urllib.parse import urlencode
+
+    query = {
+        "code": "true",
+        "client_id": client_id,
+        "response_type": "code",
+        "redirect_uri": redirect_uri,
+        "scope": " ".join(scopes),
+        "code_challenge": challenge,
+        "code_challenge_method": "S256",
+        "state": state,
+        **(extra or {}),
+    }
+    return f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}"
+
+
+def exchange_body(
+    code: str, *, client_id: str, verifier: str, redirect_uri: str, state: str
+) -> dict[str, str]:
+    """Return the request that trades an authorization code for tokens.
+
+    Source: RFC 6749 section 4.1.3, RFC 7636 section 4.5.  ``state`` is in neither, and
+    the service refuses the request without it.
+    """
+    return {
+        "grant_type": "authorization_code",
+        "code": code,
+        "redirect_uri": redirect_uri,
+        "client_id": client_id,
+        "code_verifier": verifier,
+        "state": state,
+    }
+
+
+def refresh_body(
+    refresh_token: str, *, client_id: str, scopes: Iterable[str] = ()
+) -> dict[str, str]:
+    """Return the request that spends a refresh token.
+
+    Without scopes the server keeps those granted.  Source: RFC 6749 section 6.
+    """
+    body = {
+        "grant_type": "refresh_token",
+        "refresh_token": refresh_token,
+        "client_id": client_id,
+    }
+    scope = " ".join(scopes)
+    return {**body, "scope": scope} if scope else body
+
+
+def revoke_body(token: str, *, client_id: str) -> dict[str, str]:
+    """Return the request that ends a grant.  Source: RFC 7009 section 2.1."""
+    return {
+        "token": token,
+        "token_type_hint": "refresh_token",
+        "client_id": client_id,
+    }
+
+
+SECRET_FIELDS: Final = ("code", "code_verifier", "refresh_token", "state", "token")
+"""What in the bodies above nobody else may read."""
+
+
+def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
+    """Return the granted scopes, and those wanted that a refresh may add to them.
+
+    Empty if it is not known what was granted: a guess could narrow the token.
+    """
+    granted = tuple(granted)
+    added = (s for s in wanted if s in ALLOWED_SCOPE_EXPANSIONS and s not in granted)
+    return (*granted, *added) if granted else ()
+
+
+def parse_retry_after(value: str | None, *, now: float) -> float | None:
+    """Return a Retry-After header in seconds: it is a number or a date.
+
+    None if it is absent, malformed or not in the future.  Source: RFC 9110 section
+    10.2.3.
+    """
+    from email.utils import parsedate_to_datetime
+
+    text = (value or "").strip()
+    if text.isascii() and text.isdigit():
+        seconds = float(text[:12])
+    else:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - now
+        except (TypeError, ValueError, IndexError, OverflowError):
+            return None
+    return min(seconds, WAIT_CEILING) if seconds > 0 else None
+
+
+def seconds_to_wait(
+    status: int, asked_for: float | None, *, failures: int, chance: float
+) -> float:
+    """Return how long to leave the server alone after a 429 or a 5xx.
+
+    Args:
+        asked_for: Its Retry-After in seconds, if it gave one.
+        failures: How many in a row, this one included.
+        chance: 0 to 1, drawn by lot, so that many machines do not return at once.
+    """
+    floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
+    seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
+    return min(max(seconds, WAIT_FLOOR) * (1 + chance / 4), WAIT_CEILING)
+
+
+def error_of_answer(
+    status: int,
+    body: bytes,
+    *,
+    retry_after: float | None = None,
+    request_id: str | None = None,
+    secrets: Iterable[str] = (),
+) -> ClaudeOAuthError:
+    """Return the error that an answer other than 200 stands for.
+
+    Both envelopes are read: RFC 6749 section 5.2's, and the API's
+    ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
+
+    Args:
+        secrets: What the request carried; a server may quote it.
+    """
+    if status == 403 and b"error code: 1010" in body:
+        return ConfigError(
+            "the service's edge refuses this User-Agent; set user_agent to name your"
+            " program"
+        )
+    code, description = _read_error(parse_json_object(body) or {})
+    code = printable(code or "", secrets=secrets, limit=60)
+    notes = [printable(description or "", secrets=secrets)]
+    if request_id:
+        notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
+    told = "; ".join(filter(None, notes))
+    if not code or status == 429 or status >= 500 or code in _PASSING_CODES:
+        return Unavailable(_unavailable_text(status, told), retry_after, status)
+    return TokenRefused(code, told or None, status)
+
+
+_PASSING_CODES: Final = frozenset(
+    (
+        "temporarily_unavailable",
+        "server_error",
+        "rate_limit_error",
+        "overloaded_error",
+        "api_error",
+        "timeout_error",
+    )
+)
+"""Error codes that say nothing about the grant, whatever the status beside them."""
+
+
+def _read_error(answer: Mapping[str, object]) -> tuple[str | None, str | None]:
+    found = answer.get("error")
+    inner = found if isinstance(found, dict) else {}
+    code = _text(found) or _text(inner.get("type")) or _text(inner.get("code"))
+    description = (
+        _text(answer.get("error_description"))
+        or _text(inner.get("message"))
+        or _text(answer.get("message"))
+    )
+    return code, description
+
+
+def _unavailable_text(status: int, told: str) -> str:
+    if status == 429:
+        what = "the server is limiting requests"
+    elif 300 <= status < 400:
+        what = f"the server redirects the request ({status}), which is not followed"
+    elif status >= 500:
+        what = f"the server is out of order ({status})"
+    else:
+        what = f"the answer ({status}) is not the service's; a proxy may stand between"
+    return f"{what}{f' ({told})' if told else ''}; try again later"
+
+
+def merge_record(
+    stored: Mapping[str, object], ours: Mapping[str, object]
+) -> dict[str, object]:
+    """Return a stored record with our part replaced.
+
+    Keys that are not this module's stay, at the top and inside: another program put
+    them there.
+    """
+    found = stored.get("claudeAiOauth")
+    inner = found if isinstance(found, dict) else {}
+    foreign = {k: v for k, v in inner.items() if k not in _TOKEN_KEYS}
+    tokens = ours["claudeAiOauth"]
+    assert isinstance(tokens, dict)
+    merged = {k: v for k, v in stored.items() if k not in RECORD_KEYS}
+    return {**merged, **ours, "claudeAiOauth": {**foreign, **tokens}}
+
+
+RECORD_KEYS: Final = ("claudeAiOauth", "consoleApiKey")
+"""The keys of a stored record that are this module's."""
+
+_TOKEN_KEYS: Final = frozenset(
+    (
+        "accessToken",
+        "refreshToken",
+        "expiresAt",
+        "refreshTokenExpiresAt",
+        "scopes",
+        "subscriptionType",
+        "rateLimitTier",
+        "clientId",
+    )
+)
+
+
+def clean_token(value: str) -> str:
+    """Return a token from the environment without the blanks that secrets arrive with.
+
+    Raises:
+        ConfigError: It holds something that a header cannot.
+    """
+    token = value.strip()
+    if not is_header_safe(token):
+        raise ConfigError(
+            "CLAUDE_OAUTH_TOKEN holds something that no token has;"
+            " set it to the token alone"
+        )
+    return token
+
+
+def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
+    """Return what may be written down of a refused refresh token: not the token.
+
+    Another client or server may think otherwise of it, so they are part of it.
+    """
+    import hashlib
+
+    data = "\0".join(("claude-oauth refused", token_url, client_id, refresh_token))
+    return hashlib.sha256(data.encode(errors="backslashreplace")).hexdigest()
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a span for people: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
+    whole = max(int(seconds), 0)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if minutes else f"{whole} s"
+
+
+def describe_moment(moment: float | None) -> str | None:
+    """Return a moment as ISO 8601 in UTC.  Source: RFC 3339 section 5.6."""
+    if moment is None:
+        return None
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+CALLBACK_PATH: Final = "/callback"
+"""The loopback redirect's path; the server takes any port, but no other path."""
+
+MIN_BARE_CODE_CHARS: Final = 16
+"""A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10."""
+
+
+class GrantedCode(_Value):
+    """An authorization code, and the redirect_uri that the exchange must repeat."""
+
+    code: str
+    redirect_uri: str
+
+    _secret = ("code",)
+
+
+def parse_callback(query: str, *, state: str) -> str:
+    """Return the code of a callback's query.
+
+    Raises:
+        LoginDenied: The server says ``error=``, with the right state.
+        ValueError: It is not the answer that is waited for; says why, for a person.
+
+    Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
+    """
+    from urllib.parse import parse_qsl
+
+    pairs = parse_qsl(query, keep_blank_values=True)
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("the address has a parameter twice")
+    if not _is_same(fields.get("state", ""), state):
+        raise ValueError("the address belongs to another sign-in (its state differs)")
+    if "error" in fields:
+        description = printable(fields.get("error_description", "")) or None
+        raise LoginDenied(printable(fields["error"], limit=64) or "error", description)
+    if not _is_code(fields.get("code", "")):
+        raise ValueError("the address has no code")
+    return fields["code"]
+
+
+def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
+    """Return the code in what a person pasted: `code#state`, a code, or the address.
+
+    Blanks, line breaks, quotes, invisible characters and bracketed-paste marks are
+    the terminal's and the mail program's doing, and are taken away.
+
+    Raises:
+        LoginDenied: The address says ``error=``, with the right state.
+        ValueError: It is none of these; says what it is, for a person.
+    """
+    bare = _without_paste_noise(text)
+    _refuse_what_is_no_code(text, bare)
+    if "?" in bare or "://" in bare:
+        return _parse_pasted_address(bare, state, manual_redirect_uri)
+    code, mark, given = bare.partition("#")
+    if mark:
+        _check_pasted_state(given, state)
+    elif code.endswith(state) or not _is_long_enough(text, code):
+        raise ValueError("that is not a code")
+    if not _is_code(code):
+        raise ValueError("that is not a code")
+    return GrantedCode(code, manual_redirect_uri)
+
+
+def _without_paste_noise(text: str) -> str:
+    import re
+    import unicodedata
+
+    text = re.sub("\x1b\\[20[01]~|[\t\r\n]", "", text)  # 200~, 201~: bracketed paste
+    # Zero-width characters, soft hyphens and bidi marks; blanks and separators.
+    noise = ("Cf", "Zs", "Zl", "Zp")
+    text = "".join(c for c in text if unicodedata.category(c) not in noise)
+    quotes = "\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb\u2039\u203a"
+    return text.strip("\"'`<>" + quotes)
+
+
+def _refuse_what_is_no_code(text: str, bare: str) -> None:
+    if not bare:
+        raise ValueError("nothing was pasted")
+    if len(text) > MAX_PASTE_CHARS:
+        raise ValueError(f"that is longer than any code ({MAX_PASTE_CHARS} characters)")
+    if not bare.isprintable():
+        raise ValueError("that has control characters in it")
+    if "sk-ant-" in bare.lower():
+        raise ValueError("that is a token or an API key, not a code: keep it safe")
+
+
+def _check_pasted_state(given: str, state: str) -> None:
+    if _is_same(given, state):
+        return
+    if state.startswith(given):
+        raise ValueError("the end of the code is missing")
+    raise ValueError("that code belongs to another sign-in (its state differs)")
+
+
+def _is_long_enough(text: str, code: str) -> bool:
+    """Tell a bare code, for which no state vouches, from words.
+
+    A code is hard to guess, hence long (RFC 6749 section 10.10), and a terminal breaks
+    it into two or three pieces, not into the words of a sentence.
+    """
+    begun_only = "\x1b[200~" in text and "\x1b[201~" not in text  # more lines will come
+    pieces = len(text.split())
+    return len(code) >= MIN_BARE_CODE_CHARS and pieces <= 3 and not begun_only
+
+
+def _is_code(text: str) -> bool:
+    # Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
+    return 0 < len(text) <= MAX_PASTE_CHARS and all("!" <= c <= "~" for c in text)
+
+
+def _parse_pasted_address(address: str, state: str, manual_uri: str) -> GrantedCode:
+    if "code_challenge=" in address:
+        raise ValueError("that is the address to open, not what comes after signing in")
+    page, _, rest = address.partition("?")
+    redirect_uri = _known_redirect_uri(page, manual_uri)
+    if not redirect_uri:
+        raise ValueError("that is the address of another page")
+    code = parse_callback(rest.partition("#")[0], state=state)
+    return GrantedCode(code, redirect_uri)
+
+
+def _known_redirect_uri(page: str, manual_uri: str) -> str:
+    """Return the redirect_uri that a page is, or "" if it is none of ours."""
+    import re
+
+    # Browsers hide the scheme, and some leave it out of what is copied.
+    page, manual = (re.sub("(?i)^https?://", "", url) for url in (page, manual_uri))
+    if page.lower() == manual.lower():
+        return manual_uri
+    ours = re.match("(.+):([0-9]{1,5})(/.*)", page)
+    if ours and is_loopback(ours[1].strip("[]")) and ours[3] == CALLBACK_PATH:
+        # We said localhost, whatever a person made of it to reach this machine.
+        return f"http://localhost:{ours[2]}{CALLBACK_PATH}"
+    return ""
+
+
+def _is_same(given: str, expected: str) -> bool:
+    """Compare in a time that does not tell how much was right."""
+    import hmac
+
+    return hmac.compare_digest(
+        given.encode("utf-8", "replace"), expected.encode("utf-8", "replace")
+    )
+
+
+def parse_request_head(head: bytes, *, port: int) -> tuple[int, str]:
+    """Return 200 and the target of a GET to our listener, or the status to refuse with.
+
+    Source: RFC 9112 sections 3 and 3.2 (one Host header, else 400).
+    """
+    import re
+
+    line = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r?\n", head)
+    hosts = re.findall(rb"(?im)^host:[ \t]*([!-~]*)[ \t]*\r?$", head)
+    if not line or len(hosts) != 1:
+        return 400, ""
+    name, _, given_port = hosts[0].decode("ascii").lower().rpartition(":")
+    if name not in ("localhost", "127.0.0.1", "[::1]") or given_port != str(port):
+        # A foreign name that was made to point here (DNS rebinding) learns nothing.
+        return 421, ""
+    if line[1] != b"GET":
+        return 405, ""
+    return 200, line[2].decode("ascii")
+
+
+def http_answer(status: int, page: str = "", *, location: str = "") -> bytes:
+    """Return a whole HTTP answer that no cache keeps and no other site learns of.
+
+    Source: RFC 9112; Content Security Policy Level 3 (style by its hash).
+    """
+    import base64
+    import hashlib
+    from http import HTTPStatus
+
+    body = page.encode("utf-8", "replace")
+    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        "Content-Type: text/html; charset=utf-8",
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-store",
+        f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{style}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "Referrer-Policy: no-referrer",
+        "X-Content-Type-Options: nosniff",
+        "Connection: close",
+    ]
+    if location:
+        lines.append(f"Location: {location}")
+    if status == 405:
+        lines.append("Allow: GET")
+    return "\r\n".join([*lines, "", ""]).encode("ascii") + body
+
+
+def success_page(account: str | None) -> str:
+    """Return the page after a login; `account` is a name for the person, or None."""
+    known = printable(account or "")
+    who = f"You are signed in as {known}." if known else "You are signed in."
+    return result_page("success", "Signed in", f"{who}\nYou can close this window.")
+
+
+def failure_page(reason: str) -> str:
+    """Return the page after a login that failed: what happened, and what to do."""
+    reason = printable(reason, limit=400)
+    reason = reason[:1].upper() + reason[1:]
+    text = f"{reason}.\nClose this window and see the terminal."
+    return result_page("failure", "Sign-in failed", text)
+
+
+def denied_page() -> str:
+    """Return the page after the server's, or the person's, no."""
+    return result_page(
+        "denied",
+        "Access was not granted",
+        "Nothing was stored.\nIf that was a mistake, close this window and try again.",
+    )
+
+
+def stray_page() -> str:
+    """Return the page for a request that is not what the login waits for."""
+    return result_page(
+        "failure",
+        "Nothing to see here",
+        "A sign-in is waiting here for something else.\nGo back to the terminal, and "
+        "open the address that it shows.",
+    )
+
+
+def result_page(kind: str, title: str, text: str) -> str:
+    """Return a whole HTML page without script or outside resource; text is escaped.
+
+    Args:
+        kind: success, failure or denied: the mark above the title, and its colour.
+    """
+    import html
+
+    mark = {"success": "\u2713", "failure": "!", "denied": "\u2715"}[kind]
+    title, text = html.escape(title), html.escape(text)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<p class="mark {kind}" aria-hidden="true">{mark}</p>
+<h1>{title}</h1>
+<p>{text}</p>
+</main>
+</body>
+</html>
+"""
+
+
+_STYLE: Final = """
+:root { color-scheme: light dark; --back: #f6f5f1; --card: #fff; --text: #1f1e1b;
+  --success: #17663a; --failure: #a3261b; --denied: #7a4b00; }
+@media (prefers-color-scheme: dark) { :root { --back: #191816; --card: #262522;
+  --text: #f1efe9; --success: #6fd39b; --failure: #ff9b8f; --denied: #f0bd6a; } }
+* { box-sizing: border-box; }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center; padding: 1rem;
+  background: var(--back); color: var(--text);
+  font: 1.0625rem/1.55 system-ui, sans-serif; }
+main { width: 100%; max-width: 30rem; padding: 2.5rem 2rem; border-radius: 1rem;
+  background: var(--card); text-align: center; overflow-wrap: anywhere; }
+h1 { margin: 0 0 .75rem; font-size: 1.625rem; line-height: 1.25;
+  text-wrap: balance; }
+p { margin: 0; white-space: pre-line; }
+.mark { width: 3.5rem; margin: 0 auto 1.25rem; border: 2px solid; border-radius: 50%;
+  font-size: 1.75rem; line-height: calc(3.5rem - 4px); }
+.success { color: var(--success); }
+.failure { color: var(--failure); }
+.denied { color: var(--denied); }
+"""
+
+
+# -- Client ----------------------------------------------------------------------------
+
+
+class Deadline:
+    """One limit for several waits in a row, by the clock that nobody can set."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Return the seconds that are left, 0 when it has passed."""
+        return max(self._ends - time.monotonic(), 0.0)
+
+    def passed(self) -> bool:
+        """Tell whether the limit is reached."""
+        return self.left() == 0
+
+
+class OAuthClient:
+    """The requests to the service, each with a time limit and a size limit.
+
+    Safe to share between threads, unless a session is passed that is not.
+
+    Args:
+        session: A ``requests.Session`` to use; by default each request has its own, so
+            that no idle connection and no cookie is shared.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        config: OAuthConfig,
+        *,
+        session: requests.Session | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self._session = session
+        self._clock = clock
+
+    def authorize_url(
+        self,
+        *,
+        redirect_uri: str,
+        challenge: str,
+        state: str,
+        console: bool = False,
+        extra: Mapping[str, str] | None = None,
+    ) -> str:
+        """Return the address where a person allows the login.
+
+        Raises:
+            ConfigError: There is no client id.
+        """
+        config = self.config
+        endpoint = (
+            config.console_authorize_url if console else config.claude_ai_authorize_url
+        )
+        return authorize_url(
+            endpoint,
+            client_id=self._client_id(None),
+            redirect_uri=redirect_uri,
+            scopes=config.scopes,
+            challenge=challenge,
+            state=state,
+            extra=extra,
+        )
+
+    def exchange_code(
+        self, code: str, *, verifier: str, redirect_uri: str, state: str
+    ) -> Credentials:
+        """Trade an authorization code for tokens.  A code works once.
+
+        Raises:
+            TokenRefused: The code is wrong, used or too old; log in again.
+            Unavailable: No usable answer; the code may be spent all the same.
+            BadAnswer: There is no usable token in the answer.
+        """
+        client_id = self._client_id(None)
+        body = exchange_body(
+            code,
+            client_id=client_id,
+            verifier=verifier,
+            redirect_uri=redirect_uri,
+            state=state,
+        )
+        answer = _read_answer(*self._send("POST", self.config.token_url, body))
+        granted = Credentials.from_answer(answer, received_at=self._clock())
+        # RFC 6749 section 5.1: an answer without scope grants what was asked for.
+        scopes = granted.scopes or self.config.scopes
+        return granted.replace(scopes=scopes, client_id=client_id)
+
+    def refresh(
+        self, credentials: Credentials, *, scopes: Iterable[str] | None = None
+    ) -> Credentials:
+        """Spend the refresh token for new tokens, merged over the given ones.
+
+        Save what this returns before using it: the token that was sent is dead.
+
+        Raises:
+            NotLoggedIn: There is no refresh token; log in.
+            TokenRefused: The token is dead, or a scope is not to be had; log in again.
+            Unavailable: No usable answer; the token may be spent all the same.
+        """
+        if not credentials.refresh_token:
+            raise NotLoggedIn(
+                "the login has no refresh token; run `claude-oauth login`"
+            )
+        client_id = self._client_id(credentials)
+        body = refresh_body(
+            credentials.refresh_token, client_id=client_id, scopes=scopes or ()
+        )
+        # Repeated if the connection drops without an answer: if the token was spent by
+        # then, its successor is lost already, and a second try loses nothing more.
+        sent = self._send("POST", self.config.token_url, body, repeatable=True)
+        renewed = Credentials.from_answer(
+            _read_answer(*sent), received_at=self._clock(), previous=credentials
+        )
+        return renewed.replace(client_id=client_id)
+
+    def fetch_profile(self, access_token: str) -> Profile:
+        """Ask whose login it is; needs the scope user:profile.
+
+        Raises:
+            TokenRefused: The token is dead (status 401) or too narrow (403).
+        """
+        url = self.config.profile_url
+        sent = self._send("GET", url, None, bearer=access_token, repeatable=True)
+        return Profile.from_answer(_read_answer(*sent))
+
+    def create_api_key(self, access_token: str) -> str:
+        """Make a permanent Console API key; each call makes another one.
+
+        Raises:
+            TokenRefused: The account may not make keys (403), or the token is dead.
+        """
+        url = self.config.api_key_url
+        answer = _read_answer(*self._send("POST", url, {}, bearer=access_token))
+        key = answer.get("raw_key")
+        if not isinstance(key, str) or not is_header_safe(key):
+            raise BadAnswer("raw_key")
+        return key
+
+    def revoke(self, token: str) -> None:
+        """End the grant behind a refresh token, where the server has a way to.
+
+        Raises:
+            ConfigError: No revoke_url is set.
+        """
+        if not self.config.revoke_url:
+            raise ConfigError("no revoke_url is set; set one, or log out without it")
+        body = revoke_body(token, client_id=self._client_id(None))
+        self._send("POST", self.config.revoke_url, body)
+
+    def _client_id(self, credentials: Credentials | None) -> str:
+        # The grant belongs to the program that it was issued to.
+        client_id = (credentials and credentials.client_id) or self.config.client_id
+        if not client_id:
+            raise ConfigError(
+                "no client id: pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
+                " (the one that your program was issued)"
+            )
+        return client_id
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        body: Mapping[str, str] | None,
+        *,
+        bearer: str | None = None,
+        repeatable: bool = False,
+    ) -> tuple[int, bytes]:
+        """Send a request; return status and content of an answer that is no error."""
+        try:
+            status, headers, content = self._exchange(method, url, body, bearer)
+        except _ConnectionDropped:
+            if not repeatable:
+                raise
+            status, headers, content = self._exchange(method, url, body, bearer)
+        if 200 <= status < 300:
+            return status, content
+        asked_for = parse_retry_after(headers.get("Retry-After"), now=self._clock())
+        raise error_of_answer(
+            status,
+            content,
+            retry_after=asked_for,
+            request_id=headers.get("request-id"),
+            secrets=_secrets_of(body or {}, bearer),
+        )
+
+    def _exchange(
+        self,
+        method: str,
+        url: str,
+        body: Mapping[str, str] | None,
+        bearer: str | None,
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        requests = _import_requests()
+        session = self._session or requests.Session()
+        try:
+            with session.request(
+                method,
+                url,
+                json=body,
+                headers=self._headers(bearer),
+                # Without an auth= of ours, a netrc entry would replace the token.
+                auth=lambda request: request,
+                timeout=self.config.timeout,
+                # A token must not follow a redirect to wherever it points.
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                content = _read_limited(response, Deadline(self.config.timeout))
+            return response.status_code, response.headers, content
+        except (_urllib3_error(), OSError, ValueError) as error:
+            # requests' errors are OSErrors that hold the request, and that the tokens:
+            # only a sentence leaves this block, so that no chain leads back to them.
+            failure = _describe_failure(error, url, session)
+        finally:
+            if session is not self._session:
+                session.close()
+        raise failure
+
+    def _headers(self, bearer: str | None) -> dict[str, str]:
+        headers = {"Accept": "application/json", "User-Agent": self.config.user_agent}
+        if bearer is not None:
+            headers["Authorization"] = f"Bearer {bearer}"
+            headers["anthropic-beta"] = OAUTH_BETA
+        return headers
+
+
+def _secrets_of(body: Mapping[str, str], bearer: str | None) -> list[str]:
+    return [body[name] for name in SECRET_FIELDS if name in body] + [bearer or ""]
+
+
+class _ConnectionDropped(Unavailable):
+    """The connection ended before an answer began."""
+
+
+def _read_answer(status: int, content: bytes) -> dict[str, object]:
+    answer = parse_json_object(content)
+    if answer is not None:
+        return answer
+    if parse_json_object(b'{"answer":' + content + b"}") is not None:
+        raise BadAnswer("the answer", "is not a JSON object")
+    raise Unavailable(_unavailable_text(status, ""), None, status)
+
+
+def _import_requests() -> Any:
+    try:
+        import requests
+    except ImportError:
+        raise ConfigError(
+            "the package `requests` is missing; get it by `pip install requests`,"
+            " `apt install python3-requests` or `dnf install python3-requests`"
+        ) from None
+    return requests
+
+
+def _urllib3_error(name: str = "HTTPError") -> Any:
+    """Return an error of urllib3, which a response that is read piecemeal lets out."""
+    return getattr(_import_requests().packages.urllib3.exceptions, name)
+
+
+def _read_limited(response: requests.Response, limit: Deadline) -> bytes:
+    """Read an answer of at most MAX_ANSWER_BYTES, however slowly it drips."""
+    # A read of many bytes waits for the last of them.  urllib3 1 has no read1, and a
+    # byte at a time is the only read that comes back before the limit.
+    read1 = getattr(response.raw, "read1", None)
+    pieces = (
+        iter(lambda: read1(65536, decode_content=True), b"")
+        if read1
+        else response.iter_content(1)
+    )
+    content = bytearray()
+    for piece in pieces:
+        content += piece
+        if len(content) > MAX_ANSWER_BYTES or limit.passed():
+            raise ValueError("the answer is too long or too slow")
+    return bytes(content)
+
+
+def _describe_failure(
+    error: Exception, url: str, session: requests.Session
+) -> Unavailable:
+    """Return what went wrong on the way, naming the host, the proxy and the cure."""
+    from urllib.parse import urlsplit
+
+    requests = _import_requests()
+    host = urlsplit(url).netloc
+    proxy = _proxy_in_use(url, session)
+    way = f"{host} through the proxy {proxy}" if proxy else host
+    if isinstance(error, requests.exceptions.SSLError):
+        return Unavailable(
+            f"TLS to {way} failed, or its certificate is not trusted; if a proxy"
+            " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file"
+        )
+    if isinstance(error, requests.exceptions.ProxyError):
+        return Unavailable(
+            f"the way to {way} is closed: the proxy refused or did not answer;"
+            " check HTTPS_PROXY with its name and password"
+        )
+    if isinstance(error, (requests.Timeout, _urllib3_error("TimeoutError"))):
+        return Unavailable(f"no answer from {way} in time; try again later")
+    if _is_drop(error):
+        return _ConnectionDropped(f"{way} dropped the connection; try again later")
+    if isinstance(error, requests.ConnectionError):
+        return Unavailable(f"no connection to {way}; check the network and try again")
+    return Unavailable(f"no usable answer from {way}; try again later")
+
+
+def _proxy_in_use(url: str, session: requests.Session) -> str | None:
+    """Return host and port of the proxy for a URL, without its name and password."""
+    from urllib.parse import urlsplit
+
+    utils = _import_requests().utils
+    proxies = dict(session.proxies)
+    if session.trust_env:
+        proxies = {**utils.get_environ_proxies(url), **proxies}
+    proxy = utils.select_proxy(url, proxies)
+    if not proxy:
+        return None
+    return urlsplit(proxy if "//" in proxy else f"//{proxy}").netloc.rpartition("@")[2]
+
+
+def _is_drop(error: BaseException) -> bool:
+    # requests wraps urllib3's error, which wraps the socket's; they nest by args.
+    drops = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+    if isinstance(error, drops):  # http.client.RemoteDisconnected is the first
+        return True
+    return any(_is_drop(arg) for arg in error.args if isinstance(arg, BaseException))
+
+
+# -- Storage ---------------------------------------------------------------------------
+
+
+class Storage(Protocol):
+    """Where a credential waits between runs.  Safe to share between threads.
+
+    Two more attributes are looked at if they are there: ``read_only`` (True: another
+    program owns the credential, so its refresh token is never spent) and ``directory``
+    (where account.json goes; None: the account is kept in memory alone).
+    """
+
+    def load(self) -> Credentials | None:
+        """Return the stored credential, or None if there is none.
+
+        Raises:
+            StorageError: It cannot be known whether there is one.
+        """
+
+    def save(self, credentials: Credentials) -> None:
+        """Write a credential so that a crash leaves the old one or the new one, whole.
+
+        Raises:
+            StorageError: It is not written; what was there still is.
+        """
+
+    def delete(self) -> bool:
+        """Remove this module's own keys; return whether there were any."""
+
+    def check(self) -> None:
+        """Make sure that a save would succeed now.
+
+        Raises:
+            StorageError: It would not.
+        """
+
+    def lock(self, timeout: float) -> ContextManager[object]:
+        """Return a context that one thread of one process is in at a time.
+
+        Raises:
+            Unavailable: On entering, when the seconds are over; 0 tries once.
+        """
+
+    def stamp(self) -> object:
+        """Return a cheap value that changes when the stored record may have changed.
+
+        None if that is not known: then the record is read.
+        """
+
+    def describe(self) -> str:
+        """Say for people where the credential is."""
+
+
+def default_directory(environ: Mapping[str, str] | None = None) -> str:
+    """Return where files go: CLAUDE_OAUTH_DIR, or beside Claude's own settings."""
+    environ = os.environ if environ is None else environ
+    chosen = environ.get("CLAUDE_OAUTH_DIR")
+    if not chosen:
+        settings = environ.get("CLAUDE_CONFIG_DIR") or os.path.join("~", ".claude")
+        chosen = os.path.join(settings, "claude-oauth")
+    return os.path.abspath(os.path.expanduser(chosen))
+
+
+def warn(message: str) -> None:
+    """Tell the program's log, or stderr if it has none, what a person should know."""
+    import logging
+
+    logging.getLogger("claude_oauth").warning(message)
+
+
+def make_private_directory(path: str) -> None:
+    """Create a directory and those above it, 0700 each; leave existing ones alone."""
+    # os.makedirs would apply the mode to the last level only.
+    if not os.path.isdir(path):
+        if os.path.dirname(path) != path:
+            make_private_directory(os.path.dirname(path))
+        try:
+            os.mkdir(path, 0o700)
+            os.chmod(path, 0o700)  # a umask of 0777 would have left 0000
+        except FileExistsError:
+            pass
+
+
+def read_private(path: str) -> bytes | None:
+    """Return a private file's content, None if there is no file.
+
+    A file that others can read is set to 0600 with a warning.
+
+    Raises:
+        StorageError: It is not a regular file of this user, or it cannot be read.
+    """
+    # O_NONBLOCK, or a named pipe would hold the program up.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        fd = os.open(path, flags)
+        try:
+            _check_owner_and_mode(fd, path)
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {_reason(error)}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise StorageCorrupt(f"{path} is too large to be a credential; move it away")
+    return data
+
+
+def _check_owner_and_mode(fd: int, path: str) -> None:
+    import stat
+
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise StorageError(f"{path} is not a regular file; move it away")
+    if sys.platform == "win32":
+        return  # the mode is invented there, and access follows from the folder's ACL
+    if found.st_uid not in (os.geteuid(), 0):
+        raise StorageError(f"{path} is another user's; use a directory of your own")
+    if found.st_mode & 0o077:
+        try:
+            os.fchmod(fd, 0o600)
+            warn(f"others could read {path}; it is set to 0600 now")
+        except OSError:
+            warn(f"others can read {path}, and its mode cannot be changed")
+
+
+def write_private(path: str, data: bytes) -> None:
+    """Replace a private file whole: 0600, on the disk when this returns.
+
+    A symbolic link is followed.  Hold the lock: two writers would not damage the file,
+    but one of them would lose its change.
+
+    Raises:
+        StorageError: The file is as it was.
+    """
+    # os.replace onto a link would replace the link, and leave the old token behind it.
+    real = os.path.realpath(path)
+    directory = os.path.dirname(real)
+    try:
+        make_private_directory(directory)
+        _remove_leftovers(real)
+        temporary = _temporary_name(real)
+        try:
+            _write_new(temporary, data)
+            _replace(temporary, real, data)
+        finally:
+            _unlink_quietly(temporary)
+        _sync_directory(directory)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {_reason(error)}") from None
+
+
+def check_writable(path: str) -> None:
+    """Make sure that there is room and permission to replace a private file.
+
+    Raises:
+        StorageError: There is not.
+    """
+    real = os.path.realpath(path)
+    try:
+        make_private_directory(os.path.dirname(real))
+        temporary = _temporary_name(real)
+        try:
+            _write_new(temporary, b"", reserve=_size_of(real) + _RESERVED_BYTES)
+        finally:
+            _unlink_quietly(temporary)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {_reason(error)}") from None
+
+
+_RESERVED_BYTES: Final = 16384
+"""Room for what a credential's successor may be longer."""
+
+_TEMPORARY_SUFFIX: Final = ".tmp"
+
+_LEFTOVER_AGE: Final = 60.0
+"""Seconds after which a temporary file is a dead process's, not one in use."""
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror or type(error).__name__}".lower()
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _temporary_name(real: str) -> str:
+    directory, name = os.path.split(real)
+    unique = f".{name}.{os.urandom(8).hex()}{_TEMPORARY_SUFFIX}"
+    return os.path.join(directory, unique)
+
+
+def _write_new(path: str, data: bytes, reserve: int = 0) -> None:
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    fd = os.open(path, flags, 0o600)
+    try:
+        if sys.platform != "win32":
+            os.fchmod(fd, 0o600)  # a umask of 0777 would have left 0000
+        _reserve(fd, reserve)
+        _write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Take room on the disk: a full one lets a file be made, and fails its write."""
+    allocate = getattr(os, "posix_fallocate", None)  # macOS and Windows have none
+    try:
+        if size and allocate:
+            allocate(fd, 0, size)
+            return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    _write_all(fd, bytes(size))
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    # os.write may take a part only, on a disk that is nearly full.
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _replace(temporary: str, real: str, data: bytes) -> None:
+    try:
+        _rename(temporary, real)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        # The file is a mount of its own, as containers have it: only its content can
+        # be replaced.  Blanks, which JSON allows, hide the end of the longer old
+        # record from readers until it is cut off.
+        fd = os.open(real, os.O_WRONLY)
+        try:
+            _write_all(fd, data.ljust(_size_of(real)))
+            os.ftruncate(fd, len(data))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _rename(source: str, target: str) -> None:
+    """Rename over a file; on Windows wait out whoever has it open (untried there)."""
+    pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
+    for pause in pauses:
+        try:
+            return os.replace(source, target)
+        except OSError as error:
+            # Virus scanners and indexers open files without sharing their deletion.
+            if getattr(error, "winerror", None) not in (5, 32, 33):
+                raise
+        time.sleep(pause)
+    os.replace(source, target)
+
+
+def _sync_directory(directory: str) -> None:
+    if os.name == "nt":
+        return  # a directory cannot be opened there
+    try:
+        fd = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return  # one that may be written but not read
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some network file systems cannot; the file itself is on the disk
+    finally:
+        os.close(fd)
+
+
+def _unlink_quietly(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def _remove_leftovers(real: str, older_than: float = _LEFTOVER_AGE) -> None:
+    """Remove the temporary files of processes that died between write and rename."""
+    directory, name = os.path.split(real)
+    for found in os.listdir(directory):
+        if found.startswith(f".{name}.") and found.endswith(_TEMPORARY_SUFFIX):
+            leftover = os.path.join(directory, found)
+            try:
+                age = abs(time.time() - os.lstat(leftover).st_mtime)
+            except OSError:
+                continue
+            if age >= older_than:
+                _unlink_quietly(leftover)
+
+
+class FileLock:
+    """A lock that processes share, held while its context lasts.
+
+    The kernel frees it when a process dies.  The file stays: to remove it would let two
+    processes hold locks on two files of one name.
+    """
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self.path = path
+        self._timeout = timeout
+        self._holder = path  # what a holder holds: this, or a directory in its place
+        self._release: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        deadline = Deadline(self._timeout)
+        pause = 0.002
+        # The kernel's lock has no time limit to wait with, so this knocks: a signal
+        # gets through at once, and nothing is left behind when the time is over.
+        while True:
+            try:
+                self._release = self._try()
+            except OSError as error:
+                text = f"cannot lock {self.path}: {_reason(error)}"
+                raise StorageError(text) from None
+            if self._release:
+                return
+            if deadline.passed():
+                raise Unavailable(
+                    f"another process holds the lock {self._holder}; try again later"
+                )
+            time.sleep(min(pause, deadline.left()))
+            pause = min(pause * 1.5, 0.05)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        release, self._release = self._release, None
+        if release:
+            release()
+
+    def _try(self) -> Callable[[], None] | None:
+        """Take the lock if it is free; return how to release it, None if it is not."""
+        make_private_directory(os.path.dirname(self.path))
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        # A file object, which closes itself if Ctrl-C comes before this returns.
+        file = open(os.open(self.path, flags, 0o600), "rb", buffering=0)
+        try:
+            is_locked = _lock_file(file.fileno())
+        except OSError as error:
+            file.close()
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            self._holder = f"{self.path}.d"
+            return _lock_by_directory(self._holder)
+        # Locked, but removed by somebody meanwhile: then others lock another file.
+        if is_locked and (os.name == "nt" or os.fstat(file.fileno()).st_nlink):
+            return lambda: _unlock_file(file)
+        file.close()
+        return None
+
+
+def _lock_file(fd: int) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            # Held: EACCES or EDEADLK by the documentation, and 0 under Wine.
+            if error.errno in (errno.EBADF, errno.EINVAL):
+                raise
+            return False
+        return True
+    import fcntl
+
+    # Not lockf: it is lost as soon as any descriptor of the file is closed, and does
+    # not keep threads apart.
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unlock_file(file: BinaryIO) -> None:
+    # A child that was forked meanwhile has the file open too: to close it here would
+    # leave it locked for as long as the child lives.
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+
+
+def _lock_by_directory(path: str) -> Callable[[], None] | None:
+    """Lock where the file system has no locks: a directory can be made only once.
+
+    One that a crash left is never taken over: a rule for that could rob a process that
+    was only suspended.  The error names it, for a person to remove.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return None
+    return lambda: os.rmdir(path)
+
+
+def credentials_of(record: Mapping[str, object] | None) -> Credentials | None:
+    """Return the credential in a stored record, None if there is none in it.
+
+    Raises:
+        StorageCorrupt: There is one, and it is damaged.
+    """
+    tokens = record.get("claudeAiOauth") if record else None
+    if not record or not tokens:
+        return None
+    if isinstance(tokens, dict) and tokens.get("accessToken") == "":
+        if not tokens.get("refreshToken"):
+            return None  # emptied by another program's logout
+    return Credentials.from_record(record)
+
+
+class FileStorage:
+    """A credential in a file that only this user can read, encrypted if you like.
+
+    Args:
+        path: Default: credentials.json in the default directory.  A file of Claude
+            Code's own layout will do.
+        cipher: Has ``encrypt(bytes) -> bytes`` and ``decrypt(bytes) -> bytes``.
+        read_only: Another program owns the file: hand out what is there, write nothing
+            and never spend its refresh token.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        cipher: Cipher | None = None,
+        read_only: bool = False,
+    ) -> None:
+        chosen = path or os.path.join(default_directory(), "credentials.json")
+        self.path = os.path.abspath(os.path.expanduser(os.fspath(chosen)))
+        self.read_only = read_only
+        self.directory = None if read_only else os.path.dirname(self.path)
+        self._cipher = cipher
+
+    def load(self) -> Credentials | None:
+        """Return the stored credential, or None if there is none.
+
+        Raises:
+            StorageCorrupt: The file is damaged; it is left as it was.
+            StorageError: It cannot be read or decrypted.
+        """
+        return credentials_of(self._decrypted(self._read()))
+
+    def save(self, credentials: Credentials) -> None:
+        """Write a credential; keys of other programs stay.  Hold the lock.
+
+        Raises:
+            StorageError: The file is as it was.
+        """
+        self._refuse_if_read_only()
+        stored = self._read()
+        ours = merge_record(self._decrypted(stored), credentials.to_record())
+        if self._cipher:
+            import binascii
+
+            kept = {key: ours.pop(key) for key in RECORD_KEYS if key in ours}
+            sealed = self._cipher.encrypt(dump_json(kept).encode("ascii"))
+            ours[_ENCRYPTED_KEY] = binascii.b2a_base64(sealed, newline=False).decode()
+        write_private(self.path, dump_json(ours).encode("ascii"))
+
+    def delete(self) -> bool:
+        """Remove this module's keys, and the file if nothing else is in it."""
+        self._refuse_if_read_only()
+        stored = self._read()
+        kept = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
+        if len(kept) == len(stored):
+            return False
+        if not kept and self._remove():
+            return True
+        write_private(self.path, dump_json(kept).encode("ascii"))
+        return True
+
+    def check(self) -> None:
+        """Make sure that a save would succeed now, and lose nothing.
+
+        Raises:
+            StorageError: It would not.
+        """
+        self._refuse_if_read_only()
+        self._decrypted(self._read())
+        check_writable(self.path)
+
+    def lock(self, timeout: float) -> FileLock:
+        """Return the lock of the file's folder: a file named ``lock`` in it."""
+        self._refuse_if_read_only()
+        folder = os.path.dirname(os.path.realpath(self.path))
+        return FileLock(os.path.join(folder, "lock"), timeout)
+
+    def stamp(self) -> object:
+        """Return what a single ``stat`` tells about the file."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return "absent"
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+    def describe(self) -> str:
+        """Say where the file is, and whether it is encrypted."""
+        notes = [self._cipher and "encrypted", self.read_only and "read only"]
+        told = ", ".join(note for note in notes if note)
+        return f"{self.path}{f' ({told})' if told else ''}"
+
+    def _refuse_if_read_only(self) -> None:
+        if self.read_only:
+            raise StorageError(
+                f"{self.path} belongs to another program and is only read;"
+                " log in and out there, or use a storage of your own"
+            )
+
+    def _read(self) -> dict[str, object]:
+        data = read_private(self.path)
+        if data is None:
+            return {}
+        record = parse_json_object(data)
+        if record is None:
+            raise StorageCorrupt(
+                f"{self.path} is damaged: it holds no JSON object;"
+                " move it away and log in again"
+            )
+        return record
+
+    def _decrypted(self, stored: dict[str, object]) -> dict[str, object]:
+        """Return the record with our part in clear."""
+        if _ENCRYPTED_KEY not in stored:
+            return stored
+        sealed = stored[_ENCRYPTED_KEY]
+        if self._cipher is None:
+            raise StorageError(
+                f"{self.path} is encrypted; set CLAUDE_OAUTH_PASSPHRASE_FILE to the"
+                " file with its passphrase"
+            )
+        clear = parse_json_object(self._cipher.decrypt(_from_base64(sealed)))
+        if clear is None:
+            raise StorageCorrupt(f"{self.path} holds no record; log in again")
+        others = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
+        return {**others, **clear}
+
+    def _remove(self) -> bool:
+        real = os.path.realpath(self.path)
+        try:
+            _remove_leftovers(real, older_than=0)
+            os.unlink(real)
+            _sync_directory(os.path.dirname(real))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False  # a mount of its own cannot be removed, only emptied
+            raise StorageError(f"cannot remove {real}: {_reason(error)}") from None
+        return True
+
+
+class Cipher(Protocol):
+    """What a FileStorage encrypts with.  Its errors are StorageErrors."""
+
+    def encrypt(self, data: bytes) -> bytes:
+        """Return data so that only this cipher can read it."""
+
+    def decrypt(self, data: bytes) -> bytes:
+        """Return what was encrypted."""
+
+
+_ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
+_OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
+
+
+def _from_base64(text: object) -> bytes:
+    import binascii
+
+    try:
+        return binascii.a2b_base64(text if isinstance(text, str) else "?")
+    except ValueError:
+        raise StorageCorrupt(
+            f"the record under {_ENCRYPTED_KEY} is damaged; move the file away and log"
+            " in again"
+        ) from None
+
+
+class MemoryStorage:
+    """A credential that ends with the process; for tests and for guests."""
+
+    directory: str | None = None
+
+    def __init__(self, credentials: Credentials | None = None) -> None:
+        import threading
+
+        self._stored = credentials
+        self._mutex = threading.Lock()  # held by whoever is in lock()'s context
+        self._changes = 0
+
+    def load(self) -> Credentials | None:
+        """Return the credential, or None."""
+        return self._stored
+
+    def save(self, credentials: Credentials) -> None:
+        """Keep a credential until the process ends."""
+        self._stored = credentials
+        self._changes += 1
+
+    def delete(self) -> bool:
+        """Forget the credential; return whether there was one."""
+        found, self._stored = self._stored is not None, None
+        self._changes += 1
+        return found
+
+    def check(self) -> None:
+        """Do nothing: memory can be written."""
+
+    def lock(self, timeout: float) -> ContextManager[object]:
+        """Return a lock between the threads of this process."""
+        return _TimedLock(self._mutex, timeout)
+
+    def stamp(self) -> object:
+        """Return how often the credential has changed."""
+        return self._changes
+
+    def describe(self) -> str:
+        """Say that it is in memory."""
+        return "memory"
+
+
+class _TimedLock:
+    """A thread lock as a context that gives up when its seconds are over."""
+
+    def __init__(self, mutex: threading.Lock, timeout: float) -> None:
+        self._mutex = mutex
+        self._timeout = timeout
+
+    def __enter__(self) -> None:
+        if not self._mutex.acquire(timeout=self._timeout):
+            raise Unavailable("another thread holds the lock; try again later")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._mutex.release()
+SECURITY: Final = "/usr/bin/security"
+"""The Keychain's own program, by its whole path: whatever comes first on PATH could be
+anybody's.  Tests put their stand-in here."""
+
+SECRET_TOOL: Final = "/usr/bin/secret-tool"
+"""libsecret's program, by its whole path for the same reason."""
+
+SECURITY_LINE: Final = 4094
+"""Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
+that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c."""
+
+SECRET_TOOL_INPUT: Final = 8191
+"""Bytes that `secret-tool store` reads; it cuts what is longer, and exits with 0.
+Source: libsecret, tool/secret-tool.c; measured with 0.20.5."""
+
+PROGRAM_TIMEOUT: Final = 10.0
+"""Seconds for one call of either program: a dialog that nobody sees waits for ever."""
+
+PROGRAM_PAUSE: Final = 5.0
+"""Seconds after a failure before either program is started again."""
+
+MAX_CHUNKS: Final = 999
+"""Pieces of one record, at some 3 KB each; more are never written or believed."""
+
+_UNLOCK: Final = (
+    "is locked or asks for a person; unlock it in this session with `security"
+    " unlock-keychain ~/Library/Keychains/login.keychain-db`"
+)
+_TRANSIENT: Final = "is not available just now; try again"
+
+_SECURITY_STATUS: Final = {
+    -25300: "did not say for certain whether the login is there; look at HOME",
+    **dict.fromkeys((-25308, -25315, -25293, -128, -60005, -60008), _UNLOCK),
+    **dict.fromkeys((-67869, -2070), _UNLOCK),
+    # With -U this is no duplicate: an update was refused, and creating came next.
+    -25299: _UNLOCK,
+    **dict.fromkeys((-25320, -25291, -67585), _TRANSIENT),
+    **dict.fromkeys((-25307, -25294, -25295), "does not exist for this user and HOME"),
+    **dict.fromkeys((-25292, -61), "cannot be written"),
+    **dict.fromkeys((-34, -36, 100028, 100013, 100030), "has no room or is not ours"),
+    -25302: "takes no value of this size",
+    **dict.fromkeys((-50, -34018, -34020), "is out of reach from this sandbox"),
+    2: "needs macOS 10.15 or later",
+}
+"""What `security` returned, and what that says of the Keychain.  The exit status is the
+number modulo 256.  Source: Apple's SecBase.h."""
+
+
+class _Items:
+    """Small named secrets behind a program: one process for each step.
+
+    ``run`` takes the arguments and what goes to stdin, and gives the status (None when
+    the time was over), stdout and stderr.  Both outputs may hold the secret, so they
+    are never part of an error.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        run: Callable[[list[str], bytes], tuple[int | None, bytes, bytes]],
+    ) -> None:
+        self.service = service
+        self._run = run
+
+    def fits(self, name: str, data: bytes) -> bool:
+        """Tell whether one item can hold so much."""
+        raise NotImplementedError
+
+    def room(self, name: str) -> int:
+        """Return how many bytes of base64 one item can hold."""
+        raise NotImplementedError
+
+    def get(self, name: str) -> bytes | None:
+        """Return the secret, or None if it is certain that there is no such item."""
+        raise NotImplementedError
+
+    def exists(self, name: str) -> bool:
+        """Tell whether there is such an item, be it locked or not."""
+        raise NotImplementedError
+
+    def put(self, name: str, data: bytes) -> None:
+        """Set a secret, and believe only what a read brings back.
+
+        A status of 0 can lie, a refusal can come after the change, and a time limit
+        says nothing at all.
+        """
+        for _ in range(2):
+            problem = self._add(name, data)
+            try:
+                found = self.get(name)
+            except StorageError as error:
+                unknown = "; whether the new login was stored is not known"
+                raise type(error)(f"{error}{unknown}") from error
+            if found == data:
+                return
+            if problem:
+                raise problem
+        raise StorageError("the new login was stored, but reads back as something else")
+
+    def remove(self, name: str) -> None:
+        """Delete an item, which may be gone already."""
+        problem = self._delete(name)
+        if self.exists(name):
+            raise problem or StorageError("the login was deleted, but is still there")
+
+    def _add(self, name: str, data: bytes) -> StorageError | None:
+        raise NotImplementedError
+
+    def _delete(self, name: str) -> StorageError | None:
+        raise NotImplementedError
+
+
+class _KeychainItems(_Items):
+    """Generic passwords in the macOS Keychain, through `security -i`.
+
+    The one command stands on stdin, because every user of the machine can read
+    arguments.  Numbers decide, never texts.  Source: Apple's SecurityTool, security.c,
+    keychain_add.c and keychain_find.c of 2025; its line reader is the same since 2014.
+    """
+
+    def fits(self, name: str, data: bytes) -> bool:
+        return len(self._add_line(name, data)) <= SECURITY_LINE
+
+    def room(self, name: str) -> int:
+        return SECURITY_LINE - len(self._add_start(name) + b' -w ""\n')
+
+    def get(self, name: str) -> bytes | None:
+        output = self._find(name, b" -w\n")
+        return None if output is None else _unhex(output[:-1])
+
+    def exists(self, name: str) -> bool:
+        # Without -w it answers on a locked keychain too, and asks nobody.
+        return self._find(name, b"\n") is not None
+
+    def _find(self, name: str, rest: bytes) -> bytes | None:
+        """Return what was printed, or None if it is certain that there is no such item.
+
+        -25300 stands for any failure of the search.  It is certain if the one line that
+        `security` printed itself is the one that says so.
+        """
+        line = self._command(b"find-generic-password", name) + rest
+        number, output, errors = self._call(line)
+        if number == 0:
+            return output
+        said = [row for row in errors.splitlines() if row.startswith(b"security:")]
+        certain = b"security: SecKeychainSearchCopyNext:"
+        if number == -25300 and len(said) == 1 and said[0].startswith(certain):
+            return None
+        raise _keychain_error(number)
+
+    def _add(self, name: str, data: bytes) -> StorageError | None:
+        line = self._add_line(name, data)
+        if len(line) > SECURITY_LINE:
+            raise StorageError("the record is too long for the Keychain")
+        number, _, _ = self._call(line)
+        return None if number == 0 else _keychain_error(number)
+
+    def _add_line(self, name: str, data: bytes) -> bytes:
+        start = self._add_start(name)
+        line = start + b" -X " + data.hex().encode("ascii") + b"\n"
+        if len(line) > SECURITY_LINE and data.isascii() and data.decode().isprintable():
+            line = start + b" -w " + _quoted(data) + b"\n"
+        return line
+
+    def _add_start(self, name: str) -> bytes:
+        # Without -T and -A: they change who may read the item, which asks a person.
+        return self._command(b"add-generic-password -U", name)
+
+    def _delete(self, name: str) -> StorageError | None:
+        line = self._command(b"delete-generic-password", name) + b"\n"
+        number, _, _ = self._call(line)
+        return None if number == 0 else _keychain_error(number)
+
+    def _command(self, command: bytes, name: str) -> bytes:
+        account, service = _quoted(name.encode()), _quoted(self.service.encode())
+        return command + b" -a " + account + b" -s " + service
+
+    def _call(self, line: bytes) -> tuple[int | None, bytes, bytes]:
+        """Run one command, and again if the Keychain is not available just now."""
+        for pause in (0.1, 0.3, None):
+            status, output, errors = self._run([SECURITY, "-i"], line)
+            number = _security_number(status, errors)
+            if pause is None or _SECURITY_STATUS.get(number or 0) != _TRANSIENT:
+                break
+            time.sleep(pause)
+        return number, output, errors
+
+
+def _quoted(text: bytes) -> bytes:
+    """Return a word for `security -i`, where a backslash escapes in any state."""
+    return b'"' + text.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
+
+
+def _unhex(output: bytes) -> bytes:
+    """Undo the hex in which `-w` prints a secret that is not all printable ASCII.
+
+    What we store begins with ``{`` or ``cc1:``, so its hex cannot be mistaken for it.
+    """
+    if output.startswith((b"7b", b"63")):
+        try:
+            return bytes.fromhex(output.decode("ascii"))
+        except ValueError:
+            pass
+    return output
+
+
+def _security_number(status: int | None, errors: bytes) -> int | None:
+    """Return what a command of `security -i` returned, None when its time was over.
+
+    The exit status is that of the last line, modulo 256; the number that is printed
+    for each failure is whole.
+    """
+    import re
+
+    returned = re.findall(rb"^[^:\n]*: returned (-?\d+)$", errors, re.MULTILINE)
+    if status is None or status < 0 or not (status or returned):
+        return status
+    if returned:
+        return int(returned[-1])
+    known = (number for number in _SECURITY_STATUS if number & 255 == status)
+    return next(known, status)
+
+
+def _keychain_error(number: int | None) -> StorageError:
+    if number is None:
+        problem = _UNLOCK  # most likely a dialog waits where nobody sees it
+    else:
+        problem = _SECURITY_STATUS.get(number, f"could not be used (status {number})")
+    kind = StorageLocked if problem == _UNLOCK else StorageError
+    return kind(f"the Keychain {problem}, or choose a file with `--store file`")
+
+
+class _SecretToolItems(_Items):
+    """Items of the Secret Service (GNOME Keyring, KWallet), through `secret-tool`.
+
+    Its status is 0 or 1, and a locked item looks as if it were absent.  Source:
+    libsecret's tool/secret-tool.c; each answer was tried with gnome-keyring.
+    """
+
+    def fits(self, name: str, data: bytes) -> bool:
+        return len(data) <= SECRET_TOOL_INPUT
+
+    def room(self, name: str) -> int:
+        return SECRET_TOOL_INPUT
+
+    def get(self, name: str) -> bytes | None:
+        status, output, errors = self._call("lookup", name)
+        if status == 0:
+            return output
+        if errors:
+            raise _secret_tool_error(status)
+        if self.exists(name):
+            raise _secret_tool_error(None)
+        return None
+
+    def exists(self, name: str) -> bool:
+        status, output, errors = self._call("search", name)
+        if status or (errors and not output):
+            raise _secret_tool_error(status)
+        return bool(output)
+
+    def _add(self, name: str, data: bytes) -> StorageError | None:
+        if not self.fits(name, data):
+            raise StorageError("the record is too long for the secret service")
+        status, _, _ = self._call("store", name, data, "--label=" + self.service)
+        return None if status == 0 else _secret_tool_error(status)
+
+    def _delete(self, name: str) -> StorageError | None:
+        status, _, _ = self._call("clear", name)
+        return None if status == 0 else _secret_tool_error(None)
+
+    def _call(
+        self, command: str, name: str, data: bytes = b"", *options: str
+    ) -> tuple[int | None, bytes, bytes]:
+        attributes = ["service", self.service, "account", name]
+        return self._run([SECRET_TOOL, command, *options, *attributes], data)
+
+
+def _secret_tool_error(status: int | None) -> StorageError:
+    if status is None:
+        return StorageLocked(
+            "the keyring is locked or asks for a person; unlock it, as by signing in to"
+            " the desktop, or choose a file with `--store file`"
+        )
+    return StorageError(
+        "the secret service could not be used; it needs a D-Bus session with an"
+        " unlocked keyring (gnome-keyring, KWallet), or choose `--store file`"
+    )
+
+
+class _SlottedValue:
+    """One value of any size over items of limited size, whole at any moment.
+
+    The item ``NAME`` holds the value, or if that is too long a manifest that names
+    pieces in one of two slots, ``NAME#a0…`` or ``NAME#b0…``.  A new value fills the
+    slot that is not in use, then ``NAME`` is set, which alone makes it count, and then
+    what is left over is removed from the highest number down, so that leftovers of a
+    crash have no gaps and the next write finds them.  Writers must exclude each other.
+    """
+
+    def __init__(self, items: _Items, name: str) -> None:
+        self._items = items
+        self.name = name
+
+    def read(self) -> bytes | None:
+        """Return the value, or None if it is certain that there is none."""
+        for attempt in range(6):
+            time.sleep(0.05 * min(attempt, 4))
+            head = self._items.get(self.name)
+            manifest = _manifest(head)
+            if manifest is None:
+                return head
+            # A piece that does not fit is one of a write that just took place.
+            data = self._collect(*manifest)
+            if data is not None:
+                return data
+        raise StorageCorrupt(
+            f"pieces of {self._items.service} are missing or damaged;"
+            " `claude-oauth logout` removes them"
+        )
+
+    def write(self, data: bytes) -> None:
+        """Replace the value; if this raises, the old or the new one is whole."""
+        import hashlib
+
+        manifest = _manifest(self._items.get(self.name))
+        if self._items.fits(self.name, data):
+            self._items.put(self.name, data)
+            self._sweep("a", 0)
+            return
+        slot = "b" if manifest and manifest[0] == "a" else "a"
+        generation = os.urandom(8).hex()
+        count = self._fill(slot, generation, data)
+        digest = hashlib.sha256(data).hexdigest()
+        head = f"cc1:{slot}:{count}:{generation}:{len(data)}:{digest}"
+        self._items.put(self.name, head.encode("ascii"))
+        self._sweep(slot, count)
+
+    def delete(self) -> bool:
+        """Remove the value and every piece; tell whether there was one."""
+        found = self._items.exists(self.name)
+        if found:
+            self._items.remove(self.name)
+        self._clear("a", 0)
+        self._clear("b", 0)
+        return found
+
+    def rehearse(self) -> None:
+        """Raise what a first write would raise: an absent item can be read in vain."""
+        self._items.put(self.name + "#check", b"{}")
+        self._items.remove(self.name + "#check")
+
+    def _fill(self, slot: str, generation: str, data: bytes) -> int:
+        """Write the pieces into a slot that is not in use, and return their number."""
+        import base64
+
+        text = base64.urlsafe_b64encode(data).decode("ascii")
+        size = self._items.room(f"{self.name}#a999") - len("cc1::999:999:") - 16
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        if len(pieces) > MAX_CHUNKS:
+            raise StorageError("the record is too long to be stored")
+        for index, piece in enumerate(pieces):
+            item = f"cc1:{generation}:{index}:{len(pieces)}:{piece}"
+            self._items.put(f"{self.name}#{slot}{index}", item.encode("ascii"))
+        return len(pieces)
+
+    def _collect(
+        self, slot: str, count: int, generation: str, size: int, digest: str
+    ) -> bytes | None:
+        """Return the value of a manifest, None if a piece is not of this value."""
+        import base64
+        import hashlib
+
+        text = b""
+        for index in range(count):
+            item = self._items.get(f"{self.name}#{slot}{index}") or b""
+            start = f"cc1:{generation}:{index}:{count}:".encode("ascii")
+            if not item.startswith(start):
+                return None
+            text += item[len(start) :]
+        try:
+            data = base64.b64decode(text, b"-_", validate=True)
+        except ValueError:
+            return None
+        same = len(data) == size and hashlib.sha256(data).hexdigest() == digest
+        return data if same else None
+
+    def _sweep(self, slot: str, count: int) -> None:
+        """Remove what is left over, if that can be; the value does not depend on it."""
+        try:
+            self._clear(slot, count)
+            self._clear("b" if slot == "a" else "a", 0)
+        except StorageError:
+            pass  # the next write tries again
+
+    def _clear(self, slot: str, first: int) -> None:
+        """Remove a slot's pieces from *first* on, the highest first."""
+        end = first
+        while end <= MAX_CHUNKS and self._items.exists(f"{self.name}#{slot}{end}"):
+            end += 1
+        for index in reversed(range(first, end)):
+            self._items.remove(f"{self.name}#{slot}{index}")
+
+
+def _manifest(head: bytes | None) -> tuple[str, int, str, int, str] | None:
+    """Return slot, count, generation, size and digest; None if it is a plain value."""
+    import re
+
+    pattern = rb"cc1:([ab]):([1-9]\d{0,2}):([0-9a-f]{16}):(\d{1,9}):([0-9a-f]{64})"
+    found = re.fullmatch(pattern, head or b"")
+    if found is None:
+        return None
+    slot, count, generation, size, digest = found.group(1, 2, 3, 4, 5)
+    return slot.decode(), int(count), generation.decode(), int(size), digest.decode()
+
+
+class _ProgramStorage:
+    """A store behind another program, which may be locked, slow or gone at any time.
+
+    What was read or written before is served from memory while the program fails, with
+    one warning and a pause between tries: a failure never means "not logged in", and
+    never leads to a write.  Other processes notice a write by the date of an empty
+    file beside the lock, which costs no process.
+    """
+
+    _title: ClassVar[str]
+    _items: ClassVar[type[_Items]]
+
+    read_only = False
+
+    def __init__(
+        self,
+        service: str = "claude-oauth",
+        account: str | None = None,
+        *,
+        lock_path: str | None = None,
+    ) -> None:
+        import threading
+
+        lock_path = lock_path or os.path.join(default_directory(), "lock")
+        self.directory: str = os.path.dirname(os.path.abspath(lock_path))
+        """Where the lock, the marker and the account file are; no secret."""
+        self.time_limit = PROGRAM_TIMEOUT
+        """Seconds for one call of the program; give more if a person can answer."""
+        self.pause = PROGRAM_PAUSE
+        """Seconds after a failure in which it is not started again."""
+        self._account = _item_name(account or _account_of(self.directory))
+        self._lock_path = lock_path
+        self._marker = os.path.join(self.directory, "store.changed")
+        self._value = _SlottedValue(
+            self._items(_item_name(service), self._start), self._account
+        )
+        self._mutex = threading.Lock()
+        """Guards all below, and is held while the program runs."""
+        self._known: Credentials | None = None
+        """What was read or written last."""
+        self._failure: StorageError | None = None
+        """Why the last try failed, None if it did not."""
+        self._resting = Deadline(0)
+        """Until when that failure is taken for the answer."""
+
+    def load(self) -> Credentials | None:
+        """Return the login; while the program fails, the one that is remembered.
+
+        Raises:
+            StorageLocked: The store is locked, and nothing was read before.
+            StorageCorrupt: The record is unreadable, and nothing was read before.
+            StorageError: The store cannot be used, and nothing was read before.
+        """
+        with self._mutex:
+            failed_before = self._failure is not None
+            try:
+                self._known = self._attempt(self._read)
+            except StorageError as error:
+                if self._known is None:
+                    raise
+                if not failed_before:
+                    warn(f"{error}; going on with the login that was read before")
+            return self._known
+
+    def save(self, credentials: Credentials) -> None:
+        """Store the login over what is there; hold the lock meanwhile.
+
+        Raises:
+            StorageError: It is not stored, or nobody knows; keep it and try again.
+        """
+        with self._mutex:
+            self._known = self._attempt(lambda: self._write(credentials))
+        self._tell_others()
+
+    def delete(self) -> bool:
+        """Remove the login, readable or not; tell whether there was one."""
+        with self._mutex:
+            self._known = self._failure = None
+            found = self._value.delete()
+        self._tell_others()
+        return found
+
+    def check(self) -> None:
+        """Raise StorageError if a save could not succeed now."""
+        with self._mutex:
+            self._known = self._attempt(self._read)
+            if self._known is None:
+                self._attempt(self._value.rehearse)
+
+    def lock(self, timeout: float) -> FileLock:
+        """Return the lock of the directory: a file named ``lock`` in it."""
+        return FileLock(self._lock_path, timeout)
+
+    def stamp(self) -> object:
+        """Return what changes when a process has stored something; starts none."""
+        if self._failure is not None:
+            return None  # what is served may be old: look again, as soon as may be
+        try:
+            found = os.stat(self._marker)
+        except OSError:
+            return 0
+        return found.st_mtime_ns, found.st_ino
+
+    def describe(self) -> str:
+        """Say in a few words where the login is."""
+        service = self._value._items.service
+        return f"{self._title} (service {service}, account {self._account})"
+
+    def _read(self) -> Credentials | None:
+        return credentials_of(self._read_record())
+
+    def _read_record(self) -> dict[str, object] | None:
+        data = self._value.read()
+        if data is None:
+            return None
+        record = parse_json_object(data)
+        if record is None:
+            raise StorageCorrupt(
+                f"the record in {self.describe()} is unreadable;"
+                " `claude-oauth logout` removes it"
+            )
+        return record
+
+    def _write(self, credentials: Credentials) -> Credentials:
+        # Any answer of the read but a record or a certain absence ends it here.
+        record = merge_record(self._read_record() or {}, credentials.to_record())
+        self._value.write(dump_json(record).encode("ascii"))
+        return credentials
+
+    def _attempt(self, step: Callable[[], Credentials | None]) -> Credentials | None:
+        """Take a step, unless one failed a moment ago: then raise the same again."""
+        if self._failure and not self._resting.passed():
+            raise type(self._failure)(*self._failure.args)
+        try:
+            result = step()
+        except StorageError as error:
+            # Without the traceback, whose frames hold the record.
+            self._failure = type(error)(*error.args)
+            self._resting = Deadline(self.pause)
+            raise
+        self._failure = None
+        return result
+
+    def _start(self, argv: list[str], data: bytes) -> tuple[int | None, bytes, bytes]:
+        """Run the program without a terminal, and give up when its time is over.
+
+        In a session of its own it has no terminal to ask on, and a Ctrl-C that is
+        meant for us does not end it half-way.
+        """
+        import subprocess
+
+        try:
+            done = subprocess.run(
+                argv,
+                input=data,
+                capture_output=True,
+                timeout=self.time_limit,
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired:
+            return None, b"", b""
+        except OSError as error:
+            raise StorageError(
+                f"{argv[0]} cannot be run ({error.strerror}), so there is no"
+                f" {self._title} here; choose a file with `--store file`"
+            ) from error
+        return done.returncode, done.stdout, done.stderr
+
+    def _tell_others(self) -> None:
+        try:
+            write_private(self._marker, b"")
+        except StorageError:
+            pass  # they notice when they refresh, which begins with a read
+
+
+class KeychainStorage(_ProgramStorage):
+    """The login in the macOS Keychain; any program of this user can have it read.
+
+    Args:
+        service: The item's service.
+        account: The item's account; None is one for each directory of *lock_path*.
+        lock_path: The file that processes lock; None is the default directory's.
+    """
+
+    _title = "macOS Keychain"
+    _items = _KeychainItems
+
+
+class SecretServiceStorage(_ProgramStorage):
+    """The login in the desktop's keyring; any program of the session can read it.
+
+    The arguments are those of KeychainStorage.
+    """
+
+    _title = "Secret Service"
+    _items = _SecretToolItems
+
+
+def _item_name(name: str) -> str:
+    """Return a name that can stand in a command line of `security -i`."""
+    if not name.isprintable() or len(name.encode()) > 200:
+        raise ConfigError("service and account must be printable and at most 200 bytes")
+    return name
+
+
+def _account_of(directory: str) -> str:
+    """Name the item of a directory: whoever shares its lock shares its login."""
+    import hashlib
+
+    path = os.path.realpath(directory)
+    if path == os.path.realpath(default_directory({})):
+        return "default"
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+
+
+class FernetCipher:
+    """Encrypts with a passphrase: scrypt, then Fernet (AES-128-CBC and HMAC-SHA256).
+
+    Raises:
+        ConfigError: The passphrase is empty, or `cryptography` is not installed.
+
+    Source: RFC 7914; the Fernet specification; OWASP's password storage cheat sheet
+    for the cost.
+    """
+
+    _COST = (1 << 15, 8, 3)
+    """scrypt's n, r and p: 32 MiB and some 0.2 s."""
+
+    def __init__(self, passphrase: str | bytes) -> None:
+        if isinstance(passphrase, str):
+            passphrase = passphrase.encode()
+        if not passphrase:
+            raise ConfigError("the passphrase is empty")
+        try:
+            import cryptography.fernet as fernet
+        except ImportError:
+            raise ConfigError(
+                "encryption needs the `cryptography` package:"
+                " pip install 'claude-oauth[encryption]'"
+            ) from None
+        self._fernet = fernet
+        self._passphrase = passphrase
+        self._keys: dict[tuple[int, int, int, bytes], bytes] = {}
+        """Derived keys, by cost and salt: deriving one is slow on purpose."""
+
+    def __repr__(self) -> str:
+        return "FernetCipher(…)"
+
+    def encrypt(self, data: bytes) -> bytes:
+        """Return ASCII text that carries the cost and the salt along."""
+        import base64
+
+        n, r, p, salt = next(iter(self._keys), (*self._COST, os.urandom(16)))
+        key, check = self._derive(n, r, p, salt)
+        start = f"scrypt:{n}:{r}:{p}:{salt.hex()}:{check}:".encode("ascii")
+        return start + self._fernet.Fernet(base64.urlsafe_b64encode(key)).encrypt(data)
+
+    def decrypt(self, data: bytes) -> bytes:
+        """Return what was encrypted.
+
+        Raises:
+            StorageError: This is not the passphrase.
+            StorageCorrupt: The text is damaged, or of another cipher.
+        """
+        import base64
+        import hmac
+        import re
+
+        form = rb"scrypt:(\d{1,7}):(\d{1,2}):(\d):([0-9a-f]{32}):([0-9a-f]{16}):(.+)"
+        found = re.fullmatch(form, data)
+        if found is None:
+            raise _undecryptable("it is damaged, or was encrypted in another way")
+        n, r, p = (int(number) for number in found.group(1, 2, 3))
+        if not (n * r <= 1 << 21 and n & (n - 1) == 0 and n > 1 and r and p):
+            raise _undecryptable("its scrypt parameters are not usable")
+        key, check = self._derive(n, r, p, bytes.fromhex(found.group(4).decode()))
+        if not hmac.compare_digest(check.encode(), found.group(5)):
+            raise StorageError(
+                "the passphrase is not the one that the login was encrypted with"
+            )
+        try:
+            return self._fernet.Fernet(base64.urlsafe_b64encode(key)).decrypt(
+                found.group(6)
+            )
+        except self._fernet.InvalidToken:
+            raise _undecryptable("it is damaged") from None
+
+    def _derive(self, n: int, r: int, p: int, salt: bytes) -> tuple[bytes, str]:
+        """Return the key, and a check that tells a wrong passphrase from damage.
+
+        Both come out of scrypt together, so the check is as hard to guess from.
+        """
+        import hashlib
+
+        known = (n, r, p, salt)
+        if known not in self._keys:
+            self._keys[known] = hashlib.scrypt(
+                self._passphrase, salt=salt, n=n, r=r, p=p, maxmem=1 << 29, dklen=40
+            )
+        return self._keys[known][:32], self._keys[known][32:].hex()
+
+
+class DPAPICipher:
+    """Encrypts for this Windows user on this machine, by the system's own means.
+
+    Source: learn.microsoft.com, dpapi.h and winerror.h.
+    """
+
+    def encrypt(self, data: bytes) -> bytes:
+        """Return what only this user can decrypt."""
+        return b"dpapi:" + _dpapi("CryptProtectData", data)
+
+    def decrypt(self, data: bytes) -> bytes:
+        """Return what was encrypted.
+
+        Raises:
+            StorageLocked: This session has no access to the user's key.
+            StorageError: Another user or machine encrypted it.
+            StorageCorrupt: The text is damaged, or of another cipher.
+        """
+        mark, _, blob = data.partition(b":")
+        if mark != b"dpapi":
+            raise _undecryptable("it is damaged, or was encrypted in another way")
+        return _dpapi("CryptUnprotectData", blob)
+
+
+def _undecryptable(reason: str) -> StorageCorrupt:
+    return StorageCorrupt(
+        f"the encrypted login cannot be read: {reason}; move it away and log in again"
+    )
+
+
+def _dpapi(function: str, data: bytes) -> bytes:
+    """Call CryptProtectData or CryptUnprotectData, never with a dialog."""
+    import ctypes
+
+    if sys.platform != "win32":
+        raise ConfigError("DPAPI is there on Windows alone")
+
+    class Blob(ctypes.Structure):
+        _fields_ = [("size", ctypes.c_uint32), ("data", ctypes.c_void_p)]
+
+    blob = ctypes.POINTER(Blob)
+    pointer, number = ctypes.c_void_p, ctypes.c_uint32
+    call = getattr(ctypes.WinDLL("crypt32", use_last_error=True), function)
+    call.argtypes = [blob, pointer, pointer, pointer, pointer, number, blob]
+    call.restype = ctypes.c_int
+    free = ctypes.WinDLL("kernel32").LocalFree
+    free.argtypes, free.restype = [pointer], pointer
+    buffer = ctypes.create_string_buffer(data, len(data))
+    given = Blob(len(data), ctypes.cast(buffer, pointer))
+    taken = Blob()
+    ui_forbidden = 0x1
+    if not call(given, None, None, None, None, ui_forbidden, taken):
+        raise _dpapi_error(ctypes.get_last_error())
+    try:
+        return ctypes.string_at(taken.data or 0, taken.size)
+    finally:
+        free(taken.data)
+
+
+def _dpapi_error(number: int) -> StorageError:
+    number &= 0xFFFFFFFF
+    if number == 13:  # ERROR_INVALID_DATA
+        return _undecryptable("it is damaged")
+    if number in (2, 5, 1325, 0x80090345):  # no profile, denied, a dialog, delegation
+        return StorageLocked(
+            "Windows gives this session no access to the user's key, as over SSH with a"
+            " public key; sign in with a password, or choose another store"
+        )
+    return StorageError(
+        f"Windows cannot use the user's key (error {number:#x}): another user, another"
+        " machine or a reset password; move the file away and log in again"
+    )
+
+
+def default_storage() -> Storage:
+    """Return the store that the environment chooses, or the platform's own."""
+    return make_storage()
+
+
+def make_storage(
+    kind: str | None = None,
+    directory: str | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+) -> Storage:
+    """Return a store by its name.
+
+    Args:
+        kind: auto, file, keychain or secret-service; None asks CLAUDE_OAUTH_STORE.
+            auto is the Keychain on macOS, unless CLAUDE_OAUTH_PASSPHRASE_FILE asks
+            for an encrypted file, and a file elsewhere.
+        directory: Where files are; None is the default directory.
+
+    Raises:
+        ConfigError: There is no such store, or the passphrase is not usable.
+    """
+    environ = os.environ if environ is None else environ
+    kind = kind or environ.get("CLAUDE_OAUTH_STORE") or "auto"
+    directory = directory or default_directory(environ)
+    if kind == "auto":
+        encrypted = "CLAUDE_OAUTH_PASSPHRASE_FILE" in environ
+        kind = "file" if encrypted or sys.platform != "darwin" else "keychain"
+    if kind == "file":
+        path = os.path.join(directory, "credentials.json")
+        return FileStorage(path, cipher=_cipher_for(environ))
+    stores = {"keychain": KeychainStorage, "secret-service": SecretServiceStorage}
+    if kind not in stores:
+        raise ConfigError(
+            f"there is no store {printable(kind, limit=40)!r}; choose auto, file,"
+            " keychain or secret-service"
+        )
+    return stores[kind](lock_path=os.path.join(directory, "lock"))
+
+
+def _cipher_for(environ: Mapping[str, str]) -> FernetCipher | DPAPICipher | None:
+    path = environ.get("CLAUDE_OAUTH_PASSPHRASE_FILE")
+    if path:
+        return FernetCipher(_read_passphrase(path, environ))
+    return DPAPICipher() if sys.platform == "win32" else None
+
+
+def _read_passphrase(path: str, environ: Mapping[str, str]) -> bytes:
+    """Read a passphrase, which ends before its newline.
+
+    A path without a folder names a credential of systemd, if there is such a directory.
+    What is in there has modes of its own, that nobody could change.
+    """
+    given = environ.get("CREDENTIALS_DIRECTORY")
+    if given and os.path.dirname(path) in ("", os.path.normpath(given)):
+        try:
+            with open(os.path.join(given, path), "rb") as file:
+                passphrase = file.read(MAX_FILE_BYTES)
+        except OSError as error:
+            raise ConfigError(
+                f"the passphrase file {path} cannot be read: {error.strerror}"
+            ) from error
+    else:
+        passphrase = read_private(path) or b""
+    passphrase = passphrase.rstrip(b"\r\n")
+    if not passphrase:
+        raise ConfigError(f"the passphrase file {path} is missing or empty")
+    return passphrase
+
+
+# -- Sign-in ---------------------------------------------------------------------------
+
+VISIT_SECONDS: Final = 5.0
+"""For a connection to say what it wants; then it is closed."""
+
+GOODBYE_SECONDS: Final = 1.0
+"""For an answered connection to hang up; closing before could lose the answer."""
+
+PAGE_SECONDS: Final = 2.0
+"""For the browser to fetch the result page, once the login is decided."""
+
+NEVER: Final = float("inf")
+
+TOO_LATE: Final = "nobody finished the sign-in in time; try again"
+
+MAX_VISITORS: Final = 128
+"""Connections at a time; the oldest one makes room for the next."""
+
+MAX_HEAD_BYTES: Final = 16384
+"""No browser's request to us comes near."""
+
+PASTE_PAUSE: Final = 0.05
+"""Seconds of silence that end a paste of several lines."""
+
+MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
+"""Characters that a terminal takes in one line; the rest is lost.  Source: tty(4)."""
+
+MAX_PIPED_REFUSALS: Final = 20
+"""Lines of a pipe that are no code, until no more are read: nobody corrects them."""
+
+TEXT_BROWSERS: Final = (
+    *("www-browser", "lynx", "links", "links2", "elinks", "w3m"),
+    *("browsh", "carbonyl", "edbrowse", "netrik", "cha"),
+)
+"""Browsers that would take the terminal for themselves."""
+
+
+class _Alarm:
+    """An event that can be waited for together with descriptors."""
+
+    def __init__(self) -> None:
+        import socket
+        import threading
+
+        self._event = threading.Event()
+        self._near, self._far = socket.socketpair()
+        self._near.setblocking(False)
+        self._far.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._near.fileno()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._event.wait(timeout)
+
+    def set(self) -> None:
+        self._event.set()
+        try:
+            self._far.send(b"!")
+        except OSError:  # full, hence readable; or closed, and nobody waits
+            pass
+
+    def clear(self) -> None:
+        try:
+            self._near.recv(4096)
+        except OSError:
+            pass
+        self._event.clear()
+
+    def close(self) -> None:
+        self._near.close()
+        self._far.close()
+
+
+def _listen_on_loopback(port: int) -> list[socket.socket]:
+    """Listen on 127.0.0.1 and, where it exists, ::1: browsers try either first."""
+    tries_left = 1 if port else 10
+    while True:
+        first = _listen("127.0.0.1", port)
+        try:
+            return [first, _listen("::1", first.getsockname()[1])]
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                return [first]  # there is no IPv6 here
+            first.close()  # another program would be handed the code: not this port
+            tries_left -= 1
+            if not tries_left:
+                raise
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if sys.platform == "win32":
+            # There, another program could otherwise bind the same port and be served.
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            # The last login's closed connections would keep a chosen port for a minute.
+            # On POSIX, this never lets two programs listen on one address.
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        server.bind((host, port))
+        server.listen(1024)  # when it overflows, the browser waits for 1 s
+        server.setblocking(False)
+    except OSError:
+        server.close()
+        raise
+    return server
+
+
+class _Visitor:
+    """One connection to the listener."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.head = b""
+        self.closes_at = time.monotonic() + VISIT_SECONDS
+        self.is_held = False  # it brought the code, and waits for the outcome
+        self.is_answered = False  # it has its answer, and should hang up
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+
+class AuthCodeListener:
+    """Waits on the loopback interface for the browser to bring the code.
+
+    Nothing ends the wait but a callback with the right state. That request is held
+    until `finish` says what became of the login. One thread serves all connections,
+    without ever waiting for one of them; each is short of time and of memory.
+
+    Raises:
+        OSError: On entry, if it cannot listen; the login can go on by paste.
+    """
+
+    def __init__(self, state: str, *, port: int = 0) -> None:
+        if not 0 <= port <= 65535:
+            raise ConfigError("the port must be from 0 to 65535; 0 takes a free one")
+        self.port = port
+        self.redirect_uri = ""
+        self._state = state
+        self._visitors: list[_Visitor] = []  # the listener's thread alone uses these
+        self._pages_owed = 0
+        self._leaves_at = NEVER
+        self._outcome: str | LoginDenied | None = None  # set before `arrived`
+        self._page: str | None = None  # set before `_orders`
+        self._is_stopped = False  # likewise
+
+    def __enter__(self) -> Self:
+        import importlib
+        import secrets
+        import threading
+
+        for name in ("base64", "hashlib", "hmac", "html", "http", "re", "urllib.parse"):
+            importlib.import_module(name)  # impossible once descriptors have run out
+        self._servers = _listen_on_loopback(self.port)
+        self.port = self._servers[0].getsockname()[1]
+        self.redirect_uri = f"http://localhost:{self.port}{CALLBACK_PATH}"
+        # The page names the account: not for others on this machine to find.
+        self._page_path = "/done/" + secrets.token_urlsafe(12)
+        self.arrived, self._orders = _Alarm(), _Alarm()
+        self._thread = threading.Thread(
+            target=self._serve, name="claude-oauth-listener", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._is_stopped = True
+        self._orders.set()
+        self._thread.join()
+        self._orders.close()
+        self.arrived.close()
+
+    def wait(self, timeout: float | None = None) -> str:
+        """Return the code.
+
+        Raises:
+            LoginDenied: The server answered with an error instead.
+            LoginTimeout: Neither came within `timeout` seconds.
+        """
+        if not self.arrived.wait(timeout):
+            raise LoginTimeout(TOO_LATE)
+        if isinstance(self._outcome, LoginDenied):
+            raise LoginDenied(*self._outcome.args)
+        assert self._outcome is not None
+        return self._outcome
+
+    def finish(self, page: str) -> None:
+        """Show the browser that brought the code this page, and stop listening.
+
+        Returns when the page has been fetched, at once if nobody is there to see it,
+        and after PAGE_SECONDS in any case.
+        """
+        self._page = page
+        self._orders.set()
+        self._thread.join()
+
+    # What follows runs in the listener's thread.
+
+    def _serve(self) -> None:
+        import selectors
+
+        with selectors.DefaultSelector() as self._selector:
+            self._selector.register(self._orders, selectors.EVENT_READ, self._obey)
+            for server in self._servers:
+                self._selector.register(server, selectors.EVENT_READ, self._welcome)
+            while not self._is_over():
+                for key, _ in self._selector.select(self._patience()):
+                    key.data(key.fileobj)
+                self._dismiss_late()
+            for visitor in list(self._visitors):
+                self._dismiss(visitor)
+        for server in self._servers:
+            server.close()
+
+    def _is_over(self) -> bool:
+        is_done = self._leaves_at != NEVER and self._pages_owed == 0
+        return self._is_stopped or is_done or time.monotonic() >= self._leaves_at
+
+    def _patience(self) -> float | None:
+        moments = [visitor.closes_at for visitor in self._visitors] + [self._leaves_at]
+        soonest = min(moments)
+        return None if soonest == NEVER else max(0.0, soonest - time.monotonic())
+
+    def _obey(self, orders: _Alarm) -> None:
+        orders.clear()
+        if self._page is not None and self._leaves_at == NEVER:
+            self._leaves_at = time.monotonic() + PAGE_SECONDS
+            for visitor in [v for v in self._visitors if v.is_held]:
+                self._redirect(visitor)
+
+    def _welcome(self, server: socket.socket) -> None:
+        import selectors
+
+        for _ in range(64):  # not endlessly: those who are in want to be heard
+            try:
+                sock, _address = server.accept()
+            except BlockingIOError:
+                return
+            except OSError:  # no descriptor is left for it
+                self._make_room()
+                return
+            if len(self._visitors) >= MAX_VISITORS:
+                self._make_room()
+            sock.setblocking(False)
+            visitor = _Visitor(sock)
+            self._visitors.append(visitor)
+            self._selector.register(visitor, selectors.EVENT_READ, self._hear)
+            self._hear(visitor)  # mostly, the request is there already
+
+    def _make_room(self) -> None:
+        if self._visitors:
+            self._dismiss(min(self._visitors, key=lambda visitor: visitor.is_held))
+        else:
+            self._orders.wait(PASTE_PAUSE)
+
+    def _dismiss(self, visitor: _Visitor) -> None:
+        if visitor in self._visitors:
+            self._visitors.remove(visitor)
+            if visitor.fileno() in self._selector.get_map():
+                self._selector.unregister(visitor)
+            visitor.sock.close()
+
+    def _dismiss_late(self) -> None:
+        now = time.monotonic()
+        for visitor in [v for v in self._visitors if v.closes_at <= now]:
+            self._dismiss(visitor)
+
+    def _hear(self, visitor: _Visitor) -> None:
+        if visitor not in self._visitors:  # it made room a moment ago
+            return
+        try:
+            chunk = visitor.sock.recv(MAX_HEAD_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            chunk = b""
+        if not chunk and visitor.is_held:
+            self._selector.unregister(visitor)  # it said all, and may still listen
+        elif not chunk:
+            self._dismiss(visitor)
+        elif not visitor.is_held and not visitor.is_answered:
+            visitor.head += chunk
+            self._consider(visitor)
+
+    def _consider(self, visitor: _Visitor) -> None:
+        head = visitor.head
+        if b"\r\n\r\n" in head or b"\n\n" in head:
+            self._reply(visitor)
+        elif len(head) > MAX_HEAD_BYTES:
+            self._refuse(visitor, 431)
+        elif not head[:1].isupper():  # noise, or a browser that tries TLS
+            self._refuse(visitor, 400)
+
+    def _reply(self, visitor: _Visitor) -> None:
+        status, target = parse_request_head(visitor.head, port=self.port)
+        path, _, query = target.partition("?")
+        if status != 200:
+            self._refuse(visitor, status)
+        elif path == CALLBACK_PATH:
+            self._receive(visitor, query)
+        elif path == self._page_path and self._page is not None:
+            self._answer(visitor, http_answer(200, self._page))
+            self._pages_owed -= 1
+        else:
+            self._refuse(visitor, 404)
+
+    def _receive(self, visitor: _Visitor, query: str) -> None:
+        outcome: str | LoginDenied
+        try:
+            outcome = parse_callback(query, state=self._state)
+        except LoginDenied as denied:
+            outcome = denied
+        except ValueError:
+            self._refuse(visitor, 400)
+            return
+        if self._outcome is None:
+            self._outcome = outcome
+            self.arrived.set()
+        visitor.is_held = True
+        visitor.closes_at = NEVER
+        if self._page is not None:
+            self._redirect(visitor)
+
+    def _redirect(self, visitor: _Visitor) -> None:
+        if self._answer(visitor, http_answer(303, location=self._page_path)):
+            self._pages_owed += 1
+
+    def _refuse(self, visitor: _Visitor, status: int) -> None:
+        # 405 answers HEAD too, which takes no body.
+        page = "" if status == 405 else stray_page()
+        self._answer(visitor, http_answer(status, page))
+
+    def _answer(self, visitor: _Visitor, answer: bytes) -> bool:
+        import socket
+
+        visitor.is_held = False
+        visitor.is_answered = True
+        visitor.closes_at = time.monotonic() + GOODBYE_SECONDS
+        try:
+            visitor.sock.sendall(answer)  # a few KB, which an idle socket takes whole
+            visitor.sock.shutdown(socket.SHUT_WR)
+        except OSError:  # it is gone
+            self._dismiss(visitor)
+            return False
+        return True
+
+
+class _SystemBrowser:
+    """The person's browser, where it can neither print, nor ask, nor hold us up.
+
+    A child process calls `webbrowser`, which starts browsers with our stdout, waits for
+    some of them to end, and looks away from others before they fail.
+    """
+
+    _OPEN = """
+import os, sys, webbrowser
+is_open = webbrowser.open(sys.argv[1])
+try:
+    is_open = is_open and os.wait()[1] == 0
+except (AttributeError, OSError):
+    pass  # it has no child that is left to fail
+sys.exit(not is_open)
+"""
+
+    def __init__(self) -> None:
+        import threading
+
+        self.commands = self._find_commands()
+        self._lock = threading.Lock()  # guards the two below: no start after stop()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_stopped = False
+
+    def __call__(self, url: str) -> bool:
+        return any(self._run([*command, url]) for command in self.commands)
+
+    def stop(self) -> None:
+        """End the child that opens the browser; the browser itself stays."""
+        with self._lock:
+            self._is_stopped = True
+            if self._process:
+                self._process.kill()
+
+    def _find_commands(self) -> list[list[str]]:
+        browsers = os.environ.get("BROWSER", "").split(os.pathsep)
+        self._chosen = [b for b in browsers if b and not _is_text_browser(b)]
+        if not self._chosen and (any(browsers) or not _has_screen()):
+            return []
+        opener = [sys.executable, "-I", "-S", "-c", self._OPEN]
+        if self._chosen or not _is_wsl():
+            return [opener]
+        # Source: wslu's manual; url.dll is what Windows itself opens addresses with.
+        windows = ["url.dll,FileProtocolHandler"]
+        return [
+            ["wslview"],
+            ["rundll32.exe", *windows],
+            ["/mnt/c/Windows/System32/rundll32.exe", *windows],
+            opener,
+        ]
+
+    def _run(self, command: list[str]) -> bool:
+        import subprocess
+
+        environ = {**os.environ, "BROWSER": os.pathsep.join(self._chosen)}
+        environ.pop("TERM", None)  # without it, webbrowser knows no text-mode browser
+        try:
+            with self._lock:
+                if self._is_stopped:
+                    return False
+                self._process = subprocess.Popen(
+                    command,
+                    env=environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # neither Ctrl-C nor the terminal is for it
+                    creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+                )
+            return self._process.wait() == 0
+        except OSError:
+            return False
+
+
+def _is_text_browser(command: str) -> bool:
+    words = command.replace('"', " ").replace("'", " ").split()
+    return any(os.path.basename(word) in TEXT_BROWSERS for word in words)
+
+
+def _has_screen() -> bool:
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        return True
+    if any(os.environ.get("SSH_" + name) for name in ("CONNECTION", "CLIENT", "TTY")):
+        return False  # it would open where nobody sits
+    return sys.platform in ("darwin", "win32", "cygwin") or _is_wsl()
+
+
+def _is_wsl() -> bool:
+    if os.environ.get("WSL_DISTRO_NAME"):
+        return True
+    return sys.platform == "linux" and "microsoft" in os.uname().release.lower()
+
+
+class _Opening:
+    """A browser on its way, in its own thread: it may fail, hang or never return."""
+
+    def __init__(self, opener: Callable[[str], object], url: str, news: _Alarm) -> None:
+        import threading
+
+        self.has_failed = False
+        self._opener = opener
+        self._url = url
+        self._news = news
+        self._thread = threading.Thread(
+            target=self._open, name="claude-oauth-browser", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        if isinstance(self._opener, _SystemBrowser):
+            self._opener.stop()
+            self._thread.join()
+
+    def _open(self) -> None:
+        try:
+            is_open = self._opener(self._url) is not False
+        except Exception:  # the caller's function; the login goes on
+            is_open = False
+        if not is_open:
+            self.has_failed = True
+            self._news.set()
+
+
+class _Lines:
+    """Where a paste comes from, without anybody waiting for it."""
+
+    is_terminal = False
+    descriptor: int | None = None
+    """What to wait on for it; None if news come otherwise."""
+
+    def read(self) -> str | None:
+        """Return the paste that has arrived, or None; EOFError if no more will come."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class _DescriptorLines(_Lines):
+    """What is pasted into a terminal, or written into a pipe.
+
+    Read without Python's buffers, and only once it is there: so the lines after ours,
+    and those after the browser has won, are the host program's.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        import selectors
+
+        self.descriptor = descriptor
+        self.is_terminal = os.isatty(descriptor)
+        # A terminal gives one line at a time, whatever is asked for; a pipe all it has.
+        self._size = MAX_TERMINAL_LINE + 1 if self.is_terminal else 1
+        self._held = b""
+        self._is_over = False
+        self._selector = _all_purpose_selector()
+        self._selector.register(descriptor, selectors.EVENT_READ)
+
+    def read(self) -> str | None:
+        while not self._is_over and self._is_ready(0):
+            chunk = self._read_chunk()
+            self._held += chunk
+            if not chunk or self._has_whole_paste():
+                return self._take()
+        if self._is_over:
+            raise EOFError
+        return None
+
+    def close(self) -> None:
+        self._selector.close()
+
+    def _is_ready(self, timeout: float) -> bool:
+        return bool(self._selector.select(timeout))
+
+    def _read_chunk(self) -> bytes:
+        assert self.descriptor is not None
+        try:
+            return os.read(self.descriptor, self._size)
+        except OSError:  # it was closed beneath the object, or the terminal is gone
+            return b""
+
+    def _has_whole_paste(self) -> bool:
+        if not self.is_terminal:
+            return self._held.endswith(b"\n") or len(self._held) > 2 * MAX_PASTE_CHARS
+        return self._held.endswith((b"\n", b"\r")) and not self._is_ready(PASTE_PAUSE)
+
+    def _take(self) -> str:
+        if not self._held:
+            raise EOFError
+        # A piped line without an end is the last one, or endless.
+        self._is_over = not self.is_terminal and not self._held.endswith(b"\n")
+        text, self._held = self._held.decode("utf-8", "replace"), b""
+        return text
+
+
+class _ThreadLines(_Lines):
+    """Lines of an object that cannot be waited on: a notebook's input, a StringIO.
+
+    A read cannot be called off: when the browser wins, the one under way still takes
+    the program's next line. Its thread is a daemon, and ends with that line.
+    """
+
+    def __init__(self, read_line: Callable[[], str], news: _Alarm) -> None:
+        self._read_line = read_line
+        self._news = news
+        self._line: str | None = None  # written before `_is_reading` is cleared
+        self._is_reading = False
+
+    def read(self) -> str | None:
+        if self._is_reading:
+            return None
+        line, self._line = self._line, None
+        if line == "":
+            raise EOFError
+        if line is None:
+            self._start()
+        return line
+
+    def _start(self) -> None:
+        import threading
+
+        self._is_reading = True
+        threading.Thread(
+            target=self._wait_for_line, name="claude-oauth-paste", daemon=True
+        ).start()
+
+    def _wait_for_line(self) -> None:
+        try:
+            self._line = self._read_line()
+        except (EOFError, OSError, ValueError):
+            self._line = ""
+        self._is_reading = False
+        self._news.set()
+
+
+if sys.platform == "win32":
+
+    class _ConsoleLines(_Lines):
+        """Keys of a Windows console: it cannot be waited on together with sockets."""
+
+        is_terminal = True
+
+        def __init__(self) -> None:
+            self._held = ""
+
+        def read(self) -> str | None:
+            import msvcrt
+
+            while msvcrt.kbhit():
+                self._press(msvcrt.getwch())
+            if not self._held.endswith("\n"):
+                return None
+            text, self._held = self._held, ""
+            return text
+
+        def _press(self, key: str) -> None:
+            import msvcrt
+
+            if key in ("\0", "\xe0"):  # an arrow or function key comes as two
+                msvcrt.getwch()
+            elif key == "\x03":
+                raise KeyboardInterrupt
+            elif key == "\x1a":
+                raise EOFError
+            elif key == "\b":
+                self._held = self._held[:-1]
+                self._echo("\b \b")
+            else:
+                self._held += "\n" if key == "\r" else key
+                self._echo("\r\n" if key == "\r" else key)
+
+        def _echo(self, text: str) -> None:
+            import msvcrt
+
+            for character in text:
+                msvcrt.putwch(character)
+
+
+def _open_lines(news: _Alarm) -> _Lines | None:
+    """Return where a person can paste, or None if stdin is closed."""
+    import builtins
+
+    if getattr(input, "__module__", "builtins") != "builtins":  # a notebook's
+        return _ThreadLines(lambda: builtins.input() + "\n", news)
+    if sys.stdin is None or sys.stdin.closed:
+        return None
+    try:
+        descriptor = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):
+        return _ThreadLines(sys.stdin.readline, news)
+    if sys.platform == "win32":
+        if os.isatty(descriptor):
+            return _ConsoleLines()
+        return _ThreadLines(sys.stdin.readline, news)
+    return _DescriptorLines(descriptor)
+
+
+def _all_purpose_selector() -> selectors.BaseSelector:
+    """Return one that takes terminals and files as well as sockets.
+
+    epoll refuses files, macOS's poll refuses terminals, and select stops at descriptor
+    1023, which a host program may have passed.
+    """
+    import selectors
+
+    poll: type[selectors.BaseSelector] = getattr(
+        selectors, "PollSelector", selectors.SelectSelector
+    )
+    return selectors.SelectSelector() if sys.platform == "darwin" else poll()
+
+
+class _Race:
+    """One sign-in: the browser's callback against the paste, until the time is over."""
+
+    def __init__(
+        self,
+        listener: AuthCodeListener | None,
+        *,
+        automatic_url: str | None,
+        manual_url: str,
+        opener: Callable[[str], object] | None,
+        read: Callable[[str], GrantedCode],
+        port: int,
+        timeout: float,
+    ) -> None:
+        self._listener = listener
+        self._automatic_url = automatic_url if listener else None
+        self._manual_url = manual_url
+        self._opener = opener
+        self._read = read
+        self._port = port if listener else 0
+        self._deadline = Deadline(timeout)
+        self._news = _Alarm()
+        self._opening: _Opening | None = None
+        self._lines: _Lines | None = None
+        self._earlier = ""  # what was refused: a paste may come in two
+        self._refusals = 0
+        self._is_prompting = False
+
+    def run(self, *, paste: bool) -> GrantedCode:
+        """Return the code that comes first."""
+        self._lines = _open_lines(self._news) if paste else None
+        text = self._next_paste()
+        self._check_that_a_way_is_left()
+        self._announce()
+        if self._opener:
+            url = self._automatic_url or self._manual_url
+            self._opening = _Opening(self._opener, url, self._news)
+        self._prompt()
+        while True:
+            granted = self._judge(text) if text is not None else None
+            if granted:
+                return granted
+            if self._listener and self._listener.arrived.is_set():
+                return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
+            if text is None:
+                self._check_that_a_way_is_left()
+                self._wait()
+            text = self._next_paste()
+
+    def close(self) -> None:
+        """Let go of stdin, and of a browser that is still being opened."""
+        if self._is_prompting:
+            _say("")
+        if self._lines:
+            self._lines.close()
+        if self._opening:
+            self._opening.close()
+        self._news.close()
+
+    def _announce(self) -> None:
+        if self._lines and self._opener:
+            _say("Opening your browser. If it stays away, open this address anywhere:")
+        elif self._lines:
+            _say("To sign in, open this address in a browser, on any machine:")
+        else:
+            _say("To sign in, open this address in a browser on this machine:")
+        _say_url(self._manual_url if self._lines else self._automatic_url)
+        if self._port and self._lines:
+            _say("Where this machine's port is forwarded, this one needs no paste:")
+            _say_url(self._automatic_url)
+        if self._port:
+            _say(f"  (forwarded by: ssh -L {self._port}:localhost:{self._port} HOST)")
+        if not self._listener:
+            _say("No local port could be opened, so the code has to be pasted.")
+
+    def _prompt(self) -> None:
+        if not self._lines:
+            return
+        limit = ""
+        if _is_terminal(sys.stderr):
+            limit = f" ({describe_seconds(self._deadline.left() + 0.5)} left)"
+        end = " " if self._lines.is_terminal else "\n"
+        _say(f"Paste the code that the page shows here{limit}:", end=end)
+        self._is_prompting = self._lines.is_terminal
+
+    def _check_that_a_way_is_left(self) -> None:
+        if self._deadline.passed():
+            raise LoginTimeout(TOO_LATE)
+        if self._opening and self._opening.has_failed:
+            self._opener = None
+        if not self._lines and not (self._listener and (self._port or self._opener)):
+            raise LoginCancelled(
+                "no browser could be opened and nothing can be pasted here; log in "
+                "from a terminal, or give a port that your browser can reach"
+            )
+
+    def _wait(self) -> None:
+        """Wait for the callback, a paste, a browser's failure, or the deadline."""
+        import selectors
+
+        timeout = self._deadline.left()
+        if sys.platform == "win32":  # neither a key nor Ctrl-C ends a wait there
+            timeout = min(timeout, PASTE_PAUSE)
+        with _all_purpose_selector() as selector:
+            selector.register(self._news, selectors.EVENT_READ)
+            if self._listener:
+                selector.register(self._listener.arrived, selectors.EVENT_READ)
+            if self._lines and self._lines.descriptor is not None:
+                selector.register(self._lines.descriptor, selectors.EVENT_READ)
+            selector.select(timeout)
+        self._news.clear()
+
+    def _next_paste(self) -> str | None:
+        try:
+            return self._lines.read() if self._lines else None
+        except EOFError:
+            self._stop_pasting()
+            return None
+
+    def _stop_pasting(self) -> None:
+        assert self._lines is not None
+        self._lines.close()
+        self._lines = None
+        if self._is_prompting:
+            _say("\nNothing will be pasted, then. Ctrl-C gives up.")
+            self._is_prompting = False
+
+    def _judge(self, text: str) -> GrantedCode | None:
+        reason = ""
+        for reading in self._readings(text):
+            try:
+                granted = self._read(reading)
+            except ValueError as refusal:
+                reason = str(refusal) if reading == text else reason
+            else:
+                self._is_prompting = False  # the person's Enter has ended the line
+                return granted
+        self._earlier = text
+        self._refuse(text, reason)
+        return None
+
+    def _readings(self, text: str) -> list[str]:
+        """Return what may have been meant: the end of the last, all of it, one line."""
+        readings = [text]
+        if "#" in self._earlier or "://" in self._earlier:
+            # A state that began there vouches that the two belong together.
+            readings.insert(0, self._earlier + text)
+        lines = text.splitlines()
+        return readings + lines if len(lines) > 1 else readings
+
+    def _refuse(self, text: str, reason: str) -> None:
+        assert self._lines is not None
+        _say(f"Not taken: {reason}. Copy the whole code that the page shows.")
+        if self._lines.is_terminal and len(text.rstrip("\r\n")) >= MAX_TERMINAL_LINE:
+            _say(f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more.")
+        self._refusals += 1
+        if not self._lines.is_terminal and self._refusals >= MAX_PIPED_REFUSALS:
+            self._stop_pasting()
+        self._prompt()
+
+
+def obtain_code(
+    *,
+    automatic_url: str | None,
+    manual_url: str,
+    listener: AuthCodeListener | None,
+    state: str,
+    manual_redirect_uri: str,
+    open_browser: bool | Callable[[str], object],
+    paste: bool,
+    port: int,
+    timeout: float,
+) -> GrantedCode:
+    """Have a person sign in; return the code that the browser or a paste brings first.
+
+    Args:
+        listener: One that was entered, or None if it could not listen.
+        open_browser: Whether to open one; or what opens one, given the address.
+        port: The port that was asked for, 0 if none: that alone counts as a way.
+
+    Raises:
+        LoginDenied: The server answered with an error.
+        LoginTimeout: Nobody finished within `timeout` seconds.
+        LoginCancelled: Neither a browser nor a paste can bring a code.
+    """
+
+    def read(text: str) -> GrantedCode:
+        return parse_paste(text, state=state, manual_redirect_uri=manual_redirect_uri)
+
+    race = _Race(
+        listener,
+        automatic_url=automatic_url,
+        manual_url=manual_url,
+        opener=_opener_for(open_browser),
+        read=read,
+        port=port,
+        timeout=timeout,
+    )
+    try:
+        return race.run(paste=paste)
+    finally:
+        race.close()
+
+
+def _opener_for(
+    wanted: bool | Callable[[str], object],
+) -> Callable[[str], object] | None:
+    if callable(wanted):
+        return wanted
+    if not wanted:
+        return None
+    if getattr(sys, "frozen", False) or not sys.executable:
+        import webbrowser  # there is no Python to start: in this process, then
+
+        return webbrowser.open
+    browser = _SystemBrowser()
+    return browser if browser.commands else None
+
+
+def _say(text: str, *, end: str = "\n") -> None:
+    """Tell the person; a program without stderr tells nobody."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.write(text + end)
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def _say_url(url: str | None) -> None:
+    # Clickable by OSC 8; Windows' old console and Linux's own would print its marks.
+    known = "WT_SESSION" if sys.platform == "win32" else "TERM"
+    takes_links = os.environ.get(known, "dumb") not in ("dumb", "linux")
+    if url and takes_links and _is_terminal(sys.stderr):
+        url = f"\x1b]8;;{url}\x1b\\{url}\x1b]8;;\x1b\\"
+    _say(url or "")
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
+
+
+# -- Service ---------------------------------------------------------------------------
+
+
+class _Memory(_Value):
+    """What processes remember together, beside the credential; no secret is in it."""
+
+    wait_until: float = 0.0
+    """The server asked for a pause, or was out of order: no refresh before this."""
+    failures: int = 0
+    """How many such answers there were in a row."""
+    rest_until: float = 0.0
+    """A refresh gave a token that lives shorter than wanted: another one would too."""
+    refused: str = ""
+    """The fingerprint of a refresh token that is known to be dead."""
+    refused_until: float = 0.0
+    """Until when that is believed."""
+    refused_scopes: tuple[str, ...] = ()
+    """A list of scopes that the server would not grant on a refresh."""
+    key_organization: str = ""
+    """The organization that the stored API key belongs to."""
+
+    def to_record(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if value}
+
+    @classmethod
+    def from_record(cls, record: object) -> _Memory:
+        """Read what is there; what is malformed was never remembered."""
+        known: dict[str, Any] = {}
+        for name, value in record.items() if isinstance(record, dict) else ():
+            default = getattr(cls, name, None) if name in cls.__annotations__ else None
+            if isinstance(default, tuple) and isinstance(value, list):
+                known[name] = tuple(str(item) for item in value)
+            elif type(value) is type(default) or (
+                isinstance(default, float) and type(value) is int
+            ):
+                known[name] = value
+        return cls(**known)
+
+
+class _AccountFile:
+    """account.json: the cached account, and what processes remember together.
+
+    It is a cache: one that cannot be read counts as empty, and one that cannot be
+    written is kept in memory.  Its changes are made under the storage's lock.
+    """
+
+    _ACCOUNT: Final = "oauthAccount"
+    _MEMORY: Final = "claudeOauthMemory"
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._fallback: dict[str, object] = {}
+
+    def load(self) -> dict[str, object]:
+        """Return the whole file's object."""
+        if self._path is None or self._fallback:
+            return dict(self._fallback)
+        try:
+            return parse_json_object(read_private(self._path) or b"{}") or {}
+        except StorageError:
+            return {}
+
+    def save(self, record: Mapping[str, object]) -> None:
+        """Replace the whole file's object."""
+        self._fallback = {}
+        if self._path is None:
+            self._fallback = dict(record)
+            return
+        try:
+            write_private(self._path, dump_json(record).encode("ascii"))
+        except StorageError:
+            self._fallback = dict(record)
+
+    def account(self) -> dict[str, object]:
+        """Return the cached account, empty if there is none."""
+        found = self.load().get(self._ACCOUNT)
+        return found if isinstance(found, dict) else {}
+
+    def memory(self) -> _Memory:
+        """Return what processes remember."""
+        return _Memory.from_record(self.load().get(self._MEMORY))
+
+    def update(
+        self,
+        *,
+        account: Mapping[str, object] | None = None,
+        memory: _Memory | None = None,
+    ) -> None:
+        """Change the account or the memory; write nothing if nothing changes."""
+        before = self.load()
+        record = dict(before)
+        if account is not None:
+            record[self._ACCOUNT] = dict(account)
+        if memory is not None:
+            record[self._MEMORY] = memory.to_record()
+        record = {k: v for k, v in record.items() if v or k not in self._OWN}
+        if record != before:
+            self.save(record)
+
+    _OWN: Final = (_ACCOUNT, _MEMORY)
+
+    def clear(self) -> None:
+        """Remove this module's own keys, and the file if nothing else is in it."""
+        record = {k: v for k, v in self.load().items() if k not in self._OWN}
+        self._fallback = {}
+        if record:
+            self.save(record)
+        elif self._path is not None:
+            _unlink_quietly(os.path.realpath(self._path))
+
+
+class _Served:
+    """A token that may be handed out without a look at anything, until when."""
+
+    def __init__(self, credentials: Credentials, now: float) -> None:
+        key, expires_at = _console_key(credentials), credentials.expires_at
+        self.token = credentials.access_token
+        self.expires_at = _NEVER if expires_at is None else expires_at
+        self.headers = _key_headers(key) if key else _token_headers(self.token)
+        self.headers_expire_at = _NEVER if key else self.expires_at
+        # Two clocks: one can be set, and the other stands still while a machine sleeps.
+        self.since = now
+        self.until = now + LOOK_INTERVAL
+        self.look_again = time.monotonic() + LOOK_INTERVAL
+
+
+_NEVER: Final = float("inf")
+
+
+
+class OAuthService:
+    """A login that lasts: it signs in, hands out tokens and refreshes them in time.
+
+    Safe to share between threads; any number of processes may use one storage.
+
+    Args:
+        config: Default: from the environment.
+        storage: Default: the platform's store, see ``default_storage``.
+        session: A ``requests.Session`` for this service's own requests.
+        account_file: Where the account is cached, and the waits that processes share.
+            Default: account.json beside the credential, or in the default directory.
+        flush_telemetry: Called at logout, before anything is deleted, with the seconds
+            that it may take.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        config: OAuthConfig | None = None,
+        storage: Storage | None = None,
+        *,
+        session: requests.Session | None = None,
+        account_file: str | os.PathLike[str] | None = None,
+        flush_telemetry: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        import threading
+
+        self.config = OAuthConfig.from_env() if config is None else config
+        self.storage: Storage = default_storage() if storage is None else storage
+        self._session = session
+        self._client = OAuthClient(self.config, session=session, clock=clock)
+        self._account = _AccountFile(_account_path(account_file, self.storage))
+        self._flush_telemetry = flush_telemetry
+        self._clock = clock
+        # Held by the one thread of this process that refreshes; inside it, the
+        # storage's lock keeps other processes out.
+        self._refreshing = threading.Lock()
+        self._pid = os.getpid()
+        # The rest is replaced whole, never changed, so reading it needs no lock.
+        self._served = _Served(Credentials(""), _NEVER)  # never fresh
+        self._seen: tuple[object, Credentials | None] = (None, None)
+        self._unsaved: tuple[Credentials, str | None] | None = None
+        self._failed: tuple[float, Unavailable | None] = (0.0, None)
+        self._put_off_until = 0.0
+        self._read_failed = False
+
+    # What is known without the network
+
+    def credentials(self) -> Credentials | None:
+        """Return the credential in force, or None; no network is used.
+
+        CLAUDE_OAUTH_TOKEN outranks the storage.
+
+        Raises:
+            StorageError: It cannot be read, and nothing was read before.
+            ConfigError: CLAUDE_OAUTH_TOKEN is not a token.
+        """
+        token = _environment_token()
+        return Credentials(token) if token else self._look()
+
+    def status(self) -> dict[str, object]:
+        """Return what `status --json` prints; no network, never a token.
+
+        Raises:
+            StorageError: The storage cannot be read.
+        """
+        if _environment_token() is None:
+            stored = self._look()
+            return self._describe(stored, self._warnings(stored))
+        status = self._describe(None, self._warnings_of_environment())
+        return {**status, "logged_in": True, "source": "environment"}
+
+    def _describe(
+        self, stored: Credentials | None, warnings: Sequence[str]
+    ) -> dict[str, object]:
+        account = self._account.account() if stored else {}
+        # An empty credential stands for none: what it lacks is null in the answer.
+        shown = stored or Credentials("none")
+        left = self._seconds_left(shown)
+        return {
+            "logged_in": self._is_usable(stored),
+            "source": "store" if stored else "none",
+            "method": _method(stored),
+            "email": self.account_name() if stored else None,
+            "organization": _text(account.get("organizationName")),
+            "subscription_type": shown.subscription_type,
+            "rate_limit_tier": shown.rate_limit_tier,
+            "scopes": list(shown.scopes),
+            "expires_at": describe_moment(shown.expires_at),
+            "expires_in": None if shown.expires_at is None else int(left),
+            "refresh_token_expires_at": describe_moment(shown.refresh_token_expires_at),
+            "storage": self.storage.describe(),
+            "client_id": shown.client_id or self.config.client_id or None,
+            "warnings": list(warnings),
+        }
+
+    def account_name(self) -> str | None:
+        """Return the e-mail address of the stored login, if it is known here."""
+        return _text(self._account.account().get("emailAddress"))
+
+    # Tokens
+
+    def access_token(self, *, min_validity: float = REFRESH_BUFFER) -> str:
+        """Return an access token that works, refreshed if that is due.
+
+        While a refresh is under way, or fails for a reason that may pass, a token that
+        is still alive is handed out; after its expiry all wait for the one refresh.
+
+        Args:
+            min_validity: Seconds that the token should live on at least.
+
+        Raises:
+            NotLoggedIn: There is no credential; log in.
+            TokenRefused: The refresh token is dead and the token has expired; log in.
+            Unavailable: The token has expired and the server cannot be asked now.
+            StorageError: The storage cannot be read, or a refreshed token not be kept.
+        """
+        # Programs call this before every request: no lock, no system call, no copy.
+        served, now = self._served, self._clock()
+        if (
+            served.since <= now < served.until
+            and served.expires_at - now > min_validity
+            and time.monotonic() < served.look_again
+        ):
+            return served.token
+        return self._serve(min_validity).token
+
+    def auth_headers(self) -> dict[str, str]:
+        """Return the headers that sign a request to the API in.
+
+        A Bearer token with the API's OAuth beta header, or ``x-api-key`` on the Console
+        path.  Raises what ``access_token`` raises.
+        """
+        served, now = self._served, self._clock()
+        if (
+            served.since <= now < served.until
+            and served.headers_expire_at - now > REFRESH_BUFFER
+            and time.monotonic() < served.look_again
+        ):
+            return served.headers.copy()
+        return self._serve_headers().headers.copy()
+
+    def refresh(self, *, rejected: str | None = None) -> Credentials:
+        """Refresh now, and return the new credential.
+
+        Args:
+            rejected: The access token that a server has just answered 401 to.  Then a
+                newer one that the storage has already will do.
+
+        Raises:
+            ConfigError: CLAUDE_OAUTH_TOKEN is in force, and cannot be refreshed.
+            ClaudeOAuthError: What ``access_token`` raises.
+        """
+        if _environment_token():
+            raise ConfigError(
+                "CLAUDE_OAUTH_TOKEN is in force and cannot be refreshed; unset it"
+            )
+        credentials = _required(self._look())
+        forced = rejected is None
+        return self._renew(credentials, 0, rejected=rejected, forced=forced)
+
+    def _serve(self, min_validity: float) -> _Served:
+        """Look, refresh if that is due, and remember what may be handed out."""
+        token = _environment_token()
+        if token:
+            return _Served(Credentials(token), self._clock())
+        credentials = _required(self._look())
+        if self._is_due(credentials, min_validity):
+            credentials = self._renew(credentials, min_validity)
+        return self._hand_out(credentials)
+
+    def _serve_headers(self) -> _Served:
+        if _environment_token() is None:
+            credentials = _required(self._look())
+            if _console_key(credentials):
+                # A key does not expire, so no token is refreshed for it.
+                return self._hand_out(credentials)
+        return self._serve(REFRESH_BUFFER)
+
+    def _hand_out(self, credentials: Credentials) -> _Served:
+        served = _Served(credentials, self._clock())
+        # Not where another thread has refreshed since the look; and while something is
+        # unsaved every call looks, and tries to save it.
+        if credentials is self._seen[1] and self._unsaved is None:
+            self._served = served
+        return served
+
+    def _is_due(self, credentials: Credentials, min_validity: float) -> bool:
+        """Tell whether a refresh should be tried now."""
+        left = self._seconds_left(credentials)
+        if left <= 0 or not credentials.refresh_token:
+            return left <= 0
+        put_off = self._put_off_until - self._clock()
+        # A put-off that is longer than any was made before the clock was set back.
+        return left <= min_validity and not 0 < put_off <= PUT_OFF
+
+    def _seconds_left(self, credentials: Credentials) -> float:
+        if credentials.expires_at is None:
+            return float("inf")
+        return credentials.expires_at - self._clock()
+
+    # The store
+
+    def _look(self) -> Credentials | None:
+        """Return the stored credential, read again only if it may have changed."""
+        if self._unsaved:
+            self._save_again()
+        unsaved = self._unsaved
+        stamp = self.storage.stamp()
+        seen_stamp, seen = self._seen
+        if stamp is not None and stamp == seen_stamp:
+            return self._newer(seen)
+        try:
+            found = self.storage.load()
+        except StorageError as error:
+            if seen is None:
+                raise
+            # What was read before is better than a logout that nobody asked for.
+            if not self._read_failed:
+                warn(f"{error} (going on with what was read before)")
+            self._read_failed = True
+            return unsaved[0] if unsaved else seen
+        self._read_failed = False
+        self._seen = (stamp, found)
+        return self._newer(found)
+
+    def _newer(self, stored: Credentials | None) -> Credentials | None:
+        """Return what could not be saved, if the store has not moved on since."""
+        unsaved = self._unsaved
+        if unsaved is None:
+            return stored
+        renewed, spent = unsaved
+        if (stored.refresh_token if stored else None) == spent:
+            return renewed
+        self._unsaved = None  # somebody logged in or out meanwhile
+        return stored
+
+    def _save_again(self) -> None:
+        try:
+            with self.storage.lock(0):
+                stored = self.storage.load()
+                renewed = self._newer(stored)
+                if renewed is not None and self._unsaved:
+                    self.storage.save(renewed)
+                    self._unsaved = None
+                    self._account.update(memory=_forgiving(self._account.memory()))
+        except (StorageError, Unavailable):
+            pass  # said once already; the next call tries again
+
+    # Refreshing
+
+    def _renew(
+        self,
+        credentials: Credentials,
+        min_validity: float,
+        *,
+        rejected: str | None = None,
+        forced: bool = False,
+    ) -> Credentials:
+        """Refresh in one thread of one process; everybody else gets what it brings.
+
+        With a token that is alive nobody waits and nothing fails: it is returned.
+        """
+        if getattr(self.storage, "read_only", False):
+            return self._borrow(rejected, forced)
+        asked_for = forced or rejected is not None
+        is_alive = not asked_for and self._seconds_left(credentials) > 0
+        patience = 0 if is_alive else LOCK_TIMEOUT
+        began = time.monotonic()
+        try:
+            with _TimedLock(self._mutex(), patience), self.storage.lock(patience):
+                self._share_failure(began)
+                renewed, is_new = self._renew_alone(min_validity, rejected, forced)
+            # The token is on the disk: nobody has to wait for the profile.
+            return self._complete_account(renewed) if is_new else renewed
+        except NotLoggedIn:
+            raise
+        except ClaudeOAuthError as error:
+            if not is_alive:
+                raise
+            self._put_off_until = self._clock() + PUT_OFF
+            if isinstance(error, (TokenRefused, StorageError)):
+                warn(f"{error} (the present token is used until it expires)")
+            return credentials
+
+    def _mutex(self) -> threading.Lock:
+        if self._pid != os.getpid():
+            # A fork copies a held lock without the thread that would release it.
+            import threading
+
+            self._pid, self._refreshing = os.getpid(), threading.Lock()
+        return self._refreshing
+
+    def _share_failure(self, began: float) -> None:
+        """Raise what ended another thread's try, if this one waited for that try.
+
+        Or a hundred threads would wait for the network one after the other.
+        """
+        when, error = self._failed
+        if error is not None and when > began:
+            raise Unavailable(*error.args)
+
+    def _borrow(self, rejected: str | None, forced: bool) -> Credentials:
+        """Return what another program keeps alive; its refresh token is never spent."""
+        newest = _required(self.storage.load())
+        if forced or not self._will_do(newest, 0, rejected):
+            raise Unavailable(
+                f"the token in {self.storage.describe()} has to be refreshed by the"
+                " program that owns it; run that program, then try again"
+            )
+        return newest
+
+    def _renew_alone(
+        self, min_validity: float, rejected: str | None, forced: bool
+    ) -> tuple[Credentials, bool]:
+        """Look again, and refresh if it is still needed.  Needs the storage's lock.
+
+        Returns the credential, and whether this refreshed it.
+        """
+        newest = _required(self._newer(self.storage.load()))
+        for is_last_try in (False, True):
+            if not forced and self._will_do(newest, min_validity, rejected):
+                self._remember_seen(newest)
+                return newest, False
+            if not is_last_try:
+                self._refuse_to_knock(newest)
+            self.storage.check()
+            try:
+                # Once more, now that the storage is known to work: while it fails, what
+                # it gives may be older than what another process has spent.
+                newest = _required(self._newer(self.storage.load()))
+                return self._spend(newest, min_validity), True
+            except TokenRefused as refused:
+                other = self._newer(self.storage.load())
+                if other is None or other.refresh_token == newest.refresh_token:
+                    self._remember_refused(newest, refused)
+                    raise
+                if is_last_try:
+                    raise
+                newest, forced = other, False  # another program's, which may be alive
+            except Unavailable as error:
+                pause = self._remember_pause(error)
+                is_alive = self._seconds_left(newest) > 0
+                if is_last_try or is_alive or not 0 < pause <= SHORT_WAIT:
+                    self._failed = (time.monotonic(), Unavailable(*error.args))
+                    raise
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _will_do(
+        self, newest: Credentials, min_validity: float, rejected: str | None
+    ) -> bool:
+        left = self._seconds_left(newest)
+        if rejected is not None:
+            return left > 0 and newest.access_token != rejected
+        memory = self._account.memory()
+        rests = 0 < memory.rest_until - self._clock() <= MAX_LIFETIME
+        return left > min_validity or (left > 0 and rests)
+
+    def _refuse_to_knock(self, newest: Credentials) -> None:
+        """Raise what the server would say, if it is known, without asking it."""
+        if self._is_refused(newest):
+            raise TokenRefused("invalid_grant", "refused before, and not sent again")
+        left = self._account.memory().wait_until - self._clock()
+        if 0 < left <= WAIT_CEILING:
+            raise Unavailable(
+                f"the server is to be left alone for {describe_seconds(left)};"
+                " try again then",
+                left,
+            )
+
+    def _spend(self, newest: Credentials, min_validity: float) -> Credentials:
+        """Spend the refresh token and keep what it brings, whatever happens."""
+        with _Uninterrupted():
+            renewed = self._ask(newest)
+            try:
+                self.storage.save(renewed)
+            except Exception as error:
+                # The old token is dead, so the new one must not be lost to whatever a
+                # store may raise.
+                spent = self._unsaved[1] if self._unsaved else newest.refresh_token
+                self._unsaved = (renewed, spent)
+                warn(
+                    f"the refreshed login could not be saved ({_told(error)});"
+                    " it is kept in memory and saved as soon as that works"
+                )
+            else:
+                self._unsaved = None
+        self._remember_success(renewed, min_validity, newest)
+        self._remember_seen(renewed)
+        return renewed
+
+    def _ask(self, newest: Credentials) -> Credentials:
+        memory = self._account.memory()
+        scopes = scopes_to_refresh(newest.scopes, self.config.scopes)
+        if scopes == memory.refused_scopes:
+            scopes = ()
+        try:
+            return self._client.refresh(newest, scopes=scopes)
+        except TokenRefused as refused:
+            if refused.code != "invalid_scope" or not scopes:
+                raise
+        # A scope that is not to be had does not spend the token; asking for none keeps
+        # what was granted.
+        self._account.update(memory=memory.replace(refused_scopes=scopes))
+        return self._client.refresh(newest)
+
+    def _remember_seen(self, credentials: Credentials | None) -> None:
+        self._seen = (None, credentials)
+        self._served = _Served(Credentials(""), _NEVER)
+
+    def _remember_success(
+        self, renewed: Credentials, min_validity: float, spent: Credentials
+    ) -> None:
+        left = self._seconds_left(renewed)
+        lives_too_short = left <= max(min_validity, REFRESH_BUFFER)
+        rest = self._clock() + left / 2 if lives_too_short else 0.0
+        memory = _forgiving(self._account.memory()).replace(rest_until=rest)
+        self._account.update(memory=memory)
+        unsaved = self._unsaved
+        if unsaved:
+            # Other processes still read the spent token: to send it again would end the
+            # login, the unsaved successor included.
+            stored = spent.replace(refresh_token=unsaved[1])
+            self._remember_dead(stored, MAX_LIFETIME)
+
+    def _remember_refused(self, newest: Credentials, refused: TokenRefused) -> None:
+        if refused.code == "invalid_grant":
+            self._remember_dead(newest, MAX_LIFETIME)
+        elif refused.status in (401, 404) and refused.code != "invalid_client":
+            # Most likely dead; but a gateway's word must not end a login for good.
+            self._remember_dead(newest, WAIT_CEILING)
+        # Other refusals are about the account or the settings, and can be mended.
+
+    def _remember_dead(self, credentials: Credentials, seconds: float) -> None:
+        refused = self._fingerprint(credentials)
+        until = self._clock() + seconds
+        memory = self._account.memory().replace(refused=refused, refused_until=until)
+        self._account.update(memory=memory)
+
+    def _remember_pause(self, error: Unavailable) -> float:
+        """Return the seconds to wait after a 429 or 5xx, which every process keeps."""
+        if error.status is None or not (error.status == 429 or error.status >= 500):
+            return 0.0
+        import random
+
+        memory = self._account.memory()
+        failures = memory.failures + 1
+        pause = seconds_to_wait(
+            error.status, error.retry_after, failures=failures, chance=random.random()
+        )
+        until = self._clock() + pause
+        self._account.update(memory=memory.replace(wait_until=until, failures=failures))
+        return pause
+
+    def _fingerprint(self, credentials: Credentials) -> str:
+        client_id = credentials.client_id or self.config.client_id
+        return fingerprint(
+            credentials.refresh_token or "",
+            client_id=client_id,
+            token_url=self.config.token_url,
+        )
+
+    # Whose login it is
+
+    def profile(self, *, force: bool = False) -> Profile:
+        """Return whose login it is, from the cache unless forced to ask.
+
+        Raises:
+            TokenRefused: The token may not ask (403: it lacks user:profile).
+            And what ``access_token`` raises.
+        """
+        credentials = _required(self.credentials())
+        is_ours = _environment_token() is None
+        cached = Profile.from_record(self._account.account(), credentials)
+        if cached and is_ours and not force:
+            return cached
+        profile, token = self._with_token(self._client.fetch_profile)
+        if is_ours and not getattr(self.storage, "read_only", False):
+            with self.storage.lock(LOCK_TIMEOUT):
+                stored = self.storage.load()
+                if stored and stored.access_token == token:
+                    self._keep_profile(profile, stored)
+        return profile
+
+    def create_api_key(self) -> str:
+        """Make a permanent Console API key, store it, and return it.
+
+        Each call makes another one; the organization's Console page deletes them.
+
+        Raises:
+            TokenRefused: The account may not make keys.
+            And what ``access_token`` raises.
+        """
+        key, _ = self._with_token(self._client.create_api_key)
+        if _environment_token() is None:
+            with self.storage.lock(LOCK_TIMEOUT):
+                self._keep_key(key)
+        return key
+
+    def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
+        """Call with an access token, and once more with a new one after a 401."""
+        token = self.access_token()
+        try:
+            return ask(token), token
+        except TokenRefused as refused:
+            if refused.status != 401 or _environment_token():
+                raise
+        token = self.refresh(rejected=token).access_token
+        return ask(token), token
+
+    def _keep_key(self, key: str) -> None:
+        """Store an API key with its organization.  Needs the storage's lock."""
+        stored = _required(self.storage.load()).replace(api_key=key)
+        organization = _text(self._account.account().get("organizationUuid"))
+        memory = self._account.memory().replace(key_organization=organization or "")
+        self._account.update(memory=memory)
+        self.storage.save(stored)
+        self._remember_seen(stored)
+
+    def _keep_profile(self, profile: Profile, credentials: Credentials) -> Credentials:
+        """Store a profile; what it leaves out stays.  Needs the storage's lock."""
+        account = self._account.account()
+        if account.get("accountUuid") not in (None, profile.account_uuid):
+            account = {}
+        news = {k: v for k, v in profile.to_record().items() if v is not None}
+        self._account.update(account={**account, **news})
+        completed = _with_plan(credentials, profile)
+        if completed != credentials:
+            self.storage.save(completed)
+            self._remember_seen(completed)
+        return completed
+
+    def _complete_account(self, renewed: Credentials) -> Credentials:
+        """Ask for the profile if some of it is missing; a failure changes nothing."""
+        account = self._account.account()
+        is_complete = all(account.get(key) for key in _ACCOUNT_NEEDS) and bool(
+            renewed.subscription_type and renewed.rate_limit_tier
+        )
+        may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
+        if is_complete or not may_ask or self._unsaved:
+            return renewed
+        try:
+            profile = self._client.fetch_profile(renewed.access_token)
+            with self.storage.lock(LOCK_TIMEOUT):
+                stored = self.storage.load()
+                if stored is None or stored.access_token != renewed.access_token:
+                    return renewed  # somebody refreshed, or logged out, meanwhile
+                return self._keep_profile(profile, stored)
+        except ClaudeOAuthError:
+            return renewed
+
+    # Login and logout
+
+    def login(
+        self,
+        *,
+        console: bool = False,
+        open_browser: bool | Callable[[str], object] = True,
+        paste: bool = True,
+        port: int = 0,
+        timeout: float = LOGIN_TIMEOUT,
+    ) -> Credentials:
+        """Sign a person in, by browser or by paste, and store the credential.
+
+        Args:
+            console: Sign in at the Console, where an API key comes with the login.
+            open_browser: False for none; or a callable that takes the address.
+            paste: Whether a code may be typed on stdin.
+            port: For the loopback redirect; 0 lets the system choose.
+            timeout: Seconds for the person.
+
+        Raises:
+            ConfigError: There is no client id.
+            LoginError: Denied, too late or given up; try again.
+            TokenRefused: The code was not accepted; try again.
+            Unavailable: No usable answer to the code; try again.
+            StorageError: The credential cannot be stored.
+        """
+        if not self.config.client_id:
+            raise ConfigError(
+                "no client id: pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
+                " (the one that your program was issued)"
+            )
+        # Nobody should sign in for nothing.
+        _import_requests()
+        self.storage.check()
+        self.storage.load()
+        verifier, state = generate_code_verifier(), generate_state()
+        challenge = code_challenge(verifier)
+
+        def url_for(redirect_uri: str) -> str:
+            return self._client.authorize_url(
+                redirect_uri=redirect_uri,
+                challenge=challenge,
+                state=state,
+                console=console,
+            )
+
+        with _Callback(state, port) as listener:
+            try:
+                granted = obtain_code(
+                    automatic_url=url_for(listener.redirect_uri) if listener else None,
+                    manual_url=url_for(self.config.manual_redirect_uri),
+                    listener=listener,
+                    state=state,
+                    manual_redirect_uri=self.config.manual_redirect_uri,
+                    open_browser=open_browser,
+                    paste=paste,
+                    port=port,
+                    timeout=timeout,
+                )
+                credentials, profile = self._trade(granted, verifier, state)
+            except ClaudeOAuthError as error:
+                if listener:
+                    is_denied = isinstance(error, LoginDenied)
+                    page = denied_page() if is_denied else failure_page(str(error))
+                    listener.finish(page)
+                raise
+            if listener:
+                listener.finish(success_page(profile.email if profile else None))
+        return credentials
+
+    def _trade(
+        self, granted: GrantedCode, verifier: str, state: str
+    ) -> tuple[Credentials, Profile | None]:
+        """Turn a code into a stored credential."""
+        with self.storage.lock(LOCK_TIMEOUT):
+            credentials = self._client.exchange_code(
+                granted.code,
+                verifier=verifier,
+                redirect_uri=granted.redirect_uri,
+                state=state,
+            )
+            profile = self._try_profile(credentials)
+            if profile:
+                credentials = _with_plan(credentials, profile)
+            organization = (profile and profile.organization_uuid) or ""
+            credentials = self._with_key(credentials, organization)
+            self._store_login(credentials, profile, organization)
+        return credentials, profile
+
+    def _try_profile(self, credentials: Credentials) -> Profile | None:
+        try:
+            return self._client.fetch_profile(credentials.access_token)
+        except ClaudeOAuthError:
+            return None  # a narrow token may not ask, and is none the worse for it
+
+    def _with_key(self, credentials: Credentials, organization: str) -> Credentials:
+        """Add the organization's API key: the stored one, or else a new one."""
+        stored = self.storage.load()
+        owner = self._account.memory().key_organization
+        if stored and stored.api_key and organization and organization == owner:
+            return credentials.replace(api_key=stored.api_key)
+        if credentials.is_claude_ai:
+            return credentials
+        try:
+            key = self._client.create_api_key(credentials.access_token)
+        except ClaudeOAuthError as error:
+            warn(f"the login works, but no API key could be made: {error}")
+            return credentials
+        return credentials.replace(api_key=key)
+
+    def _store_login(
+        self, credentials: Credentials, profile: Profile | None, organization: str
+    ) -> None:
+        """Replace account and credential.  Needs the storage's lock."""
+        before = self._account.load()
+        stored = self.storage.load()
+        memory = _Memory(key_organization=organization if credentials.api_key else "")
+        # The account first: nobody must see the new login under the old name.
+        account = profile.to_record() if profile else {}
+        self._account.update(account=account, memory=memory)
+        self._unsaved = None
+        try:
+            self.storage.save(credentials)
+        except StorageError:
+            self._account.save(before)
+            self._unsaved = (credentials, stored.refresh_token if stored else None)
+            raise
+        finally:
+            self._put_off_until = 0.0
+            self._remember_seen(credentials)
+
+    def logout(self) -> bool:
+        """End the login here; return whether there was one.
+
+        Telemetry is flushed first, while events still belong to somebody; then the
+        grant is revoked if a revoke_url is set; then this module's own keys are
+        deleted, and nothing else.
+
+        Raises:
+            StorageError: The credential could not be deleted.
+        """
+        if self._flush_telemetry:
+            _call_bounded(self._flush_telemetry, "the telemetry flush")
+        # Under the lock, or a refresh under way would bring the record back.
+        with self.storage.lock(LOCK_TIMEOUT):
+            stored = self._newer(self.storage.load())
+            if stored and stored.refresh_token and self.config.revoke_url:
+                _call_bounded(self._revoke(stored), "the revocation")
+            found = self.storage.delete()
+            self._account.clear()
+            self._unsaved = None
+            self._remember_seen(None)
+        return found
+
+    def _revoke(self, stored: Credentials) -> Callable[[float], object]:
+        client_id = stored.client_id or self.config.client_id
+        config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
+        client = OAuthClient(config, session=self._session)
+        return lambda _seconds: client.revoke(stored.refresh_token or "")
+
+    def _warnings_of_environment(self) -> list[str]:
+        warning = "CLAUDE_OAUTH_TOKEN is in force"
+        try:
+            if self._look():
+                warning += f", and hides the login in {self.storage.describe()}"
+        except StorageError as error:
+            return [warning, str(error)]
+        return [warning]
+
+    def _warnings(self, stored: Credentials | None) -> list[str]:
+        """Return what a person should know about a login that looks fine."""
+        if stored is None:
+            return []
+        memory, now = self._account.memory(), self._clock()
+        warnings = []
+        if self._unsaved:
+            warnings.append("the login is in memory alone: it could not be saved")
+        if self._is_refused(stored):
+            warnings.append("the server refused to refresh the login: log in again")
+        elif self._seconds_left(stored) <= 0 and not stored.refresh_token:
+            warnings.append("the token has expired, with none to refresh it: log in")
+        elif 0 < memory.wait_until - now <= WAIT_CEILING:
+            pause = describe_seconds(memory.wait_until - now)
+            warnings.append(f"the server is to be left alone for another {pause}")
+        return warnings + self._warnings_of_end(stored)
+
+    def _warnings_of_end(self, stored: Credentials) -> list[str]:
+        ends_at, now = stored.refresh_token_expires_at, self._clock()
+        if ends_at is None or ends_at - now >= LOGIN_END_WARNING:
+            return []
+        left = ends_at - now
+        ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
+        return [f"the login itself {ends}, whatever is refreshed: log in again"]
+
+    def _is_refused(self, stored: Credentials) -> bool:
+        memory = self._account.memory()
+        is_known = 0 < memory.refused_until - self._clock() <= MAX_LIFETIME
+        return is_known and memory.refused == self._fingerprint(stored)
+
+    def _is_usable(self, stored: Credentials | None) -> bool:
+        """Tell whether a token can be had, as far as that is known here."""
+        if stored is None:
+            return False
+        ends_at = stored.refresh_token_expires_at
+        is_over = ends_at is not None and ends_at <= self._clock()
+        can_refresh = stored.refresh_token and not self._is_refused(stored)
+        return bool(can_refresh and not is_over) or self._seconds_left(stored) > 0
+
+
+_ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
+"""What account.json must have for a refresh to do without the profile."""
+
+SIGNS_IN: Final = (
+    "CLAUDE_OAUTH_TOKEN",
+    "CLAUDE_CODE_OAUTH_TOKEN",
+    "ANTHROPIC_AUTH_TOKEN",
+    "ANTHROPIC_API_KEY",
+)
+"""Environment variables that still sign programs in after a logout here."""
+
+
+def _account_path(
+    chosen: str | os.PathLike[str] | None, storage: Storage
+) -> str | None:
+    if chosen is not None:
+        return os.path.abspath(os.path.expanduser(os.fspath(chosen)))
+    directory: str | None = getattr(storage, "directory", default_directory())
+    return None if directory is None else os.path.join(directory, "account.json")
+
+
+def _environment_token() -> str | None:
+    value = os.environ.get("CLAUDE_OAUTH_TOKEN")
+    return clean_token(value) if value and value.strip() else None
+
+
+def _forgiving(memory: _Memory) -> _Memory:
+    """Return what is remembered, without what a success ends."""
+    return memory.replace(wait_until=0.0, failures=0, refused="", refused_until=0.0)
+
+
+def _required(credentials: Credentials | None) -> Credentials:
+    if credentials is None:
+        raise NotLoggedIn
+    return credentials
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's text if this module wrote it: others may quote a secret."""
+    known = isinstance(error, ClaudeOAuthError)
+    return str(error) if known else type(error).__name__
+
+
+def _method(credentials: Credentials | None) -> str | None:
+    if credentials is None:
+        return None
+    return "claude.ai" if credentials.is_claude_ai else "console"
+
+
+def _console_key(credentials: Credentials | None) -> str | None:
+    if credentials is None or credentials.is_claude_ai:
+        return None
+    return credentials.api_key
+
+
+def _token_headers(token: str) -> dict[str, str]:
+    if token.startswith("sk-ant-api"):
+        return _key_headers(token)  # CLAUDE_OAUTH_TOKEN may hold either
+    return {"Authorization": f"Bearer {token}", "anthropic-beta": OAUTH_BETA}
+
+
+def _key_headers(key: str) -> dict[str, str]:
+    return {"x-api-key": key}
+
+
+def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
+    return credentials.replace(
+        subscription_type=profile.subscription_type or credentials.subscription_type,
+        rate_limit_tier=profile.rate_limit_tier or credentials.rate_limit_tier,
+    )
+
+
+def _call_bounded(call: Callable[[float], object], name: str) -> None:
+    """Call with the seconds it may take; go on without it then, whatever it raises."""
+    import threading
+
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            call(FLUSH_TIMEOUT)
+        except BaseException as error:  # somebody else's code, SystemExit included
+            warn(f"logging out goes on without {name} ({_told(error)})")
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True, name="claude-oauth-logout").start()
+    if not done.wait(FLUSH_TIMEOUT):
+        warn(f"logging out goes on without {name} (no end after {FLUSH_TIMEOUT:g} s)")
+
+
+class _Callback:
+    """The listener as a context, or None where nothing can be bound."""
+
+    def __init__(self, state: str, port: int) -> None:
+        self._listener: AuthCodeListener | None = AuthCodeListener(state, port=port)
+
+    def __enter__(self) -> AuthCodeListener | None:
+        try:
+            return self._listener and self._listener.__enter__()
+        except OSError:
+            self._listener = None  # the login goes on by paste
+            return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._listener:
+            self._listener.__exit__(kind, error, traceback)
+
+
+class _Uninterrupted:
+    """Hold the program's end back while a spent token's successor is not on the disk.
+
+    In the main thread signals wait; SIGQUIT does not, so that there is a way out.  In
+    another thread no signal arrives, but the program may end around it: then its exit
+    waits.  SIGKILL, and a SIGTERM that ends the program while this runs in another
+    thread, cannot be held back.
+    """
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+        self._pending: list[int] = []
+        self._let_exit: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        import signal
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            self._hold_exit()
+            return
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
+            number = getattr(signal, name, signal.SIGINT)
+            previous = signal.getsignal(number)
+            # None is a handler that is not Python's, and whoever ignores a signal may.
+            if number in self._previous or previous in (None, signal.SIG_IGN):
+                continue
+            try:
+                signal.signal(number, self._hold_back)
+            except ValueError:
+                return  # a sub-interpreter, where no signal arrives
+            self._previous[number] = previous
+
+    def _hold_exit(self) -> None:
+        import atexit
+        import threading
+
+        done, pid = threading.Event(), os.getpid()
+
+        def wait() -> None:
+            if os.getpid() == pid:  # a forked child has not got this thread
+                done.wait(LOCK_TIMEOUT)
+
+        def let_exit() -> None:
+            done.set()
+            atexit.unregister(wait)
+
+        atexit.register(wait)
+        self._let_exit = let_exit
+
+    def _hold_back(self, number: int, _frame: FrameType | None) -> None:
+        self._pending.append(number)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._let_exit()
+        self._restore()
+        if self._pending:
+            import signal
+
+            for number in dict.fromkeys(self._pending):
+                signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        import signal
+
+        if self._previous:
+            number, previous = self._previous.popitem()
+            try:
+                signal.signal(number, previous)
+            finally:  # a signal that arrives here must not leave the others deaf
+                self._restore()
+
+
+class BearerAuth:
+    """Signs requests in: an auth object for `requests`, and for httpx.
+
+    After a 401 the token is refreshed once and the request repeated once, body and all
+    (with httpx: in a class that derives from this one and ``httpx.Auth``).  The token
+    goes to the hosts listed and to the API's host in the service's settings, and there
+    by https or to loopback alone.  (httpx would carry the API key of the Console path
+    along a redirect: leave its ``follow_redirects`` off there.)
+    """
+
+    requires_request_body = True  # httpx reads the body, so that it can be repeated
+
+    def __init__(
+        self, service: OAuthService, *, hosts: Iterable[str] = ("api.anthropic.com",)
+    ) -> None:
+        from urllib.parse import urlsplit
+
+        self._service = service
+        api_host = urlsplit(service.config.profile_url).hostname or ""
+        self._hosts = frozenset((*(host.lower() for host in hosts), api_host))
+        self._decided: dict[str, bool] = {}  # what _may_sign said, by origin
+
+    def __call__(self, request: Any) -> Any:
+        """Sign a request of `requests` or httpx, and return it."""
+        if self._may_sign(str(request.url)):
+            token = self._sign(request)
+            hooks = getattr(request, "hooks", None)  # httpx has none
+            if hooks is not None:
+                position = _position(request.body)
+                hooks["response"].append(self._repeater(token, position))
+        return request
+
+    def auth_flow(self, request: Any) -> Generator[Any, Any, None]:
+        """Sign, send, and repeat once after a 401: what ``httpx.Auth`` asks for."""
+        if not self._may_sign(str(request.url)):
+            yield request
+            return
+        token = self._sign(request)
+        response = yield request
+        if response.status_code == 401 and self._is_renewed(token):
+            self._sign(request)
+            yield request
+
+    def _may_sign(self, url: str) -> bool:
+        origin = "/".join(url.split("/", 3)[:3])
+        if origin not in self._decided:
+            from urllib.parse import urlsplit
+
+            parts = urlsplit(origin)
+            host = (parts.hostname or "").lower()
+            is_safe = parts.scheme == "https" or (
+                parts.scheme == "http" and is_loopback(host)
+            )
+            if len(self._decided) > 100:  # a crawler's memory must not grow with it
+                self._decided = {}
+            self._decided[origin] = is_safe and host in self._hosts
+        return self._decided[origin]
+
+    def _sign(self, request: Any) -> str | None:
+        """Put the headers on a request; return the token if it is one to refresh."""
+        headers = self._service.auth_headers()
+        present = {name.lower() for name in request.headers}
+        if "anthropic-beta" in present and "anthropic-beta" in headers:
+            headers["anthropic-beta"] = _with_beta(request.headers["anthropic-beta"])
+        # The API takes a token or a key, and refuses both.
+        for name in ("authorization", "x-api-key"):
+            if name in present:
+                del request.headers[name]
+        for name, value in headers.items():
+            request.headers[name] = value
+        return headers.get("Authorization", "")[len("Bearer ") :] or None
+
+    def _is_renewed(self, token: str | None) -> bool:
+        if token is None or token == _environment_token():
+            return False
+        self._service.refresh(rejected=token)
+        return True
+
+    def _repeater(self, token: str | None, position: int | None) -> Callable[..., Any]:
+        """Return the response hook of one request."""
+
+        def repeat_after_401(response: requests.Response, **options: Any) -> Any:
+            request: Any = response.request
+            if response.is_redirect:
+                self._keep_from_strangers(response)
+                return response
+            # After a redirect this runs for the stranger's answer too: only a refusal
+            # of the token that went there counts.
+            if response.status_code != 401 or not self._has(request, token):
+                return response
+            if not _rewind(request.body, position) or not self._is_renewed(token):
+                return response
+            response.close()
+            repeated = request.copy()
+            self._sign(repeated)
+            answer = response.connection.send(repeated, **options)
+            answer.history.append(response)
+            answer.request = repeated
+            return answer
+
+        return repeat_after_401
+
+    def _has(self, request: Any, token: str | None) -> bool:
+        sent = request.headers.get("Authorization")
+        return sent == f"Bearer {token}" and self._may_sign(str(request.url))
+
+    def _keep_from_strangers(self, response: requests.Response) -> None:
+        """Take the API key off before `requests` follows a redirect to another host.
+
+        It takes off Authorization by itself, and knows no other secret header.
+        """
+        from urllib.parse import urljoin
+
+        target = urljoin(response.url, response.headers["location"])
+        if not self._may_sign(target):
+            response.request.headers.pop("x-api-key", None)
+
+
+def _with_beta(asked_for: str | bytes) -> str:
+    text = asked_for.decode("latin-1") if isinstance(asked_for, bytes) else asked_for
+    return ",".join(dict.fromkeys((*text.split(","), OAUTH_BETA)))
+
+
+def _position(body: Any) -> int | None:
+    """Return where a body that is a file begins, None if it cannot be sent again."""
+    try:
+        position: int = body.tell()
+    except (AttributeError, OSError):
+        return None
+    return position
+
+
+def _rewind(body: Any, position: int | None) -> bool:
+    """Make a request's body ready to be sent again, if it can be."""
+    if position is not None:
+        body.seek(position)
+        return True
+    return body is None or isinstance(body, (bytes, str))
+
+
+# -- Sandbox ---------------------------------------------------------------------------
+
+SANDBOX_BODY_LIMIT: Final = 1 << 16
+"""Bytes; no request to a sandbox is longer."""
+
+SANDBOX_PATIENCE: Final = 5.0
+"""Seconds for a client to send its request, and for a thread to end."""
+
+
+class _SandboxRequest(_Value):
+    _secret = ("target", "body", "bearer", "api_key")
+
+    method: str
+    target: str
+    body: bytes = b""
+    bearer: str = ""
+    api_key: str = ""
+
+    def query(self) -> dict[str, str]:
+        """Return the parameters, each once.  Source: RFC 6749 section 3.1."""
+        from urllib.parse import parse_qsl
+
+        pairs = parse_qsl(self.target.partition("?")[2], keep_blank_values=True)
+        if len(pairs) != len(dict(pairs)):
+            raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
+        return dict(pairs)
+
+    def json(self) -> dict[str, str]:
+        found = parse_json_object(self.body)
+        if found is None or not all(isinstance(value, str) for value in found.values()):
+            raise _SandboxRefusal(400, "oauth_request_parse_error", "not JSON strings")
+        return {name: str(value) for name, value in found.items()}
+
+
+class _SandboxRefusal(Exception):
+    def __init__(self, status: int, code: str, message: str, retry_after: float = 0):
+        super().__init__(status, code, message, retry_after)
+        self.status, self.code, self.message = status, code, message
+        self.headers = {"Retry-After": f"{retry_after:g}"} if retry_after else {}
+
+    def body(self, endpoint: str) -> dict[str, object]:
+        if endpoint in _SANDBOX_GRANTS:  # RFC 6749 section 5.2
+            return {"error": self.code, "error_description": self.message}
+        error = {"type": self.code, "message": self.message}
+        return {"type": "error", "error": error, "request_id": "req_sandbox"}
+
+
+class _SandboxLogin:
+    """What begins with one code: a family of tokens that live and die together."""
+
+    def __init__(self, asked: dict[str, str], scopes: Iterable[str], ends: float):
+        self.asked = asked  # the authorize request's parameters
+        self.scopes = sorted(scopes)
+        self.ends = ends  # time.monotonic
+        self.alive = True
+        self.code_used = False
+        self.refresh_token = ""  # the one that is not spent
+
+
+class Sandbox:
+    """An authorization server on loopback, for demos and for tests of your program.
+
+        with Sandbox() as sandbox:
+            service = OAuthService(sandbox.config, MemoryStorage())
+            service.login(open_browser=sandbox.approve, paste=False)
+
+    It holds a client to the rules: S256, the same redirect_uri and state, codes and
+    refresh tokens that work once, and the end of the whole login when one comes again.
+    Its tokens look like real ones and are worth nothing.  With an access token, or a
+    key that it made, ``/v1/messages`` answers with the body that it got.
+
+    Attributes:
+        origin: ``http://127.0.0.1:PORT``, once the block has begun.
+        counts: How often each of these was asked for: authorize, authorization_code,
+            refresh_token, profile, api_key, callback (the page with the code to paste),
+            revoke, messages.
+        lifetime: Seconds that the next access token lives.
+        scopes: The most that the next login is granted; CONSOLE_SCOPES make it one of
+            the Console.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int = 0,
+        lifetime: float = 28800,
+        login_lifetime: float = 30 * 86400,
+        rotate: bool = True,
+        scopes: Iterable[str] = CLAUDE_AI_SCOPES,
+    ) -> None:
+        import threading
+
+        self.origin = ""
+        self.lifetime = lifetime
+        self.scopes = tuple(scopes)
+        self.counts = dict.fromkeys(_SANDBOX_ENDPOINTS, 0)
+        self._port = port
+        self._login_lifetime = login_lifetime
+        self._rotate = rotate
+        self._server: Any = None
+        self._threads: list[threading.Thread] = []
+        # Guards counts and all below, while a request is answered.
+        self._lock = threading.Lock()
+        self._failures: dict[str, list[_SandboxRefusal]] = {}
+        self._logins: dict[str, _SandboxLogin] = {}  # by code, by refresh token
+        self._access: dict[str, tuple[_SandboxLogin, float]] = {}  # with its end
+        self._api_keys: set[str] = set()
+
+    def __enter__(self) -> Self:
+        try:
+            self._server = _sandbox_server(self._answer, self._port)
+        except (OSError, OverflowError) as exc:
+            raise ConfigError(
+                f"no sandbox on port {self._port} ({exc}); choose another port"
+            ) from exc
+        self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._start(self._server.serve_forever, 0.05)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        for thread in self._threads:
+            thread.join(SANDBOX_PATIENCE)
+
+    @property
+    def config(self) -> OAuthConfig:
+        """The settings for a program that signs in here."""
+        return OAuthConfig.for_server(self.origin, client_id="sandbox")
+
+    def approve(self, url: str) -> str:
+        """Approve what an authorize URL asks for, as a person with a browser would.
+
+        Fits as ``open_browser=``: a loopback callback is visited, in a thread.  Returns
+        the address that the browser is sent to, which can be pasted as well.
+
+        Raises:
+            ValueError: The request is not a valid one; the text says why.
+        """
+        return self._decide(url, "approve")
+
+    def deny(self, url: str) -> str:
+        """Like `approve`, as a person who does not agree."""
+        return self._decide(url, "deny")
+
+    def expire_access_tokens(self) -> None:
+        """Answer every access token with 401, however long it should live."""
+        with self._lock:
+            self._access.clear()
+
+    def fail_next(
+        self,
+        endpoint: str,
+        status: int = 503,
+        code: str = "api_error",
+        *,
+        retry_after: float = 0,
+        times: int = 1,
+    ) -> None:
+        """Answer the next requests of an endpoint, as `counts` calls it, with an error.
+
+        Args:
+            code: What the error is called, like ``invalid_grant``.
+            retry_after: Seconds for a Retry-After header; 0 for none.
+        """
+        if endpoint not in self.counts:
+            raise ValueError(f"a sandbox has no endpoint {endpoint!r}")
+        refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
+        with self._lock:
+            self._failures.setdefault(endpoint, []).extend([refusal] * times)
+
+    def _start(self, function: Callable[..., object], *args: object) -> None:
+        import threading
+
+        thread = threading.Thread(target=function, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _decide(self, url: str, decision: str) -> str:
+        target = url[len(self.origin) :] if url.startswith(self.origin + "/") else ""
+        body = f"decision={decision}".encode()
+        _, answer, headers = self._answer(_SandboxRequest("POST", target, body))
+        if "Location" not in headers:
+            raise ValueError(f"this login cannot be decided on: {answer}")
+        location = headers["Location"]
+        if not location.startswith(self.origin + "/"):
+            self._start(_visit, location)
+        return location
+
+    def _answer(
+        self, request: _SandboxRequest
+    ) -> tuple[int, str | dict[str, object], dict[str, str]]:
+        """Return status, body (a page or an object) and headers."""
+        endpoint = _SANDBOX_PATHS.get(request.target.partition("?")[0], "")
+        with self._lock:
+            try:
+                if endpoint == "token":
+                    endpoint = request.json().get("grant_type", "")
+                if endpoint not in self.counts:
+                    raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
+                self.counts[endpoint] += 1
+                if self._failures.get(endpoint):
+                    raise self._failures[endpoint].pop(0)
+                answer = getattr(self, "_do_" + endpoint)(request)
+            except _SandboxRefusal as refusal:
+                return refusal.status, refusal.body(endpoint), refusal.headers
+        if endpoint == "authorize" and request.method == "POST":
+            return 302, "", {"Location": answer}
+        return 200, answer, {}
+
+    def _do_authorize(self, request: _SandboxRequest) -> str:
+        """Return the page with the question, or where its answer leads to."""
+        import re
+        from urllib.parse import urlencode
+
+        asked = request.query()
+        for name, pattern in _SANDBOX_RULES.items():
+            pattern = pattern.replace("ORIGIN", re.escape(self.origin))
+            if not re.fullmatch(pattern, asked.get(name, "")):
+                raise _SandboxRefusal(400, "invalid_request", f"{name} is not valid")
+        if request.method != "POST":
+            return _SANDBOX_PAGE
+        callback = {"error": "access_denied", "error_description": "they said no"}
+        if request.body == b"decision=approve":
+            callback = {"code": self._new_code(asked)}
+        query = urlencode({**callback, "state": asked["state"]})
+        return f"{asked['redirect_uri']}?{query}"
+
+    def _new_code(self, asked: dict[str, str]) -> str:
+        code = _sandbox_secret("authcode-")
+        scopes = set(asked["scope"].split()) & set(self.scopes)
+        ends = time.monotonic() + self._login_lifetime
+        self._logins[code] = _SandboxLogin(asked, scopes, ends)
+        return code
+
+    def _do_authorization_code(self, request: _SandboxRequest) -> dict[str, object]:
+        body = request.json()
+        if not body.get("state"):  # RFC 6749 knows nothing of this; the service does
+            raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
+        login = self._logins.get(body.get("code", ""))
+        if login is None or login.code_used:
+            self._end(login)
+            raise _SandboxRefusal(400, "invalid_grant", "the code is wrong or used")
+        login.code_used = True  # whatever comes next
+        for name in ("redirect_uri", "state", "client_id"):
+            if body.get(name) != login.asked[name]:
+                raise _SandboxRefusal(400, "invalid_grant", f"{name} is another one")
+        verifier = body.get("code_verifier", "")
+        if not 43 <= len(verifier) <= 128 or not verifier.isascii():
+            raise _SandboxRefusal(400, "invalid_request", "code_verifier is not valid")
+        if code_challenge(verifier) != login.asked["code_challenge"]:
+            raise _SandboxRefusal(400, "invalid_grant", "code_verifier does not fit")
+        return self._issue(login)
+
+    def _do_refresh_token(self, request: _SandboxRequest) -> dict[str, object]:
+        body = request.json()
+        token = body.get("refresh_token", "")
+        login = self._logins.get(token)
+        if login is None or not login.alive or login.ends < time.monotonic():
+            raise _SandboxRefusal(400, "invalid_grant", "the refresh token is dead")
+        if login.asked["client_id"] != body.get("client_id"):
+            raise _SandboxRefusal(400, "invalid_grant", "client_id is another one")
+        if login.refresh_token != token:
+            self._end(login)  # two programs have it, and one of them is a thief
+            raise _SandboxRefusal(400, "invalid_grant", "the refresh token was spent")
+        wanted = set(body.get("scope", "").split())
+        if not wanted <= {*login.scopes, *ALLOWED_SCOPE_EXPANSIONS}:
+            raise _SandboxRefusal(400, "invalid_scope", "more than can be granted")
+        login.scopes = sorted(wanted) or login.scopes
+        return self._issue(login)
+
+    def _end(self, login: _SandboxLogin | None) -> None:
+        """End a whole login.  Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14."""
+        if login is not None:
+            login.alive = False
+
+    def _issue(self, login: _SandboxLogin) -> dict[str, object]:
+        now = time.monotonic()
+        access_token = _sandbox_secret("sk-ant-oat01-")
+        self._access[access_token] = login, now + self.lifetime
+        if self._rotate or not login.refresh_token:
+            login.refresh_token = _sandbox_secret("sk-ant-ort01-")
+            self._logins[login.refresh_token] = login
+        return {
+            "token_type": "bearer",
+            "access_token": access_token,
+            "refresh_token": login.refresh_token,
+            "expires_in": self.lifetime,
+            "refresh_token_expires_in": int(login.ends - now),
+            "scope": " ".join(login.scopes),
+        }
+
+    def _check_access(self, request: _SandboxRequest, scope: str) -> None:
+        login, end = self._access.get(request.bearer, (None, 0.0))
+        if login is None or not login.alive or end <= time.monotonic():
+            raise _SandboxRefusal(401, "authentication_error", "the token is dead")
+        if scope not in login.scopes:
+            raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
+
+    def _do_profile(self, request: _SandboxRequest) -> dict[str, object]:
+        self._check_access(request, SCOPE_USER_PROFILE)
+        return _SANDBOX_PROFILE
+
+    def _do_api_key(self, request: _SandboxRequest) -> dict[str, object]:
+        self._check_access(request, SCOPE_ORG_CREATE_API_KEY)
+        key = _sandbox_secret("sk-ant-api03-")
+        self._api_keys.add(key)
+        return {"raw_key": key}
+
+    def _do_callback(self, request: _SandboxRequest) -> str:
+        from html import escape
+
+        asked = request.query()
+        shown = asked.get("error") or "#".join((asked["code"], asked["state"]))
+        return f"<!doctype html><title>Sandbox</title><p><code>{escape(shown)}</code>"
+
+    def _do_revoke(self, request: _SandboxRequest) -> dict[str, object]:
+        token = request.json().get("token", "")
+        self._end(self._access.get(token, (None,))[0] or self._logins.get(token))
+        return {}  # for an unknown token too: RFC 7009 section 2.2
+
+    def _do_messages(self, request: _SandboxRequest) -> dict[str, object]:
+        if request.api_key not in self._api_keys:
+            self._check_access(request, SCOPE_USER_INFERENCE)
+        return {"echo": request.body.decode("utf-8", "replace")}
+
+
+def _sandbox_secret(prefix: str) -> str:
+    import secrets
+
+    return f"{prefix}sandbox-{secrets.token_urlsafe(18)}"
+
+
+def _sandbox_server(answer: Callable[[_SandboxRequest], Any], port: int) -> Any:
+    """Return a bound server that has every request answered by a function."""
+    import socketserver
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = SANDBOX_PATIENCE
+
+        def do_GET(self) -> None:
+            length = self.headers.get("Content-Length") or "0"
+            known = length.isdigit() and int(length) <= SANDBOX_BODY_LIMIT
+            request = _SandboxRequest(
+                method=self.command,
+                target=self.path,
+                body=self.rfile.read(int(length)) if known else b"",
+                bearer=(self.headers.get("Authorization") or "").split("Bearer ")[-1],
+                api_key=self.headers.get("x-api-key") or "",
+            )
+            self.wfile.write(_sandbox_bytes(*answer(request)))
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing: the request line may hold a code."""
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # a stampede of processes fits
+
+        def server_bind(self) -> None:
+            # HTTPServer's own asks the resolver for this machine's name.
+            socketserver.TCPServer.server_bind(self)
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Say nothing: a client went away."""
+
+    return Server(("127.0.0.1", port), Handler)
+
+
+def _sandbox_bytes(
+    status: int, answer: str | dict[str, object], headers: dict[str, str]
+) -> bytes:
+    """Return a whole HTTP/1.0 answer: the connection ends with it, and its thread."""
+    is_page = isinstance(answer, str)
+    body = str(answer) if is_page else dump_json(answer)
+    head = {
+        "Content-Type": "text/html; charset=utf-8" if is_page else "application/json",
+        "Content-Length": str(len(body.encode())),
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "no-referrer",
+        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+        **headers,
+    }
+    lines = [f"HTTP/1.0 {status} -", *(f"{k}: {v}" for k, v in head.items())]
+    return "\r\n".join([*lines, "", body]).encode()
+
+
+def _visit(url: str) -> None:
+    """Fetch a page of this machine as a browser does, two redirects included."""
+    from http.client import HTTPConnection, HTTPException
+    from urllib.parse import urljoin, urlsplit
+
+    for _ in range(3):
+        parts = urlsplit(url)
+        connection = HTTPConnection(parts.netloc, timeout=LOGIN_TIMEOUT)
+        try:
+            connection.request("GET", parts._replace(scheme="", netloc="").geturl())
+            location = connection.getresponse().getheader("Location")
+        except (OSError, HTTPException):
+            return  # the program is gone; its own test will say so
+        finally:
+            connection.close()
+        if not location:
+            return
+        url = urljoin(url, location)
+
+
+_SANDBOX_PATHS: Final = {
+    "/oauth/authorize": "authorize",
+    "/v1/oauth/token": "token",
+    "/api/oauth/profile": "profile",
+    "/api/oauth/claude_cli/create_api_key": "api_key",
+    "/oauth/code/callback": "callback",
+    "/v1/oauth/revoke": "revoke",
+    "/v1/messages": "messages",
+}
+_SANDBOX_GRANTS: Final = ("authorization_code", "refresh_token")
+_SANDBOX_ENDPOINTS: Final = (
+    *(name for name in _SANDBOX_PATHS.values() if name != "token"),
+    *_SANDBOX_GRANTS,
+)
+
+_SANDBOX_RULES: Final = {
+    "response_type": "code",
+    "client_id": r"[!-~]+",
+    "redirect_uri": r"(http://localhost:[1-9]\d{0,4}|ORIGIN/oauth/code)/callback",
+    "scope": r"[!-~]+( [!-~]+)*",
+    "state": r"[!-~]{8,}",
+    "code_challenge": r"[A-Za-z0-9_-]{43}",
+    "code_challenge_method": "S256",
+}
+"""What an authorize request must have, and how each value must look."""
+
+_SANDBOX_PROFILE: Final = {
+    "account": {
+        "uuid": "sandbox-account",
+        "email": "sandbox@example.com",
+        "display_name": "Sandbox",
+        "created_at": "2024-01-01T00:00:00Z",
+    },
+    "organization": {
+        "uuid": "sandbox-organization",
+        "name": "Sandbox",
+        "organization_type": "claude_max",
+        "rate_limit_tier": "default_claude_max_5x",
+        "billing_type": "stripe_subscription",
+        "subscription_created_at": "2024-01-01T00:00:00Z",
+        "has_extra_usage_enabled": False,
+    },
+}
+
+_SANDBOX_PAGE: Final = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Sandbox</title>
+<style>body { font: 1.1em sans-serif; max-width: 30em; margin: 4em auto }</style>
+<h1>Sandbox</h1><p>A program asks to sign in. Nothing here is real.</p>
+<form method="post">
+<button id="approve" name="decision" value="approve">Approve</button>
+<button id="deny" name="decision" value="deny">Deny</button>
+</form></html>
+"""
+
+
+# -- Command line ----------------------------------------------------------------------
+
+_EXIT_CODES: Final = (
+    (ConfigError, 2),
+    (NotLoggedIn, 3),
+    (TokenRefused, 3),
+    (LoginError, 3),
+    (Unavailable, 4),
+    (StorageError, 5),
+    (ClaudeOAuthError, 1),
+)
+"""What a script can tell by; 2 is also argparse's, and 130 is Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(argv)
+        finally:
+            # Python's own flush at its end comes too late for an exit code.
+            sys.stdout.flush()
+    except SystemExit as done:  # argparse: usage, --help, --version
+        return done.code if isinstance(done.code, int) else 2
+    except KeyboardInterrupt:
+        _tell("\nclaude-oauth: interrupted")
+        return 130
+    except ClaudeOAuthError as error:
+        _tell(f"claude-oauth: {error}")
+        return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    except OSError as error:
+        # Whoever read our answer has left, or its disk is full; what is still in the
+        # buffer must not fail once more at Python's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _tell(f"claude-oauth: cannot write the answer: {_reason(error)}")
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    # Shell loops run this very line, and argparse would double what it costs.
+    if argv == ["token"]:
+        return _print_token(OAuthService(), REFRESH_BUFFER, False)
+    options = make_parser().parse_args(argv)
+    if options.verbose:
+        import logging
+
+        logging.basicConfig(level=logging.DEBUG)
+    code: int = options.run(options)
+    return code
+
+
+_EPILOG: Final = """\
+examples:
+  claude-oauth login                      sign in, then use `token` in scripts
+  curl -H "Authorization: Bearer $(claude-oauth token)" …
+  claude-oauth --dir ~/work login         another account beside the first
+  claude-oauth demo                       see it at work, without an account
+
+environment:
+  CLAUDE_OAUTH_CLIENT_ID        the client id that your program was issued
+  CLAUDE_OAUTH_SERVER           another server's origin (see `sandbox`)
+  CLAUDE_OAUTH_DIR              folder of the credential and of account.json
+  CLAUDE_OAUTH_STORE            auto, file, keychain or secret-service
+  CLAUDE_OAUTH_TOKEN            a token to use as it is, before any store
+  CLAUDE_OAUTH_PASSPHRASE_FILE  encrypts the file with what is in this one
+  BROWSER, NO_COLOR, HTTPS_PROXY, REQUESTS_CA_BUNDLE
+
+exit codes:
+  0 done                    3 log in (again), or not allowed   130 Ctrl-C
+  1 another error           4 not to be had now: try later
+  2 usage or settings       5 the store cannot be read or written
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser, which shtab makes completions from."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="claude-oauth",
+        description="Sign in to Claude, and get tokens that work.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"%(prog)s {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument(
+        "--client-id", metavar="ID", help="the client id that your program was issued"
+    )
+    parser.add_argument(
+        "--dir", metavar="PATH", help="folder of the credential and of account.json"
+    )
+    parser.add_argument(
+        "--store",
+        choices=("auto", "file", "keychain", "secret-service"),
+        help="where the credential is kept (auto: the Keychain on macOS, else a file)",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="log, without secrets, to stderr"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, short, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=short, description=text)
+        command.set_defaults(run=run)
+        _add_options(name, command)
+    return parser
+
+
+def _add_options(name: str, command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    if name == "login":
+        add("--console", action="store_true", help="at the Console, for an API key")
+        add("--no-browser", action="store_true", help="open none, print the address")
+        add("--scope", action="append", help="ask for this one (may be repeated)")
+        _add_seconds(command, "--timeout", LOGIN_TIMEOUT, "for signing in")
+    if name in ("login", "sandbox"):
+        text = "a fixed port, as `ssh -L` needs (default: a free one)"
+        add("--port", type=_port, default=0, metavar="N", help=text)
+    if name == "sandbox":
+        _add_seconds(command, "--lifetime", 28800, "that access tokens live")
+    if name == "token":
+        _add_seconds(command, "--min-validity", REFRESH_BUFFER, "that it must live on")
+    if name == "demo":
+        add("--browser", action="store_true", help="sign in with your own browser")
+    if name in ("login", "status", "token", "refresh", "profile"):
+        add("--json", action="store_true", help="print one JSON object")
+
+
+def _add_seconds(
+    command: argparse.ArgumentParser, option: str, default: float, text: str
+) -> None:
+    command.add_argument(
+        option,
+        type=_seconds,
+        default=default,
+        metavar="SECONDS",
+        help=f"seconds {text} (default: %(default)g)",
+    )
+
+
+def _port(text: str) -> int:
+    import argparse
+
+    if text.isascii() and text.isdigit() and int(text) < 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
+
+
+def _seconds(text: str) -> float:
+    import argparse
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if 0 <= seconds <= MAX_LIFETIME:
+        return seconds
+    raise argparse.ArgumentTypeError("a time is a number of seconds, as in 300")
+
+
+def _service(options: Any) -> OAuthService:
+    config = OAuthConfig.from_env()
+    if options.client_id:
+        config = config.replace(client_id=options.client_id)
+    if getattr(options, "scope", None):
+        config = config.replace(scopes=tuple(options.scope))
+    return OAuthService(config, make_storage(options.store, options.dir))
+
+
+def _login(options: Any) -> int:
+    service = _service(options)
+    service.login(
+        console=options.console,
+        open_browser=not options.no_browser,
+        port=options.port,
+        timeout=options.timeout,
+    )
+    who = service.account_name() or "an account that gives no name"
+    _tell(f"Signed in as {who}; the login is kept in {service.storage.describe()}.")
+    return _show_status(service.status(), options.json, quiet=True)
+
+
+def _status(options: Any) -> int:
+    service = _service(options)
+    status = service.status()
+    missing = [s for s in service.config.scopes if s not in _list(status["scopes"])]
+    return _show_status(status, options.json, missing=missing)
+
+
+def _token(options: Any) -> int:
+    return _print_token(_service(options), options.min_validity, options.json)
+
+
+def _print_token(service: OAuthService, min_validity: float, as_json: bool) -> int:
+    key = _console_key(service.credentials())
+    if not as_json:
+        print(key or service.access_token(min_validity=min_validity))
+        return 0
+    answer: dict[str, object] = {"api_key": key}
+    if not key:
+        token = service.access_token(min_validity=min_validity)
+        status = service.status()
+        answer = {"access_token": token}
+        answer.update({k: status[k] for k in ("expires_at", "expires_in")})
+    print(dump_json(answer))
+    return 0
+
+
+def _refresh(options: Any) -> int:
+    service = _service(options)
+    service.refresh()
+    status = service.status()
+    left = status["expires_in"]
+    until = f" for {describe_seconds(left)}" if isinstance(left, int) else ""
+    _tell(f"Refreshed; the new token is good{until}.")
+    return _show_status(status, options.json, quiet=True)
+
+
+def _profile(options: Any) -> int:
+    profile = _service(options).profile(force=True)
+    if options.json:
+        print(dump_json(dict(profile.__dict__)))
+        return 0
+    for name, value in profile.__dict__.items():
+        if value is not None:
+            told = {True: "yes", False: "no"}.get(value, value)
+            print(f"{name.replace('_', ' '):26}{printable(told)}")
+    return 0
+
+
+def _api_key(options: Any) -> int:
+    print(_service(options).create_api_key())
+    _tell("This key is permanent; delete it on the Console's page of API keys.")
+    return 0
+
+
+def _logout(options: Any) -> int:
+    service = _service(options)
+    found = service.logout()
+    where = service.storage.describe()
+    _tell(f"Logged out of {where}." if found else f"There was no login in {where}.")
+    for name in SIGNS_IN:
+        if os.environ.get(name):
+            _tell(f"{name} is set, and still signs programs in.")
+    return 0
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _show_status(
+    status: Mapping[str, object],
+    as_json: bool,
+    *,
+    missing: Sequence[str] = (),
+    quiet: bool = False,
+) -> int:
+    """Print a status; return 3 where nobody is logged in."""
+    warnings = _list(status["warnings"])
+    if as_json:
+        print(dump_json(status))
+    elif not quiet:
+        for name, value in _status_rows(status, missing):
+            print(f"{name:14}{value}")
+    if not as_json:
+        if status["source"] == "none":
+            warnings = ["run `claude-oauth login` to sign in"]
+        for warning in warnings:
+            _tell(f"{_coloured('!', '33', sys.stderr)} {warning}")
+    return 0 if status["logged_in"] else 3
+
+
+def _status_rows(
+    status: Mapping[str, object], missing: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Return what a person wants to know first, in words."""
+    is_in = bool(status["logged_in"])
+    scopes = [str(scope) for scope in _list(status["scopes"])]
+    source = "CLAUDE_OAUTH_TOKEN, not the store"
+    rows = (
+        ("source", source if status["source"] == "environment" else ""),
+        ("account", status["email"]),
+        ("organization", status["organization"]),
+        ("plan", status["subscription_type"]),
+        ("tier", status["rate_limit_tier"]),
+        ("path", status["method"]),
+        *(("" if index else "scopes", scope) for index, scope in enumerate(scopes)),
+        ("not granted", " ".join(missing) if scopes else ""),
+        ("token ends", _when(status["expires_at"])),
+        ("login ends", _when(status["refresh_token_expires_at"])),
+        ("store", status["storage"]),
+        ("client id", status["client_id"]),
+    )
+    word, colour = ("yes", "32") if is_in else ("no", "31")
+    yield "logged in", _coloured(word, colour, sys.stdout)
+    yield from ((name, printable(value, limit=1000)) for name, value in rows if value)
+
+
+def _when(moment: object) -> str:
+    """Return a moment of a status as people count: from now."""
+    import calendar
+
+    if not isinstance(moment, str):
+        return ""
+    left = calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ")) - time.time()
+    span = describe_seconds(abs(left))
+    return f"in {span} ({moment})" if left > 0 else f"over for {span} ({moment})"
+
+
+def _coloured(text: str, code: str, stream: TextIO) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or not stream.isatty():
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+class _OwnSettings:
+    """Without the CLAUDE_* settings of the person: demo and sandbox have their own."""
+
+    def __enter__(self) -> str:
+        import tempfile
+
+        names = [name for name in os.environ if name.startswith("CLAUDE_")]
+        self._settings = {name: os.environ.pop(name) for name in names}
+        self._directory = tempfile.TemporaryDirectory(prefix="claude-oauth-")
+        return self._directory.name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.environ.update(self._settings)
+        self._directory.cleanup()
+
+
+def _sandbox(options: Any) -> int:
+    import shlex
+    import threading
+
+    sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
+    try:
+        with _OwnSettings() as directory, sandbox:
+            for name, value in _settings_for(sandbox, directory).items():
+                print(f"export {name}={shlex.quote(value)}")
+            sys.stdout.flush()
+            _tell("Paste these lines into another terminal; Ctrl-C ends this one.")
+            while True:
+                threading.Event().wait(3600)
+    except KeyboardInterrupt:
+        return 0
+    except OSError as error:
+        reason = _reason(error)
+        raise ConfigError(
+            f"cannot listen on port {options.port} ({reason}); choose another"
+        ) from None
+
+
+def _settings_for(sandbox: Sandbox, directory: str) -> dict[str, str]:
+    return {
+        "CLAUDE_OAUTH_SERVER": sandbox.origin,
+        "CLAUDE_OAUTH_CLIENT_ID": sandbox.config.client_id,
+        "CLAUDE_OAUTH_DIR": directory,
+        "CLAUDE_OAUTH_STORE": "file",
+    }
+
+
+def _demo(options: Any) -> int:
+    """Show a login's whole life; nothing of it touches a store or the network."""
+    with _OwnSettings() as directory, Sandbox() as sandbox:
+        path = os.path.join(directory, "credentials.json")
+        service = OAuthService(
+            sandbox.config,
+            FileStorage(path),
+            flush_telemetry=lambda _: _step("logout", "telemetry is flushed first"),
+        )
+        _step("server", f"a sandbox at {sandbox.origin}; the store is {directory}")
+        opener = True if options.browser else sandbox.approve
+        service.login(open_browser=opener, paste=options.browser)
+        status = service.status()
+        _step("login", f"{status['email']}, plan {status['subscription_type']}")
+        _step("token", f"{service.access_token()[:13]}… from the file, no request")
+        _demo_expiry(service, sandbox)
+        _demo_stampede(service, sandbox, directory)
+        _demo_early_end(service, sandbox)
+        service.logout()
+        left = "nothing" if service.credentials() is None else "something"
+        _step("", f"the grant is revoked; {left} is left in the store")
+    return 0
+
+
+def _step(name: str, text: str) -> None:
+    print(f"{name:10}{text}", flush=True)
+
+
+def _age(service: OAuthService) -> None:
+    """Make the stored token one that has expired."""
+    with service.storage.lock(LOCK_TIMEOUT):
+        stored = _required(service.storage.load())
+        service.storage.save(stored.replace(expires_at=time.time() - 1))
+
+
+def _demo_expiry(service: OAuthService, sandbox: Sandbox) -> None:
+    before = service.access_token()
+    _age(service)
+    time.sleep(LOOK_INTERVAL)  # until then, a token is handed out without a look
+    after = service.access_token()
+    changed = "a new token" if after != before else "the same token"
+    _step("expiry", f"{changed}, {sandbox.counts['refresh_token']} refresh")
+
+
+def _demo_stampede(service: OAuthService, sandbox: Sandbox, directory: str) -> None:
+    import subprocess
+
+    _age(service)
+    before = sandbox.counts["refresh_token"]
+    spec = globals().get("__spec__")
+    name = spec.name if spec else os.path.splitext(os.path.basename(__file__))[0]
+    start = f"import runpy; runpy.run_module({name!r}, run_name='__main__')"
+    environ = {
+        **os.environ,
+        **_settings_for(sandbox, directory),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", start, "token"], env=environ, stdout=subprocess.PIPE
+        )
+        for _ in range(8)
+    ]
+    tokens = [worker.communicate(timeout=LOCK_TIMEOUT)[0].strip() for worker in workers]
+    refreshes = sandbox.counts["refresh_token"] - before
+    _step(
+        "stampede",
+        f"8 processes find an expired token: {refreshes} refresh,"
+        f" {sum(map(bool, tokens))} of 8 have a token, {len(set(tokens))} token in all",
+    )
+
+
+def _demo_early_end(service: OAuthService, sandbox: Sandbox) -> None:
+    import requests
+
+    sandbox.expire_access_tokens()
+    url = f"{sandbox.origin}/v1/messages"
+    auth = BearerAuth(service)
+    answer = requests.post(url, json={"hello": "there"}, auth=auth, timeout=9)
+    _step(
+        "401",
+        "a token that died early is refreshed and the request repeated:"
+        f" {[r.status_code for r in (*answer.history, answer)]}",
+    )
+
+
+_COMMANDS: Final[Mapping[str, tuple[Callable[[Any], int], str, str]]] = {
+    "login": (
+        _login,
+        "sign in, by browser or by paste",
+        "Sign in by browser; or open the address on any machine, and paste the code"
+        " that the page shows there.",
+    ),
+    "status": (
+        _status,
+        "show the login, offline",
+        "Show whose login this is, what it may do and when it ends. No server is asked."
+        " Ends with 0 if somebody is signed in, else with 3.",
+    ),
+    "token": (
+        _token,
+        "print an access token that works",
+        "Print an access token, refreshed if that is due; on the Console path, the API"
+        " key. Nothing else goes to stdout.",
+    ),
+    "refresh": (
+        _refresh,
+        "get a new token now",
+        "Ask the server for a new token, however long the present one lives.",
+    ),
+    "profile": (
+        _profile,
+        "show whose login it is",
+        "Ask the server whose login it is.",
+    ),
+    "api-key": (
+        _api_key,
+        "make a permanent Console API key",
+        "Make a permanent API key of the Console, store it and print it. Each call"
+        " makes another one.",
+    ),
+    "logout": (
+        _logout,
+        "end the login here",
+        "Revoke the login where the server can, and delete it here. What other"
+        " programs keep stays.",
+    ),
+    "sandbox": (
+        _sandbox,
+        "serve a login to play with",
+        "Serve an authorization server on this machine until Ctrl-C, and print the lines"
+        " that point claude-oauth at it. Nothing there is real.",
+    ),
+    "demo": (
+        _demo,
+        "show a login's whole life",
+        "Play a login's whole life against a sandbox in a temporary folder. It takes no"
+        " account and no network.",
+    ),
+}
+"""Each command: what runs, its line in the list, and its own description."""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
