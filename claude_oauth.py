@@ -52,6 +52,7 @@ program was issued.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import time
@@ -221,8 +222,8 @@ REQUEST_TIMEOUT: Final = 30.0
 LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
 
-LOCK_TIMEOUT: Final = 90.0
-"""Seconds to wait for another process's refresh: two tries of its own, and a pause."""
+LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
+"""Seconds to wait for another process's refresh: as long as a request may take."""
 
 PUT_OFF: Final = 30.0
 """Seconds until the next try when a refresh failed and the token is still alive."""
@@ -520,10 +521,11 @@ def _check_endpoint(name: str, url: str) -> None:
 
     try:
         parts = urlsplit(url if is_header_safe(url) else "")
-        host = parts.hostname if parts.port != 0 else None
+        port = parts.port
     except ValueError:  # a port that is no number, brackets that do not match
-        host = None
-    if not host:
+        parts, port = urlsplit(""), None
+    host = parts.hostname
+    if not host or port == 0:
         raise ConfigError(f"{name} is not a usable URL; give it as https://host/path")
     if parts.username is not None:
         raise ConfigError(f"{name} must not carry a name or password; leave them out")
@@ -1238,8 +1240,10 @@ def _is_long_enough(text: str, code: str) -> bool:
     it into two or three pieces, not into the words of a sentence.
     """
     begun_only = "\x1b[200~" in text and "\x1b[201~" not in text  # more lines will come
-    pieces = len(text.split())
-    return len(code) >= MIN_BARE_CODE_CHARS and pieces <= 3 and not begun_only
+    pieces = text.split()
+    # A line is broken where it is full; what begins with a short word is a command.
+    is_long = min(len(code), len(pieces[0])) >= MIN_BARE_CODE_CHARS
+    return is_long and len(pieces) <= 3 and not begun_only
 
 
 def _is_code(text: str) -> bool:
@@ -1615,8 +1619,38 @@ class OAuthClient:
         body: Mapping[str, str] | None,
         bearer: str | None,
     ) -> tuple[int, Mapping[str, str], bytes]:
-        requests = _import_requests()
-        session = self._session or requests.Session()
+        """Send one request; return status, headers and content."""
+        import threading
+
+        _import_requests()
+        outcome: list[Unavailable | tuple[int, Mapping[str, str], bytes]] = []
+
+        def attempt() -> None:
+            outcome.append(self._attempt(method, url, body, bearer))
+
+        # The time limit of `requests` is one for each packet, and none for a name to be
+        # looked up: headers that drip would hold the lock for ever.
+        thread = threading.Thread(target=attempt, daemon=True, name="claude-oauth-http")
+        try:
+            thread.start()
+        except RuntimeError:  # no thread is to be had: then without that limit
+            attempt()
+        else:
+            thread.join(3 * self.config.timeout)
+        if not outcome:
+            raise Unavailable("no whole answer in time; try again later")
+        if isinstance(outcome[0], Unavailable):
+            raise outcome[0]
+        return outcome[0]
+
+    def _attempt(
+        self,
+        method: str,
+        url: str,
+        body: Mapping[str, str] | None,
+        bearer: str | None,
+    ) -> Unavailable | tuple[int, Mapping[str, str], bytes]:
+        session = self._session or _import_requests().Session()
         try:
             with session.request(
                 method,
@@ -1635,11 +1669,10 @@ class OAuthClient:
         except (_urllib3_error(), OSError, ValueError) as error:
             # requests' errors are OSErrors that hold the request, and that the tokens:
             # only a sentence leaves this block, so that no chain leads back to them.
-            failure = _describe_failure(error, url, session)
+            return _describe_failure(error, url, session)
         finally:
             if session is not self._session:
                 session.close()
-        raise failure
 
     def _headers(self, bearer: str | None) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": self.config.user_agent}
@@ -1758,8 +1791,8 @@ class Storage(Protocol):
     """Where a credential waits between runs.  Safe to share between threads.
 
     Two more attributes are looked at if they are there: ``read_only`` (True: another
-    program owns the credential, so its refresh token is never spent) and ``directory``
-    (where account.json goes; None: the account is kept in memory alone).
+    program owns the credential, so its refresh token is never spent) and
+    ``account_file`` (the path of account.json; None: it is kept in memory alone).
     """
 
     def load(self) -> Credentials | None:
@@ -1768,6 +1801,7 @@ class Storage(Protocol):
         Raises:
             StorageError: It cannot be known whether there is one.
         """
+        ...
 
     def save(self, credentials: Credentials) -> None:
         """Write a credential so that a crash leaves the old one or the new one, whole.
@@ -1775,9 +1809,11 @@ class Storage(Protocol):
         Raises:
             StorageError: It is not written; what was there still is.
         """
+        ...
 
     def delete(self) -> bool:
         """Remove this module's own keys; return whether there were any."""
+        ...
 
     def check(self) -> None:
         """Make sure that a save would succeed now.
@@ -1785,6 +1821,7 @@ class Storage(Protocol):
         Raises:
             StorageError: It would not.
         """
+        ...
 
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a context that one thread of one process is in at a time.
@@ -1792,15 +1829,18 @@ class Storage(Protocol):
         Raises:
             Unavailable: On entering, when the seconds are over; 0 tries once.
         """
+        ...
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the stored record may have changed.
 
         None if that is not known: then the record is read.
         """
+        ...
 
     def describe(self) -> str:
         """Say for people where the credential is."""
+        ...
 
 
 def default_directory(environ: Mapping[str, str] | None = None) -> str:
@@ -1833,10 +1873,10 @@ def make_private_directory(path: str) -> None:
             pass
 
 
-def read_private(path: str) -> bytes | None:
+def read_private(path: str, *, is_ours: bool = True) -> bytes | None:
     """Return a private file's content, None if there is no file.
 
-    A file that others can read is set to 0600 with a warning.
+    A file of ours that others can read is set to 0600 with a warning.
 
     Raises:
         StorageError: It is not a regular file of this user, or it cannot be read.
@@ -1846,7 +1886,7 @@ def read_private(path: str) -> bytes | None:
     try:
         fd = os.open(path, flags)
         try:
-            _check_owner_and_mode(fd, path)
+            _check_owner_and_mode(fd, path, is_ours)
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         finally:
@@ -1860,7 +1900,7 @@ def read_private(path: str) -> bytes | None:
     return data
 
 
-def _check_owner_and_mode(fd: int, path: str) -> None:
+def _check_owner_and_mode(fd: int, path: str, is_ours: bool) -> None:
     import stat
 
     found = os.fstat(fd)
@@ -1870,19 +1910,29 @@ def _check_owner_and_mode(fd: int, path: str) -> None:
         return  # the mode is invented there, and access follows from the folder's ACL
     if found.st_uid not in (os.geteuid(), 0):
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    if found.st_mode & 0o077:
-        try:
+    if not found.st_mode & 0o077:
+        return
+    try:
+        if is_ours:
             os.fchmod(fd, 0o600)
             warn(f"others could read {path}; it is set to 0600 now")
-        except OSError:
-            warn(f"others can read {path}, and its mode cannot be changed")
+            return
+    except OSError:
+        pass  # some file systems have no modes
+    if path not in _READABLE:
+        _READABLE.add(path)
+        warn(f"others can read {path}; set its mode to 0600 if that can be done")
 
 
-def write_private(path: str, data: bytes) -> None:
-    """Replace a private file whole: 0600, on the disk when this returns.
+_READABLE: Final[set[str]] = set()
+"""Files whose mode could not be mended, and was complained about once."""
+
+
+def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
+    """Replace a private file whole: 0600, and on the disk when this returns.
 
     A symbolic link is followed.  Hold the lock: two writers would not damage the file,
-    but one of them would lose its change.
+    but one of them would lose its change.  A cache is not worth the wait for the disk.
 
     Raises:
         StorageError: The file is as it was.
@@ -1895,11 +1945,12 @@ def write_private(path: str, data: bytes) -> None:
         _remove_leftovers(real)
         temporary = _temporary_name(real)
         try:
-            _write_new(temporary, data)
+            _write_new(temporary, data, sync=not is_cache)
             _replace(temporary, real, data)
         finally:
             _unlink_quietly(temporary)
-        _sync_directory(directory)
+        if not is_cache:
+            _sync_directory(directory)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {_reason(error)}") from None
 
@@ -1918,8 +1969,29 @@ def check_writable(path: str) -> None:
             _write_new(temporary, b"", reserve=_size_of(real) + _RESERVED_BYTES)
         finally:
             _unlink_quietly(temporary)
+        _check_replaceable(real)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {_reason(error)}") from None
+
+
+def _check_replaceable(real: str) -> None:
+    """Raise an OSError where a rename onto the file would fail."""
+    import stat
+
+    try:
+        os.close(os.open(real, os.O_WRONLY))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        # EROFS is a mount of its own that cannot be written, EPERM one that is
+        # immutable; EACCES is a mode, and a rename does not ask for it.
+        if error.errno != errno.EACCES:
+            raise
+    if sys.platform != "win32":
+        folder, file = os.stat(os.path.dirname(real)), os.stat(real)
+        owners = (0, folder.st_uid, file.st_uid)
+        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 _RESERVED_BYTES: Final = 16384
@@ -1948,7 +2020,9 @@ def _temporary_name(real: str) -> str:
     return os.path.join(directory, unique)
 
 
-def _write_new(path: str, data: bytes, reserve: int = 0) -> None:
+def _write_new(
+    path: str, data: bytes, *, reserve: int = 0, sync: bool = True
+) -> None:
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     fd = os.open(path, flags, 0o600)
@@ -1957,7 +2031,8 @@ def _write_new(path: str, data: bytes, reserve: int = 0) -> None:
             os.fchmod(fd, 0o600)  # a umask of 0777 would have left 0000
         _reserve(fd, reserve)
         _write_all(fd, data)
-        os.fsync(fd)
+        if sync:
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -2005,7 +2080,8 @@ def _rename(source: str, target: str) -> None:
     pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
     for pause in pauses:
         try:
-            return os.replace(source, target)
+            os.replace(source, target)
+            return
         except OSError as error:
             # Virus scanners and indexers open files without sharing their deletion.
             if getattr(error, "winerror", None) not in (5, 32, 33):
@@ -2039,7 +2115,11 @@ def _unlink_quietly(path: str) -> None:
 def _remove_leftovers(real: str, older_than: float = _LEFTOVER_AGE) -> None:
     """Remove the temporary files of processes that died between write and rename."""
     directory, name = os.path.split(real)
-    for found in os.listdir(directory):
+    try:
+        entries = os.listdir(directory)
+    except OSError:
+        return  # tidying must not fail a save
+    for found in entries:
         if found.startswith(f".{name}.") and found.endswith(_TEMPORARY_SUFFIX):
             leftover = os.path.join(directory, found)
             try:
@@ -2081,7 +2161,7 @@ class FileLock:
                     f"another process holds the lock {self._holder}; try again later"
                 )
             time.sleep(min(pause, deadline.left()))
-            pause = min(pause * 1.5, 0.05)
+            pause = min(pause * 1.5, 0.01)
 
     def __exit__(
         self,
@@ -2098,7 +2178,8 @@ class FileLock:
         make_private_directory(os.path.dirname(self.path))
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         # A file object, which closes itself if Ctrl-C comes before this returns.
-        file = open(os.open(self.path, flags, 0o600), "rb", buffering=0)
+        fd = os.open(self.path, flags, 0o600)
+        file = open(fd, "rb", buffering=0)  # noqa: SIM115 - held as long as the lock
         try:
             is_locked = _lock_file(file.fileno())
         except OSError as error:
@@ -2169,9 +2250,9 @@ def credentials_of(record: Mapping[str, object] | None) -> Credentials | None:
     tokens = record.get("claudeAiOauth") if record else None
     if not record or not tokens:
         return None
-    if isinstance(tokens, dict) and tokens.get("accessToken") == "":
-        if not tokens.get("refreshToken"):
-            return None  # emptied by another program's logout
+    emptied = {"accessToken": "", "refreshToken": ""}  # by another program's logout
+    if isinstance(tokens, dict) and {**tokens, **emptied} == {**emptied, **tokens}:
+        return None
     return Credentials.from_record(record)
 
 
@@ -2196,7 +2277,7 @@ class FileStorage:
         chosen = path or os.path.join(default_directory(), "credentials.json")
         self.path = os.path.abspath(os.path.expanduser(os.fspath(chosen)))
         self.read_only = read_only
-        self.directory = None if read_only else os.path.dirname(self.path)
+        self.account_file = None if read_only else _account_file_for(self.path)
         self._cipher = cipher
 
     def load(self) -> Credentials | None:
@@ -2277,7 +2358,7 @@ class FileStorage:
             )
 
     def _read(self) -> dict[str, object]:
-        data = read_private(self.path)
+        data = read_private(self.path, is_ours=not self.read_only)
         if data is None:
             return {}
         record = parse_json_object(data)
@@ -2317,14 +2398,23 @@ class FileStorage:
         return True
 
 
+def _account_file_for(path: str) -> str:
+    """Return where the account of a credential file is cached: each has its own."""
+    directory, name = os.path.split(path)
+    stem = "" if name == "credentials.json" else f"{name}."
+    return os.path.join(directory, f"{stem}account.json")
+
+
 class Cipher(Protocol):
     """What a FileStorage encrypts with.  Its errors are StorageErrors."""
 
     def encrypt(self, data: bytes) -> bytes:
         """Return data so that only this cipher can read it."""
+        ...
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted."""
+        ...
 
 
 _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
@@ -2346,7 +2436,7 @@ def _from_base64(text: object) -> bytes:
 class MemoryStorage:
     """A credential that ends with the process; for tests and for guests."""
 
-    directory: str | None = None
+    account_file: str | None = None
 
     def __init__(self, credentials: Credentials | None = None) -> None:
         import threading
@@ -2846,6 +2936,7 @@ class _ProgramStorage:
         lock_path = lock_path or os.path.join(default_directory(), "lock")
         self.directory: str = os.path.dirname(os.path.abspath(lock_path))
         """Where the lock, the marker and the account file are; no secret."""
+        self.account_file = os.path.join(self.directory, "account.json")
         self.time_limit = PROGRAM_TIMEOUT
         """Seconds for one call of the program; give more if a person can answer."""
         self.pause = PROGRAM_PAUSE
@@ -2978,6 +3069,7 @@ class _ProgramStorage:
                 capture_output=True,
                 timeout=self.time_limit,
                 start_new_session=True,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return None, b"", b""
@@ -4220,36 +4312,50 @@ class _Memory(_Value):
 class _AccountFile:
     """account.json: the cached account, and what processes remember together.
 
-    It is a cache: one that cannot be read counts as empty, and one that cannot be
-    written is kept in memory.  Its changes are made under the storage's lock.
+    It is a cache: one that is damaged is left alone and counts as empty, and what
+    cannot be written is remembered by this process.  Its changes are made under the
+    storage's lock.
     """
 
     _ACCOUNT: Final = "oauthAccount"
     _MEMORY: Final = "claudeOauthMemory"
+    _OWN: Final = (_ACCOUNT, _MEMORY)
 
     def __init__(self, path: str | None) -> None:
         self._path = path
-        self._fallback: dict[str, object] = {}
+        # What could not be written, and what the file held instead.  Once the file says
+        # something else, another process knows better.
+        self._kept: dict[str, object] = {}
+        self._kept_beside: dict[str, object] | None = None
 
     def load(self) -> dict[str, object]:
         """Return the whole file's object."""
-        if self._path is None or self._fallback:
-            return dict(self._fallback)
-        try:
-            return parse_json_object(read_private(self._path) or b"{}") or {}
-        except StorageError:
-            return {}
+        found = self._read()
+        kept = self._kept if found == self._kept_beside else {}
+        return {**(found or {}), **kept}
 
     def save(self, record: Mapping[str, object]) -> None:
         """Replace the whole file's object."""
-        self._fallback = {}
+        found = self._read()
+        if self._path is not None and found is not None:
+            try:
+                data = dump_json(record).encode("ascii")
+                write_private(self._path, data, is_cache=True)
+                self._kept = {}
+                return
+            except StorageError:
+                pass
+        self._kept, self._kept_beside = dict(record), found
+
+    def _read(self) -> dict[str, object] | None:
+        """Return what is in the file, None if that is not for us to replace."""
         if self._path is None:
-            self._fallback = dict(record)
-            return
+            return {}
         try:
-            write_private(self._path, dump_json(record).encode("ascii"))
+            data = read_private(self._path)
         except StorageError:
-            self._fallback = dict(record)
+            return None
+        return parse_json_object(data) if data and data.strip() else {}
 
     def account(self) -> dict[str, object]:
         """Return the cached account, empty if there is none."""
@@ -4277,15 +4383,14 @@ class _AccountFile:
         if record != before:
             self.save(record)
 
-    _OWN: Final = (_ACCOUNT, _MEMORY)
-
     def clear(self) -> None:
         """Remove this module's own keys, and the file if nothing else is in it."""
-        record = {k: v for k, v in self.load().items() if k not in self._OWN}
-        self._fallback = {}
+        self._kept = {}
+        found = self._read()
+        record = {k: v for k, v in (found or {}).items() if k not in self._OWN}
         if record:
             self.save(record)
-        elif self._path is not None:
+        elif self._path is not None and found is not None:
             _unlink_quietly(os.path.realpath(self._path))
 
 
@@ -4348,9 +4453,11 @@ class OAuthService:
         self._refreshing = threading.Lock()
         self._pid = os.getpid()
         # The rest is replaced whole, never changed, so reading it needs no lock.
-        self._served = _Served(Credentials(""), _NEVER)  # never fresh
+        self._served = _Served(Credentials(""), _NEVER)  # not fresh, whenever asked
         self._seen: tuple[object, Credentials | None] = (None, None)
-        self._unsaved: tuple[Credentials, str | None] | None = None
+        # What could not be saved, and what the store held instead: this process's to
+        # save and to spend.  Set and forgotten by whoever holds the storage's lock.
+        self._unsaved: tuple[Credentials, Credentials | None] | None = None
         self._failed: tuple[float, Unavailable | None] = (0.0, None)
         self._put_off_until = 0.0
         self._read_failed = False
@@ -4392,7 +4499,7 @@ class OAuthService:
             "logged_in": self._is_usable(stored),
             "source": "store" if stored else "none",
             "method": _method(stored),
-            "email": self.account_name() if stored else None,
+            "email": self._account_name() if stored else None,
             "organization": _text(account.get("organizationName")),
             "subscription_type": shown.subscription_type,
             "rate_limit_tier": shown.rate_limit_tier,
@@ -4405,7 +4512,7 @@ class OAuthService:
             "warnings": list(warnings),
         }
 
-    def account_name(self) -> str | None:
+    def _account_name(self) -> str | None:
         """Return the e-mail address of the stored login, if it is known here."""
         return _text(self._account.account().get("emailAddress"))
 
@@ -4514,11 +4621,13 @@ class OAuthService:
 
     def _look(self) -> Credentials | None:
         """Return the stored credential, read again only if it may have changed."""
+        self._notice_fork()
         if self._unsaved:
             self._save_again()
         unsaved = self._unsaved
         stamp = self.storage.stamp()
-        seen_stamp, seen = self._seen
+        before = self._seen
+        seen_stamp, seen = before
         if stamp is not None and stamp == seen_stamp:
             return self._newer(seen)
         try:
@@ -4532,31 +4641,42 @@ class OAuthService:
             self._read_failed = True
             return unsaved[0] if unsaved else seen
         self._read_failed = False
-        self._seen = (stamp, found)
+        if self._seen is before:  # else another thread knows something newer
+            self._seen = (stamp, found)
         return self._newer(found)
 
     def _newer(self, stored: Credentials | None) -> Credentials | None:
         """Return what could not be saved, if the store has not moved on since."""
         unsaved = self._unsaved
-        if unsaved is None:
-            return stored
-        renewed, spent = unsaved
-        if (stored.refresh_token if stored else None) == spent:
-            return renewed
-        self._unsaved = None  # somebody logged in or out meanwhile
+        if unsaved and _have_same_tokens(stored, unsaved[1]):
+            return unsaved[0]
         return stored
 
     def _save_again(self) -> None:
         try:
             with self.storage.lock(0):
                 stored = self.storage.load()
-                renewed = self._newer(stored)
-                if renewed is not None and self._unsaved:
-                    self.storage.save(renewed)
-                    self._unsaved = None
+                newest = self._newer(stored)
+                if newest is stored:
+                    self._unsaved = None  # somebody logged in or out meanwhile
+                elif newest and self._save(newest, instead_of=stored) is None:
                     self._account.update(memory=_forgiving(self._account.memory()))
         except (StorageError, Unavailable):
             pass  # said once already; the next call tries again
+
+    def _save(
+        self, credentials: Credentials, instead_of: Credentials | None
+    ) -> BaseException | None:
+        """Save, or keep in memory what cannot be saved; return why it could not."""
+        try:
+            self.storage.save(credentials)
+        except Exception as error:
+            # The old token is dead, so its successor must not be lost to whatever a
+            # store may raise.
+            self._unsaved = (credentials, instead_of)
+            return error
+        self._unsaved = None
+        return None
 
     # Refreshing
 
@@ -4572,16 +4692,13 @@ class OAuthService:
 
         With a token that is alive nobody waits and nothing fails: it is returned.
         """
-        if getattr(self.storage, "read_only", False):
+        if self._is_borrowed():
             return self._borrow(rejected, forced)
         asked_for = forced or rejected is not None
         is_alive = not asked_for and self._seconds_left(credentials) > 0
         patience = 0 if is_alive else LOCK_TIMEOUT
-        began = time.monotonic()
         try:
-            with _TimedLock(self._mutex(), patience), self.storage.lock(patience):
-                self._share_failure(began)
-                renewed, is_new = self._renew_alone(min_validity, rejected, forced)
+            renewed, is_new = self._take_turn(patience, min_validity, rejected, forced)
             # The token is on the disk: nobody has to wait for the profile.
             return self._complete_account(renewed) if is_new else renewed
         except NotLoggedIn:
@@ -4594,13 +4711,31 @@ class OAuthService:
                 warn(f"{error} (the present token is used until it expires)")
             return credentials
 
-    def _mutex(self) -> threading.Lock:
+    def _take_turn(
+        self, patience: float, min_validity: float, rejected: str | None, forced: bool
+    ) -> tuple[Credentials, bool]:
+        """Wait to be the one thread of the one process, and be it."""
+        self._notice_fork()
+        began, guard = time.monotonic(), _Uninterrupted()
+        try:
+            with _TimedLock(self._refreshing, patience), self.storage.lock(patience):
+                self._share_failure(began)
+                return self._renew_alone(min_validity, rejected, forced, guard)
+        finally:
+            guard.deliver()  # with the locks released: this may end the process
+
+    def _notice_fork(self) -> None:
+        """Begin anew in a forked child.
+
+        It has a copy of a lock that may be held by a thread that it has not got, and of
+        an unsaved login that is its parent's to save and to spend.
+        """
         if self._pid != os.getpid():
-            # A fork copies a held lock without the thread that would release it.
             import threading
 
             self._pid, self._refreshing = os.getpid(), threading.Lock()
-        return self._refreshing
+            self._unsaved = None
+            self._remember_seen(None)
 
     def _share_failure(self, began: float) -> None:
         """Raise what ended another thread's try, if this one waited for that try.
@@ -4622,7 +4757,11 @@ class OAuthService:
         return newest
 
     def _renew_alone(
-        self, min_validity: float, rejected: str | None, forced: bool
+        self,
+        min_validity: float,
+        rejected: str | None,
+        forced: bool,
+        guard: _Uninterrupted,
     ) -> tuple[Credentials, bool]:
         """Look again, and refresh if it is still needed.  Needs the storage's lock.
 
@@ -4636,27 +4775,37 @@ class OAuthService:
             if not is_last_try:
                 self._refuse_to_knock(newest)
             self.storage.check()
+            # Once more, now that the storage is known to work: while it fails, what it
+            # gives may be older than what another process has spent.
+            newest = _required(self._newer(self.storage.load()))
             try:
-                # Once more, now that the storage is known to work: while it fails, what
-                # it gives may be older than what another process has spent.
-                newest = _required(self._newer(self.storage.load()))
-                return self._spend(newest, min_validity), True
+                return self._spend(newest, min_validity, guard), True
             except TokenRefused as refused:
-                other = self._newer(self.storage.load())
-                if other is None or other.refresh_token == newest.refresh_token:
-                    self._remember_refused(newest, refused)
+                other = self._replacement_of(newest, refused)
+                if other is None or is_last_try:
                     raise
-                if is_last_try:
-                    raise
-                newest, forced = other, False  # another program's, which may be alive
+                newest, forced = other, False
             except Unavailable as error:
                 pause = self._remember_pause(error)
-                is_alive = self._seconds_left(newest) > 0
-                if is_last_try or is_alive or not 0 < pause <= SHORT_WAIT:
+                if is_last_try or not self._is_worth_waiting(pause, newest):
                     self._failed = (time.monotonic(), Unavailable(*error.args))
                     raise
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
+
+    def _replacement_of(
+        self, newest: Credentials, refused: TokenRefused
+    ) -> Credentials | None:
+        """Return what another program has stored instead of a refused credential."""
+        other = self._newer(self.storage.load())
+        if other is None or other.refresh_token == newest.refresh_token:
+            self._remember_refused(newest, refused)
+            return None
+        return other
+
+    def _is_worth_waiting(self, pause: float, newest: Credentials) -> bool:
+        # While the token is alive it is served, and nobody has to wait at all.
+        return 0 < pause <= SHORT_WAIT and self._seconds_left(newest) <= 0
 
     def _will_do(
         self, newest: Credentials, min_validity: float, rejected: str | None
@@ -4680,24 +4829,20 @@ class OAuthService:
                 left,
             )
 
-    def _spend(self, newest: Credentials, min_validity: float) -> Credentials:
+    def _spend(
+        self, newest: Credentials, min_validity: float, guard: _Uninterrupted
+    ) -> Credentials:
         """Spend the refresh token and keep what it brings, whatever happens."""
-        with _Uninterrupted():
+        stored = self._unsaved[1] if self._unsaved else newest
+        with guard:
             renewed = self._ask(newest)
-            try:
-                self.storage.save(renewed)
-            except Exception as error:
-                # The old token is dead, so the new one must not be lost to whatever a
-                # store may raise.
-                spent = self._unsaved[1] if self._unsaved else newest.refresh_token
-                self._unsaved = (renewed, spent)
-                warn(
-                    f"the refreshed login could not be saved ({_told(error)});"
-                    " it is kept in memory and saved as soon as that works"
-                )
-            else:
-                self._unsaved = None
-        self._remember_success(renewed, min_validity, newest)
+            error = self._save(renewed, instead_of=stored)
+        if error:
+            warn(
+                f"the refreshed login could not be saved ({_told(error)});"
+                " it is kept in memory and saved as soon as that works"
+            )
+        self._remember_success(renewed, min_validity)
         self._remember_seen(renewed)
         return renewed
 
@@ -4717,23 +4862,21 @@ class OAuthService:
         return self._client.refresh(newest)
 
     def _remember_seen(self, credentials: Credentials | None) -> None:
+        """Know this of the store until the next look, and hand nothing out before."""
         self._seen = (None, credentials)
         self._served = _Served(Credentials(""), _NEVER)
 
-    def _remember_success(
-        self, renewed: Credentials, min_validity: float, spent: Credentials
-    ) -> None:
+    def _remember_success(self, renewed: Credentials, min_validity: float) -> None:
         left = self._seconds_left(renewed)
         lives_too_short = left <= max(min_validity, REFRESH_BUFFER)
         rest = self._clock() + left / 2 if lives_too_short else 0.0
         memory = _forgiving(self._account.memory()).replace(rest_until=rest)
         self._account.update(memory=memory)
-        unsaved = self._unsaved
-        if unsaved:
+        spent = self._unsaved and self._unsaved[1]
+        if spent and spent.refresh_token != renewed.refresh_token:
             # Other processes still read the spent token: to send it again would end the
             # login, the unsaved successor included.
-            stored = spent.replace(refresh_token=unsaved[1])
-            self._remember_dead(stored, MAX_LIFETIME)
+            self._remember_dead(spent, MAX_LIFETIME)
 
     def _remember_refused(self, newest: Credentials, refused: TokenRefused) -> None:
         if refused.code == "invalid_grant":
@@ -4758,7 +4901,10 @@ class OAuthService:
         memory = self._account.memory()
         failures = memory.failures + 1
         pause = seconds_to_wait(
-            error.status, error.retry_after, failures=failures, chance=random.random()
+            error.status,
+            error.retry_after,
+            failures=failures,
+            chance=random.random(),  # noqa: S311 - it spreads load, and is no secret
         )
         until = self._clock() + pause
         self._account.update(memory=memory.replace(wait_until=until, failures=failures))
@@ -4787,11 +4933,11 @@ class OAuthService:
         if cached and is_ours and not force:
             return cached
         profile, token = self._with_token(self._client.fetch_profile)
-        if is_ours and not getattr(self.storage, "read_only", False):
-            with self.storage.lock(LOCK_TIMEOUT):
-                stored = self.storage.load()
-                if stored and stored.access_token == token:
-                    self._keep_profile(profile, stored)
+        try:
+            if is_ours:
+                self._keep_profile_of(token, profile)
+        except (StorageError, Unavailable) as error:
+            warn(f"the profile could not be kept: {error}")
         return profile
 
     def create_api_key(self) -> str:
@@ -4803,10 +4949,16 @@ class OAuthService:
             TokenRefused: The account may not make keys.
             And what ``access_token`` raises.
         """
-        key, _ = self._with_token(self._client.create_api_key)
-        if _environment_token() is None:
-            with self.storage.lock(LOCK_TIMEOUT):
-                self._keep_key(key)
+        is_ours = _environment_token() is None
+        if is_ours:
+            self.storage.check()  # a permanent key must not be made to be lost
+        key, token = self._with_token(self._client.create_api_key)
+        try:
+            if is_ours:
+                with self.storage.lock(LOCK_TIMEOUT):
+                    self._keep_key(key, token)
+        except ClaudeOAuthError as error:
+            warn(f"the new API key could not be stored: {error}")
         return key
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
@@ -4814,20 +4966,33 @@ class OAuthService:
         token = self.access_token()
         try:
             return ask(token), token
-        except TokenRefused as refused:
-            if refused.status != 401 or _environment_token():
+        except (TokenRefused, Unavailable) as error:
+            if error.status != 401 or _environment_token():
                 raise
         token = self.refresh(rejected=token).access_token
         return ask(token), token
 
-    def _keep_key(self, key: str) -> None:
+    def _keep_key(self, key: str, token: str) -> None:
         """Store an API key with its organization.  Needs the storage's lock."""
-        stored = _required(self.storage.load()).replace(api_key=key)
+        stored = self.storage.load()
+        if stored is None or stored.access_token != token:
+            raise StorageError("somebody else has logged in meanwhile")
+        self.storage.save(stored.replace(api_key=key))
         organization = _text(self._account.account().get("organizationUuid"))
         memory = self._account.memory().replace(key_organization=organization or "")
         self._account.update(memory=memory)
-        self.storage.save(stored)
-        self._remember_seen(stored)
+        self._remember_seen(stored.replace(api_key=key))
+
+    def _keep_profile_of(self, token: str, profile: Profile) -> Credentials | None:
+        """Store the profile of a token, if the store has that token still."""
+        if self._is_borrowed():
+            self._account.update(account=profile.to_record())
+            return None
+        with self.storage.lock(SHORT_WAIT):
+            stored = self.storage.load()
+            if stored is None or stored.access_token != token:
+                return None  # somebody refreshed, or logged out or in, meanwhile
+            return self._keep_profile(profile, stored)
 
     def _keep_profile(self, profile: Profile, credentials: Credentials) -> Credentials:
         """Store a profile; what it leaves out stays.  Needs the storage's lock."""
@@ -4853,11 +5018,7 @@ class OAuthService:
             return renewed
         try:
             profile = self._client.fetch_profile(renewed.access_token)
-            with self.storage.lock(LOCK_TIMEOUT):
-                stored = self.storage.load()
-                if stored is None or stored.access_token != renewed.access_token:
-                    return renewed  # somebody refreshed, or logged out, meanwhile
-                return self._keep_profile(profile, stored)
+            return self._keep_profile_of(renewed.access_token, profile) or renewed
         except ClaudeOAuthError:
             return renewed
 
@@ -4888,31 +5049,15 @@ class OAuthService:
             Unavailable: No usable answer to the code; try again.
             StorageError: The credential cannot be stored.
         """
-        if not self.config.client_id:
-            raise ConfigError(
-                "no client id: pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
-                " (the one that your program was issued)"
-            )
-        # Nobody should sign in for nothing.
-        _import_requests()
-        self.storage.check()
-        self.storage.load()
+        self._check_before_login()
         verifier, state = generate_code_verifier(), generate_state()
-        challenge = code_challenge(verifier)
-
-        def url_for(redirect_uri: str) -> str:
-            return self._client.authorize_url(
-                redirect_uri=redirect_uri,
-                challenge=challenge,
-                state=state,
-                console=console,
-            )
-
+        page = failure_page("the login did not come to its end; try again")
         with _Callback(state, port) as listener:
+            urls = self._urls(listener, code_challenge(verifier), state, console)
             try:
                 granted = obtain_code(
-                    automatic_url=url_for(listener.redirect_uri) if listener else None,
-                    manual_url=url_for(self.config.manual_redirect_uri),
+                    automatic_url=urls[0],
+                    manual_url=urls[1],
                     listener=listener,
                     state=state,
                     manual_redirect_uri=self.config.manual_redirect_uri,
@@ -4922,15 +5067,47 @@ class OAuthService:
                     timeout=timeout,
                 )
                 credentials, profile = self._trade(granted, verifier, state)
-            except ClaudeOAuthError as error:
-                if listener:
-                    is_denied = isinstance(error, LoginDenied)
-                    page = denied_page() if is_denied else failure_page(str(error))
-                    listener.finish(page)
+                page = success_page(profile.email if profile else None)
+            except LoginDenied:
+                page = denied_page()
                 raise
-            if listener:
-                listener.finish(success_page(profile.email if profile else None))
+            except ClaudeOAuthError as error:
+                page = failure_page(str(error))
+                raise
+            except KeyboardInterrupt as interrupt:
+                raise LoginCancelled("the login was given up; try again") from interrupt
+            finally:
+                if listener:
+                    listener.finish(page)
         return credentials
+
+    def _check_before_login(self) -> None:
+        """Raise what would make somebody sign in for nothing."""
+        self._client._client_id(None)
+        _import_requests()
+        with self.storage.lock(LOCK_TIMEOUT):
+            self.storage.check()
+            self.storage.load()
+
+    def _urls(
+        self,
+        listener: AuthCodeListener | None,
+        challenge: str,
+        state: str,
+        console: bool,
+    ) -> tuple[str | None, str]:
+        """Return the automatic and the manual URL: redirect_uri is what differs."""
+
+        def url_for(redirect_uri: str) -> str:
+            return self._client.authorize_url(
+                redirect_uri=redirect_uri,
+                challenge=challenge,
+                state=state,
+                console=console,
+            )
+
+        automatic_url = url_for(listener.redirect_uri) if listener else None
+        return automatic_url, url_for(self.config.manual_redirect_uri)
 
     def _trade(
         self, granted: GrantedCode, verifier: str, state: str
@@ -4976,22 +5153,17 @@ class OAuthService:
         self, credentials: Credentials, profile: Profile | None, organization: str
     ) -> None:
         """Replace account and credential.  Needs the storage's lock."""
-        before = self._account.load()
-        stored = self.storage.load()
+        before, stored = self._account.load(), self.storage.load()
         memory = _Memory(key_organization=organization if credentials.api_key else "")
         # The account first: nobody must see the new login under the old name.
         account = profile.to_record() if profile else {}
         self._account.update(account=account, memory=memory)
-        self._unsaved = None
-        try:
-            self.storage.save(credentials)
-        except StorageError:
+        self._put_off_until = 0.0
+        error = self._save(credentials, instead_of=stored)
+        self._remember_seen(credentials)
+        if error:
             self._account.save(before)
-            self._unsaved = (credentials, stored.refresh_token if stored else None)
-            raise
-        finally:
-            self._put_off_until = 0.0
-            self._remember_seen(credentials)
+            raise error
 
     def logout(self) -> bool:
         """End the login here; return whether there was one.
@@ -5003,11 +5175,15 @@ class OAuthService:
         Raises:
             StorageError: The credential could not be deleted.
         """
-        if self._flush_telemetry:
+        if self._flush_telemetry and self._has_login():
             _call_bounded(self._flush_telemetry, "the telemetry flush")
         # Under the lock, or a refresh under way would bring the record back.
         with self.storage.lock(LOCK_TIMEOUT):
-            stored = self._newer(self.storage.load())
+            try:
+                stored = self._newer(self.storage.load())
+            except StorageError as error:
+                stored = None
+                warn(f"nothing is revoked: {error}")
             if stored and stored.refresh_token and self.config.revoke_url:
                 _call_bounded(self._revoke(stored), "the revocation")
             found = self.storage.delete()
@@ -5015,6 +5191,12 @@ class OAuthService:
             self._unsaved = None
             self._remember_seen(None)
         return found
+
+    def _has_login(self) -> bool:
+        try:
+            return self._look() is not None
+        except StorageError:
+            return True  # there may be one
 
     def _revoke(self, stored: Credentials) -> Callable[[float], object]:
         client_id = stored.client_id or self.config.client_id
@@ -5041,6 +5223,8 @@ class OAuthService:
             warnings.append("the login is in memory alone: it could not be saved")
         if self._is_refused(stored):
             warnings.append("the server refused to refresh the login: log in again")
+        elif self._seconds_left(stored) <= 0 and self._is_borrowed():
+            warnings.append("the token has expired: run the program that owns it")
         elif self._seconds_left(stored) <= 0 and not stored.refresh_token:
             warnings.append("the token has expired, with none to refresh it: log in")
         elif 0 < memory.wait_until - now <= WAIT_CEILING:
@@ -5058,7 +5242,8 @@ class OAuthService:
 
     def _is_refused(self, stored: Credentials) -> bool:
         memory = self._account.memory()
-        is_known = 0 < memory.refused_until - self._clock() <= MAX_LIFETIME
+        # Twice: a clock that was set back must not bring a dead token to life.
+        is_known = 0 < memory.refused_until - self._clock() <= 2 * MAX_LIFETIME
         return is_known and memory.refused == self._fingerprint(stored)
 
     def _is_usable(self, stored: Credentials | None) -> bool:
@@ -5067,8 +5252,13 @@ class OAuthService:
             return False
         ends_at = stored.refresh_token_expires_at
         is_over = ends_at is not None and ends_at <= self._clock()
-        can_refresh = stored.refresh_token and not self._is_refused(stored)
-        return bool(can_refresh and not is_over) or self._seconds_left(stored) > 0
+        is_dead = is_over or self._is_refused(stored) or self._is_borrowed()
+        can_refresh = bool(stored.refresh_token) and not is_dead
+        return can_refresh or self._seconds_left(stored) > 0
+
+    def _is_borrowed(self) -> bool:
+        """Tell whether another program owns the credential."""
+        return bool(getattr(self.storage, "read_only", False))
 
 
 _ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
@@ -5088,13 +5278,23 @@ def _account_path(
 ) -> str | None:
     if chosen is not None:
         return os.path.abspath(os.path.expanduser(os.fspath(chosen)))
-    directory: str | None = getattr(storage, "directory", default_directory())
-    return None if directory is None else os.path.join(directory, "account.json")
+    default = os.path.join(default_directory(), "account.json")
+    path: str | None = getattr(storage, "account_file", default)
+    return path
 
 
 def _environment_token() -> str | None:
     value = os.environ.get("CLAUDE_OAUTH_TOKEN")
     return clean_token(value) if value and value.strip() else None
+
+
+def _have_same_tokens(one: Credentials | None, other: Credentials | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (one.access_token, one.refresh_token) == (
+        other.access_token,
+        other.refresh_token,
+    )
 
 
 def _forgiving(memory: _Memory) -> _Memory:
@@ -5137,9 +5337,11 @@ def _key_headers(key: str) -> dict[str, str]:
 
 
 def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
+    if not profile.organization_uuid:
+        return credentials  # the profile says nothing of a plan
     return credentials.replace(
-        subscription_type=profile.subscription_type or credentials.subscription_type,
-        rate_limit_tier=profile.rate_limit_tier or credentials.rate_limit_tier,
+        subscription_type=profile.subscription_type,
+        rate_limit_tier=profile.rate_limit_tier,
     )
 
 
@@ -5206,17 +5408,29 @@ class _Uninterrupted:
         if threading.current_thread() is not threading.main_thread():
             self._hold_exit()
             return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
-            number = getattr(signal, name, signal.SIGINT)
-            previous = signal.getsignal(number)
-            # None is a handler that is not Python's, and whoever ignores a signal may.
-            if number in self._previous or previous in (None, signal.SIG_IGN):
-                continue
+        is_complete = False
+        try:
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
+                self._hold(getattr(signal, name, signal.SIGINT))
+            is_complete = True
+        except ValueError:
+            pass  # a sub-interpreter, where no signal arrives
+        finally:
+            if not is_complete:  # a handler that is not held back yet has raised
+                self._restore()
+
+    def _hold(self, number: int) -> None:
+        import signal
+
+        previous = signal.getsignal(number)
+        # None is a handler that is not Python's, and whoever ignores a signal may.
+        if number not in self._previous and previous not in (None, signal.SIG_IGN):
+            self._previous[number] = previous  # first: the next line may be interrupted
             try:
                 signal.signal(number, self._hold_back)
             except ValueError:
-                return  # a sub-interpreter, where no signal arrives
-            self._previous[number] = previous
+                del self._previous[number]
+                raise
 
     def _hold_exit(self) -> None:
         import atexit
@@ -5236,7 +5450,8 @@ class _Uninterrupted:
         self._let_exit = let_exit
 
     def _hold_back(self, number: int, _frame: FrameType | None) -> None:
-        self._pending.append(number)
+        if number not in self._pending:
+            self._pending.append(number)
 
     def __exit__(
         self,
@@ -5246,11 +5461,17 @@ class _Uninterrupted:
     ) -> None:
         self._let_exit()
         self._restore()
-        if self._pending:
-            import signal
 
-            for number in dict.fromkeys(self._pending):
+    def deliver(self) -> None:
+        """Let the signals through that were held back."""
+        import signal
+
+        if self._pending:
+            number = self._pending.pop(0)
+            try:
                 signal.raise_signal(number)
+            finally:  # the first one may raise, and the others count all the same
+                self.deliver()
 
     def _restore(self) -> None:
         import signal
@@ -5624,8 +5845,8 @@ class Sandbox:
         from urllib.parse import urlencode
 
         asked = request.query()
-        for name, pattern in _SANDBOX_RULES.items():
-            pattern = pattern.replace("ORIGIN", re.escape(self.origin))
+        for name, rule in _SANDBOX_RULES.items():
+            pattern = rule.replace("ORIGIN", re.escape(self.origin))
             if not re.fullmatch(pattern, asked.get(name, "")):
                 raise _SandboxRefusal(400, "invalid_request", f"{name} is not valid")
         if request.method != "POST":
@@ -5730,7 +5951,8 @@ class Sandbox:
         return {}  # for an unknown token too: RFC 7009 section 2.2
 
     def _do_messages(self, request: _SandboxRequest) -> dict[str, object]:
-        if request.api_key not in self._api_keys:
+        # Some clients send a key as a Bearer token, and the API takes it.
+        if not {request.api_key, request.bearer} & self._api_keys:
             self._check_access(request, SCOPE_USER_INFERENCE)
         return {"echo": request.body.decode("utf-8", "replace")}
 
@@ -5889,7 +6111,13 @@ _EXIT_CODES: Final = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A name in Japanese must not be a traceback where the terminal cannot show it.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
             return _run(argv)
         finally:
@@ -5898,18 +6126,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # argparse: usage, --help, --version
         return done.code if isinstance(done.code, int) else 2
     except KeyboardInterrupt:
-        _tell("\nclaude-oauth: interrupted")
-        return 130
+        return _exit_code_of_interrupt()
     except ClaudeOAuthError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            return _exit_code_of_interrupt()
         _tell(f"claude-oauth: {error}")
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
     except OSError as error:
-        # Whoever read our answer has left, or its disk is full; what is still in the
-        # buffer must not fail once more at Python's end.
+        return _exit_code_of_output(error)
+
+
+def _exit_code_of_interrupt() -> int:
+    _tell("\nclaude-oauth: interrupted")
+    return 130
+
+
+def _exit_code_of_output(error: OSError) -> int:
+    """Say that the answer could not be written, unless nobody is left to care."""
+    if not isinstance(error, BrokenPipeError):
+        _tell(f"claude-oauth: cannot write the answer: {_reason(error)}")
+    if sys.stdout is not None:
+        # What is still in the buffer must not fail once more at Python's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            _tell(f"claude-oauth: cannot write the answer: {_reason(error)}")
-        return 1
+    return 1
 
 
 def _run(argv: list[str]) -> int:
@@ -5928,7 +6167,7 @@ def _run(argv: list[str]) -> int:
 _EPILOG: Final = """\
 examples:
   claude-oauth login                      sign in, then use `token` in scripts
-  curl -H "Authorization: Bearer $(claude-oauth token)" …
+  claude-oauth token | sed 's/^/Authorization: Bearer /' | curl -H @- …
   claude-oauth --dir ~/work login         another account beside the first
   claude-oauth demo                       see it at work, without an account
 
@@ -6051,7 +6290,7 @@ def _login(options: Any) -> int:
         port=options.port,
         timeout=options.timeout,
     )
-    who = service.account_name() or "an account that gives no name"
+    who = service._account_name() or "an account that gives no name"
     _tell(f"Signed in as {who}; the login is kept in {service.storage.describe()}.")
     return _show_status(service.status(), options.json, quiet=True)
 
@@ -6105,7 +6344,12 @@ def _profile(options: Any) -> int:
 
 
 def _api_key(options: Any) -> int:
-    print(_service(options).create_api_key())
+    try:
+        print(_service(options).create_api_key())
+    except TokenRefused as error:
+        if error.status == 403:
+            _tell("Keys are made by a Console login: `claude-oauth login --console`.")
+        raise
     _tell("This key is permanent; delete it on the Console's page of API keys.")
     return 0
 
@@ -6122,7 +6366,8 @@ def _logout(options: Any) -> int:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
+    if sys.stderr is not None:  # print would turn to stdout
+        print(text, file=sys.stderr)
 
 
 def _list(value: object) -> list[object]:
@@ -6183,14 +6428,18 @@ def _when(moment: object) -> str:
 
     if not isinstance(moment, str):
         return ""
-    left = calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ")) - time.time()
+    try:
+        then = calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:
+        return f"in more than 1000 years ({moment})"
+    left = then - time.time()
     span = describe_seconds(abs(left))
     return f"in {span} ({moment})" if left > 0 else f"over for {span} ({moment})"
 
 
 def _coloured(text: str, code: str, stream: TextIO) -> str:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if plain or not stream.isatty():
+    if plain or stream is None or not stream.isatty():
         return text
     return f"\x1b[{code}m{text}\x1b[0m"
 
@@ -6231,11 +6480,6 @@ def _sandbox(options: Any) -> int:
                 threading.Event().wait(3600)
     except KeyboardInterrupt:
         return 0
-    except OSError as error:
-        reason = _reason(error)
-        raise ConfigError(
-            f"cannot listen on port {options.port} ({reason}); choose another"
-        ) from None
 
 
 def _settings_for(sandbox: Sandbox, directory: str) -> dict[str, str]:
@@ -6275,6 +6519,10 @@ def _step(name: str, text: str) -> None:
     print(f"{name:10}{text}", flush=True)
 
 
+def _wait_for_a_look() -> None:
+    time.sleep(LOOK_INTERVAL)  # until then, a token is handed out without one
+
+
 def _age(service: OAuthService) -> None:
     """Make the stored token one that has expired."""
     with service.storage.lock(LOCK_TIMEOUT):
@@ -6285,7 +6533,7 @@ def _age(service: OAuthService) -> None:
 def _demo_expiry(service: OAuthService, sandbox: Sandbox) -> None:
     before = service.access_token()
     _age(service)
-    time.sleep(LOOK_INTERVAL)  # until then, a token is handed out without a look
+    _wait_for_a_look()
     after = service.access_token()
     changed = "a new token" if after != before else "the same token"
     _step("expiry", f"{changed}, {sandbox.counts['refresh_token']} refresh")
@@ -6322,6 +6570,7 @@ def _demo_stampede(service: OAuthService, sandbox: Sandbox, directory: str) -> N
 def _demo_early_end(service: OAuthService, sandbox: Sandbox) -> None:
     import requests
 
+    _wait_for_a_look()
     sandbox.expire_access_tokens()
     url = f"{sandbox.origin}/v1/messages"
     auth = BearerAuth(service)
@@ -6377,8 +6626,8 @@ _COMMANDS: Final[Mapping[str, tuple[Callable[[Any], int], str, str]]] = {
     "sandbox": (
         _sandbox,
         "serve a login to play with",
-        "Serve an authorization server on this machine until Ctrl-C, and print the lines"
-        " that point claude-oauth at it. Nothing there is real.",
+        "Serve an authorization server on this machine until Ctrl-C, and print the"
+        " lines that point claude-oauth at it. Nothing there is real.",
     ),
     "demo": (
         _demo,

@@ -1,0 +1,3 @@
+from anthropic.lib.credentials import CredentialsFile, TokenCache
+
+print(TokenCache(CredentialsFile("bench")).get_token())
