@@ -2020,9 +2020,7 @@ def _temporary_name(real: str) -> str:
     return os.path.join(directory, unique)
 
 
-def _write_new(
-    path: str, data: bytes, *, reserve: int = 0, sync: bool = True
-) -> None:
+def _write_new(path: str, data: bytes, *, reserve: int = 0, sync: bool = True) -> None:
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     fd = os.open(path, flags, 0o600)
@@ -2494,6 +2492,8 @@ class _TimedLock:
         traceback: TracebackType | None,
     ) -> None:
         self._mutex.release()
+
+
 SECURITY: Final = "/usr/bin/security"
 """The Keychain's own program, by its whole path: whatever comes first on PATH could be
 anybody's.  Tests put their stand-in here."""
@@ -4410,7 +4410,6 @@ class _Served:
 
 
 _NEVER: Final = float("inf")
-
 
 
 class OAuthService:
