@@ -5573,8 +5573,14 @@ class BearerAuth:
             # of the token that went there counts.
             if response.status_code != 401 or not self._has(request, token):
                 return response
-            if not _rewind(request.body, position) or not self._is_renewed(token):
+            if not _rewind(request.body, position):
                 return response
+            try:
+                if not self._is_renewed(token):
+                    return response
+            except ClaudeOAuthError:
+                response.close()  # nobody else gets it to close
+                raise
             response.close()
             repeated = request.copy()
             self._sign(repeated)
@@ -6366,7 +6372,7 @@ def _logout(options: Any) -> int:
 
 def _tell(text: str) -> None:
     if sys.stderr is not None:  # print would turn to stdout
-        print(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)  # before 3.9 a pipe waits for more
 
 
 def _list(value: object) -> list[object]:

@@ -3305,12 +3305,12 @@ def test_a_logout_leaves_no_temporary_file_of_whatever_age(saved, folder):
 
 def test_a_read_only_storage_changes_nothing(saved, folder):
     storage = claude_oauth.FileStorage(saved.path, read_only=True)
-    before = sorted(os.listdir(folder)), os.stat(saved.path)
+    before = sorted(os.listdir(folder)), saved.stamp()
     assert storage.load() == OLD_LOGIN
     for action in (storage.check, storage.delete, lambda: storage.save(NEW_LOGIN)):
         with pytest.raises(claude_oauth.StorageError, match="another program"):
             action()
-    assert (sorted(os.listdir(folder)), os.stat(saved.path)) == before
+    assert (sorted(os.listdir(folder)), saved.stamp()) == before
 
 
 CHANGES = {
@@ -3591,9 +3591,17 @@ def test_a_stopped_process_is_waited_for_and_its_lock_file_is_named(holder, save
         saved.lock(0.05).__enter__()
 
 
+WAIT = """
+try:
+    claude_oauth.FileStorage(sys.argv[1]).lock(0).__enter__()
+except claude_oauth.Unavailable:  # all is imported: an import can swallow a Ctrl-C
+    print("waiting", flush=True)
+with"""
+
+
 @needs_posix
 def test_a_wait_for_the_lock_ends_with_ctrl_c(start_python, saved):
-    code = HOLD.replace("with", "print('waiting', flush=True)\nwith", 1)
+    code = HOLD.replace("\nwith", WAIT, 1)
     with saved.lock(0):
         waiting = start_python(code, saved.path)
         assert waiting.stdout.readline() == "waiting\n"
@@ -7931,11 +7939,20 @@ def live_through_chaos(start_python, rounds, seed):
             ended = dict(word.split(":") for word in chaos.stdout.readline().split())
             assert len(ended) == 4, chaos.communicate()[1]
             ends.update(ended)
+            settle(server)
             seen.update(HOW[end] for end in ended.values())
             seen["gaps"] += check_the_round(kept, ends, ended)
         seen["refreshes"] = len(server.rotations)
         check_the_end(kept)
     return seen
+
+
+def settle(server):
+    """Wait until what killed processes have sent is read: it may end the login yet."""
+    with unlogged():  # connections are accepted in turn, so this one comes last
+        assert requests.get(server.origin + "/last", timeout=LIMIT).status_code == 404
+    for thread in list(server.connections.values()):
+        thread.join(LIMIT)
 
 
 HOW = {"0": "done", "33280": "ctrl-c", "15": "sigterm", "9": "killed", "768": "refused"}
