@@ -2041,6 +2041,8 @@ def _reserve(fd: int, size: int) -> None:
     try:
         if size and allocate:
             allocate(fd, 0, size)
+            if os.fstat(fd).st_size < size:  # PyPy's does not raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
@@ -3204,13 +3206,13 @@ class FernetCipher:
 
         Both come out of scrypt together, so the check is as hard to guess from.
         """
-        import hashlib
+        # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
+        from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
         known = (n, r, p, salt)
         if known not in self._keys:
-            self._keys[known] = hashlib.scrypt(
-                self._passphrase, salt=salt, n=n, r=r, p=p, maxmem=1 << 29, dklen=40
-            )
+            scrypt = Scrypt(salt=salt, length=40, n=n, r=r, p=p)
+            self._keys[known] = scrypt.derive(self._passphrase)
         return self._keys[known][:32], self._keys[known][32:].hex()
 
 
