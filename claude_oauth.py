@@ -1171,8 +1171,10 @@ def parse_callback(query: str, *, state: str) -> str:
     if not _is_same(fields.get("state", ""), state):
         raise ValueError("the address belongs to another sign-in (its state differs)")
     if "error" in fields:
-        description = printable(fields.get("error_description", "")) or None
-        raise LoginDenied(printable(fields["error"], limit=64) or "error", description)
+        secrets = (state, fields.get("code", ""))  # a server may quote them
+        told = printable(fields.get("error_description", ""), secrets=secrets)
+        code = printable(fields["error"], secrets=secrets, limit=64)
+        raise LoginDenied(code or "error", told or None)
     if not _is_code(fields.get("code", "")):
         raise ValueError("the address has no code")
     return fields["code"]

@@ -2055,6 +2055,65 @@ def test_a_moment_is_written_in_utc(clock):
     assert claude_oauth.describe_moment(clock()) == "2027-01-15T08:00:00Z"
 
 
+def test_one_second_of_retry_after_counts():
+    assert claude_oauth.parse_retry_after("1", now=0) == 1
+
+
+def test_a_fingerprint_is_the_same_in_every_version():
+    made = claude_oauth.fingerprint("r", client_id="c", token_url="u")
+    parts = b"claude-oauth refused\0u\0c\0r"  # account.json remembers it
+    assert made == hashlib.sha256(parts).hexdigest()
+
+
+def test_a_refresh_token_that_is_no_text_has_a_fingerprint():
+    assert claude_oauth.fingerprint("\ud800", client_id="c", token_url="u")
+
+
+EDGE = "the service's edge refuses this User-Agent; set user_agent to name your program"
+
+
+def test_the_edges_refusal_says_what_to_do():
+    assert str(claude_oauth.error_of_answer(403, b"error code: 1010")) == EDGE
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (429, "the server is limiting requests"),
+        (300, "the server redirects the request (300), which is not followed"),
+        (400, "the answer (400) is not the service's; a proxy may stand between"),
+        (500, "the server is out of order (500)"),
+    ],
+)
+def test_a_passing_error_says_what_it_is_and_keeps_its_status(status, text):
+    error = claude_oauth.error_of_answer(status, b"")
+    assert str(error) == f"{text}; try again later"
+    assert error.status == status
+
+
+def test_an_error_joins_what_the_server_said():
+    body = b'{"error": {"code": "odd", "message": "why"}}'
+    error = claude_oauth.error_of_answer(400, body, request_id="r")
+    assert (error.code, error.description) == ("odd", "why; request r")
+
+
+def test_a_long_error_code_or_request_id_is_cut():
+    body = b'{"error": "%s"}' % (b"e" * 61)
+    error = claude_oauth.error_of_answer(400, body, request_id="r" * 81)
+    assert error.code == "e" * 59 + "…"
+    assert error.description == f"request {'r' * 79}…"
+
+
+def test_a_secret_too_short_to_be_one_is_not_hidden():
+    assert claude_oauth.printable("abc abcd", secrets=["abc"]) == "abc abcd"
+    assert claude_oauth.printable("abc abcd", secrets=["abcd"]) == "abc …"
+
+
+def test_a_line_that_just_fits_is_not_cut():
+    assert claude_oauth.printable("e" * 200) == "e" * 200
+    assert claude_oauth.printable("e" * 201) == "e" * 199 + "…"
+
+
 # -- Messages: the callback, the paste, the pages --------------------------------------
 
 STATE = "st" + "S" * 41
@@ -2338,6 +2397,169 @@ def test_no_answer_is_stored_sniffed_framed_or_has_a_banner(status):
     assert b"Referrer-Policy: no-referrer\r\n" in head
     assert b"default-src 'none'" in head and b"frame-ancestors 'none'" in head
     assert b"Server" not in head and b"ython" not in head
+
+
+REASONS = {
+    "parameter twice": "callback?code=abcdefgh&code=abcdefgh&state=STATE",
+    "no code": "callback?state=STATE",
+    "belongs to another sign-in": "callback?code=abcdefgh&state=other",
+    "address of another page": "other?code=abcdefgh&state=STATE",
+    "address to open": "callback?code_challenge=abc",
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_the_reason_of_a_refused_address_is_one_plain_sentence(reason):
+    paste = f"http://localhost:9/{REASONS[reason]}"
+    with pytest.raises(ValueError, match=reason) as caught:
+        claude_oauth.parse_paste(paste, state="STATE", manual_redirect_uri="https://m/")
+    assert re.fullmatch("(that|the address) [^A-Z]+[a-z)]", str(caught.value))
+
+
+@pytest.mark.parametrize("given", ["STA", "other"], ids=["cut", "foreign"])
+def test_the_reason_of_a_refused_state_is_one_plain_sentence(given):
+    with pytest.raises(ValueError, match="code") as caught:
+        claude_oauth.parse_paste(
+            f"abcdefghijklmnop#{given}", state="STATE", manual_redirect_uri="https://m/"
+        )
+    assert re.fullmatch("(that|the end) [^A-Z]+[a-z)]", str(caught.value))
+
+
+NO_CODES = {
+    "nothing was pasted": " ",
+    "that is not a code": "short",
+    "that has control characters in it": "\x01" + 16 * "c",
+    "that is a token or an API key, not a code: keep it safe": "sk-ant-oat01-abc",
+}
+
+
+@pytest.mark.parametrize("reason", NO_CODES)
+def test_what_is_no_code_is_called_what_it_is(reason):
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
+        claude_oauth.parse_paste(
+            NO_CODES[reason], state="STATE", manual_redirect_uri="https://m/"
+        )
+
+
+@pytest.mark.parametrize(
+    "paste",
+    ["c" * 16, "c" * 16 + " c c", "!~" * 8, "X" * 16, "\u2029" + "c" * 16, "c" * 4096],
+    ids=["shortest", "three-pieces", "ends-of-ascii", "X", "separator", "longest"],
+)
+def test_a_bare_code_at_the_edge_of_what_is_allowed_is_a_code(paste):
+    found = claude_oauth.parse_paste(
+        paste, state="STATE", manual_redirect_uri="https://m/"
+    )
+    assert found.code == re.sub("[ \u2029]", "", paste)
+
+
+@pytest.mark.parametrize(
+    "paste", ["c" * 16 + " c c c", "é" * 16], ids=["a-sentence", "other-letters"]
+)
+def test_a_bare_text_beyond_what_is_allowed_is_no_code(paste):
+    with pytest.raises(ValueError, match="^that is not a code$"):
+        claude_oauth.parse_paste(paste, state="STATE", manual_redirect_uri="https://m/")
+
+
+def test_a_code_with_its_state_may_be_as_short_as_the_server_likes():
+    found = claude_oauth.parse_paste(
+        "c#STATE", state="STATE", manual_redirect_uri="https://m/"
+    )
+    assert found.code == "c"
+
+
+def test_a_callback_whose_state_is_no_text_belongs_to_another_sign_in():
+    with pytest.raises(ValueError, match="belongs to another sign-in"):
+        claude_oauth.parse_callback("code=c&state=\ud800", state="STATE")
+
+
+def test_a_long_error_of_a_callback_is_cut():
+    with pytest.raises(claude_oauth.LoginDenied) as caught:
+        claude_oauth.parse_callback(f"error={'e' * 100}&state=s", state="s")
+    assert caught.value.code == "e" * 63 + "…"
+
+
+def test_an_answer_to_the_browser_says_no_more_than_it_must():
+    head, _, body = claude_oauth.http_answer(404).partition(b"\r\n\r\n")
+    status, *lines = head.decode("ascii").split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    policy = headers.pop("Content-Security-Policy").split("; ")
+    assert (status, body) == ("HTTP/1.1 404 Not Found", b"")
+    assert headers == {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Length": "0",
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Connection": "close",
+    }
+    assert policy[0] == "default-src 'none'"
+    assert policy[2:] == [
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+
+
+def test_a_refused_method_is_told_which_one_is_allowed():
+    assert b"\r\nAllow: GET\r\n" in claude_oauth.http_answer(405)
+
+
+def test_a_page_that_is_no_text_is_answered_all_the_same():
+    assert claude_oauth.http_answer(200, "\ud800").endswith(b"\r\n\r\n?")
+
+
+WORDS_OF_PAGES = {
+    "success": (
+        lambda: claude_oauth.success_page("Ada"),
+        ("success", "Signed in"),
+        "You are signed in as Ada.\nYou can close this window.",
+    ),
+    "nameless": (
+        lambda: claude_oauth.success_page(None),
+        ("success", "Signed in"),
+        "You are signed in.\nYou can close this window.",
+    ),
+    "failure": (
+        lambda: claude_oauth.failure_page("it is so"),
+        ("failure", "Sign-in failed"),
+        "It is so.\nClose this window and see the terminal.",
+    ),
+    "denied": (
+        lambda: claude_oauth.denied_page(),
+        ("denied", "Access was not granted"),
+        "Nothing was stored.\nIf that was a mistake, close this window and try again.",
+    ),
+    "stray": (
+        lambda: claude_oauth.stray_page(),
+        ("failure", "Nothing to see here"),
+        "A sign-in is waiting here for something else.\nGo back to the terminal, and "
+        "open the address that it shows.",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind_and_title", "text"), WORDS_OF_PAGES.values(), ids=WORDS_OF_PAGES
+)
+def test_a_page_says_what_happened_in_plain_words(make, kind_and_title, text):
+    page, (kind, title) = make(), kind_and_title
+    assert f'<p class="mark {kind}"' in page
+    assert f"<title>{title}</title>" in page and f"<h1>{title}</h1>" in page
+    assert f"<p>{text}</p>" in page
+
+
+def test_the_mark_of_a_page_shows_how_it_went():
+    marks = {"success": "\u2713", "failure": "!", "denied": "\u2715"}
+    for kind, mark in marks.items():
+        assert f">{mark}</p>" in claude_oauth.result_page(kind, "t", "x")
+
+
+@pytest.mark.parametrize("length", [399, 400, 401, 500])
+def test_a_long_reason_is_cut_on_the_page(length):
+    shown = re.search("<p>(.*)[.]\n", claude_oauth.failure_page("E" * length))
+    assert shown and len(shown[1]) == min(length, 400)
 
 
 # -- Client ----------------------------------------------------------------------------
@@ -7928,6 +8150,12 @@ class RoughServer(AuthServer):
         return status, answer, headers
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Children without coverage, whose lock some of them would be killed with."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
 def live_through_chaos(start_python, rounds, seed):
     """Rounds of processes that refresh and are ended; what happened, as a Counter."""
     seen, ends = Counter(), {}
@@ -7997,7 +8225,7 @@ def check_the_end(kept):
 
 
 @needs_posix
-def test_no_login_is_lost_in_chaos(start_python):
+def test_no_login_is_lost_in_chaos(start_python, unmeasured):
     seen = live_through_chaos(start_python, rounds=12, seed=3)
     assert seen["refreshes"] > 25
     assert seen["sigterm"] > 2
@@ -8006,7 +8234,7 @@ def test_no_login_is_lost_in_chaos(start_python):
 
 @pytest.mark.slow
 @needs_posix
-def test_no_login_is_lost_in_long_chaos(start_python):
+def test_no_login_is_lost_in_long_chaos(start_python, unmeasured):
     seen = live_through_chaos(start_python, rounds=80, seed=80)
     assert seen["refreshes"] > 400
     assert seen["sigterm"] > 20

@@ -148,6 +148,9 @@ SEEDS: list[tuple[Callable[[bytes], None], bytes]] = [
     (read_paste, f"abcdefghijklmnopqrst#{STATE}".encode()),
     (read_paste, f"\x1b[200~http://127.0.0.1:9/callback?{QUERY}\x1b[201~".encode()),
     (read_paste, f"{MANUAL}?{QUERY}".encode()),
+    (read_paste, b"https://elsewhere/?code_challenge=c"),
+    (read_paste, f"https://elsewhere/?{QUERY}".encode()),
+    (read_paste, b"sk-ant-oat01-abcdefghijklmnop"),
     (read_callback, QUERY.encode()),
     (read_callback, f"error=denied&error_description=d&state={STATE}".encode()),
     (read_request, b"GET /callback?a=b HTTP/1.1\r\nHost: localhost:8080\r\n\r\n"),
@@ -169,6 +172,8 @@ SEEDS: list[tuple[Callable[[bytes], None], bytes]] = [
         b'{"account": {"uuid": "u", "email": "e"}, "organization": {"uuid": "o",'
         b' "organization_type": "claude_max", "has_extra_usage_enabled": true}}',
     ),
+    (read_error_answer, b"g<html>error code: 1010"),
+    (read_token_answer, b'{"access_token": "t", "scope": ["a"]}'),
     (read_error_answer, b'd{"error": "invalid_grant", "error_description": "d"}'),
     (read_error_answer, b'd{"type": "error", "error": {"type": "t", "message": "m"}}'),
     (read_error_answer, f'd{{"error": "x", "message": "{SECRET}"}}'.encode()),
@@ -214,6 +219,11 @@ def main() -> None:
     with open(os.path.join(FOLDER.name, "words"), "wb") as file:
         file.write(b"".join(b'"%s"\n' % word for word in sorted(words)))
     os.mkdir(STORE)
+    child = os.fork()  # libFuzzer ends its process without cleaning up
+    if child:
+        status = os.waitpid(child, 0)[1]
+        FOLDER.cleanup()
+        sys.exit(1 if status else 0)
     atheris.Setup([*sys.argv, f"-dict={file.name}", seeds], check)
     atheris.Fuzz()
 
