@@ -1625,7 +1625,7 @@ class OAuthClient:
         import threading
 
         _import_requests()
-        outcome: list[Unavailable | tuple[int, Mapping[str, str], bytes]] = []
+        outcome: list[ClaudeOAuthError | tuple[int, Mapping[str, str], bytes]] = []
 
         def attempt() -> None:
             outcome.append(self._attempt(method, url, body, bearer))
@@ -1641,7 +1641,7 @@ class OAuthClient:
             thread.join(3 * self.config.timeout)
         if not outcome:
             raise Unavailable("no whole answer in time; try again later")
-        if isinstance(outcome[0], Unavailable):
+        if isinstance(outcome[0], ClaudeOAuthError):
             raise outcome[0]
         return outcome[0]
 
@@ -1651,7 +1651,7 @@ class OAuthClient:
         url: str,
         body: Mapping[str, str] | None,
         bearer: str | None,
-    ) -> Unavailable | tuple[int, Mapping[str, str], bytes]:
+    ) -> ClaudeOAuthError | tuple[int, Mapping[str, str], bytes]:
         session = self._session or _import_requests().Session()
         try:
             with session.request(
@@ -1737,11 +1737,16 @@ def _read_limited(response: requests.Response, limit: Deadline) -> bytes:
 
 def _describe_failure(
     error: Exception, url: str, session: requests.Session
-) -> Unavailable:
+) -> ClaudeOAuthError:
     """Return what went wrong on the way, naming the host, the proxy and the cure."""
     from urllib.parse import urlsplit
 
     requests = _import_requests()
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE")
+    if type(error) is OSError and bundle and not os.path.exists(bundle):
+        return ConfigError(
+            f"REQUESTS_CA_BUNDLE names {bundle}, which is not there; mend or unset it"
+        )
     host = urlsplit(url).netloc
     proxy = _proxy_in_use(url, session)
     way = f"{host} through the proxy {proxy}" if proxy else host
@@ -3153,8 +3158,7 @@ class FernetCipher:
             import cryptography.fernet as fernet
         except ImportError:
             raise ConfigError(
-                "encryption needs the `cryptography` package:"
-                " pip install 'claude-oauth[encryption]'"
+                "encryption needs the `cryptography` package: pip install cryptography"
             ) from None
         self._fernet = fernet
         self._passphrase = passphrase

@@ -3199,6 +3199,13 @@ def test_each_path_has_its_own_page(console):
     assert url.startswith(page + "?") and "scope=user%3Aprofile&" in url
 
 
+def test_a_ca_bundle_that_is_not_there_is_a_setting_to_mend(monkeypatch, tmp_path):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    config = claude_oauth.OAuthConfig.for_server("https://127.0.0.1:9", client_id="c")
+    with pytest.raises(claude_oauth.ConfigError, match="REQUESTS_CA_BUNDLE names"):
+        claude_oauth.OAuthClient(config).fetch_profile("token")
+
+
 # -- Storage ---------------------------------------------------------------------------
 # What every store has to do is tested with the stores, below; here is what is special
 # to files, to the lock and to memory.
@@ -5455,7 +5462,7 @@ def test_a_cipher_shows_no_passphrase(passphrase_file):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography", None)
     monkeypatch.setitem(sys.modules, "cryptography.fernet", None)
-    with pytest.raises(claude_oauth.ConfigError, match=r"claude-oauth\[encryption\]"):
+    with pytest.raises(claude_oauth.ConfigError, match=r"pip install cryptography"):
         claude_oauth.FernetCipher("open sesame")
 
 
