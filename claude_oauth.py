@@ -640,11 +640,7 @@ class Credentials(_Value):
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
-        access_token = _text(answer.get("access_token"))
-        if access_token is None or not is_header_safe(access_token):
-            raise BadAnswer("access_token")
-        if str(answer.get("token_type") or "bearer").lower() != "bearer":
-            raise BadAnswer("token_type", "is not bearer")
+        access_token = _bearer_token_of(answer)
         base = previous or cls(access_token)
         lifetime = _lifetime_of(answer.get("expires_in")) or DEFAULT_LIFETIME
         login_lifetime = _lifetime_of(answer.get("refresh_token_expires_in"))
@@ -746,6 +742,15 @@ _ACCOUNT_KEYS: Final = {
 def is_header_safe(token: str) -> bool:
     """Tell whether a token can stand in a header: printable ASCII without a blank."""
     return bool(token) and token.isascii() and token.isprintable() and " " not in token
+
+
+def _bearer_token_of(answer: Mapping[str, object]) -> str:
+    access_token = _text(answer.get("access_token"))
+    if access_token is None or not is_header_safe(access_token):
+        raise BadAnswer("access_token")
+    if str(answer.get("token_type") or "bearer").lower() != "bearer":
+        raise BadAnswer("token_type", "is not bearer")
+    return access_token
 
 
 def _text(value: object) -> str | None:
@@ -1012,8 +1017,8 @@ def error_of_answer(
             " program"
         )
     code, description = _read_error(parse_json_object(body) or {})
-    code = printable(code or "", secrets=secrets, limit=60)
-    notes = [printable(description or "", secrets=secrets)]
+    code = printable(code, secrets=secrets, limit=60)
+    notes = [printable(description, secrets=secrets)]
     if request_id:
         notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
     told = "; ".join(filter(None, notes))
@@ -1035,7 +1040,7 @@ _PASSING_CODES: Final = frozenset(
 """Error codes that say nothing about the grant, whatever the status beside them."""
 
 
-def _read_error(answer: Mapping[str, object]) -> tuple[str | None, str | None]:
+def _read_error(answer: Mapping[str, object]) -> tuple[str, str]:
     found = answer.get("error")
     inner = found if isinstance(found, dict) else {}
     code = _text(found) or _text(inner.get("type")) or _text(inner.get("code"))
@@ -1044,7 +1049,7 @@ def _read_error(answer: Mapping[str, object]) -> tuple[str | None, str | None]:
         or _text(inner.get("message"))
         or _text(answer.get("message"))
     )
-    return code, description
+    return code or "", description or ""
 
 
 def _unavailable_text(status: int, told: str) -> str:
@@ -2123,18 +2128,13 @@ def _remove_leftovers(real: str, older_than: float = _LEFTOVER_AGE) -> None:
     """Remove the temporary files of processes that died between write and rename."""
     directory, name = os.path.split(real)
     try:
-        entries = os.listdir(directory)
-    except OSError:
-        return  # tidying must not fail a save
-    for found in entries:
-        if found.startswith(f".{name}.") and found.endswith(_TEMPORARY_SUFFIX):
+        for found in os.listdir(directory):
             leftover = os.path.join(directory, found)
-            try:
-                age = abs(time.time() - os.lstat(leftover).st_mtime)
-            except OSError:
-                continue
-            if age >= older_than:
+            ours = found.startswith(f".{name}.") and found.endswith(_TEMPORARY_SUFFIX)
+            if ours and abs(time.time() - os.lstat(leftover).st_mtime) >= older_than:
                 _unlink_quietly(leftover)
+    except OSError:
+        pass  # tidying must not fail a save; another process may tidy as well
 
 
 class FileLock:
@@ -6138,20 +6138,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except SystemExit as done:  # argparse: usage, --help, --version
         return done.code if isinstance(done.code, int) else 2
-    except KeyboardInterrupt:
-        return _exit_code_of_interrupt()
-    except ClaudeOAuthError as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):
-            return _exit_code_of_interrupt()
-        _tell(f"claude-oauth: {error}")
-        return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    except (KeyboardInterrupt, ClaudeOAuthError) as error:
+        return _exit_code_of(error)
     except OSError as error:
         return _exit_code_of_output(error)
 
 
-def _exit_code_of_interrupt() -> int:
-    _tell("\nclaude-oauth: interrupted")
-    return 130
+def _exit_code_of(error: BaseException) -> int:
+    """Say what ended the command, and return the code that tells a script."""
+    if isinstance(error.__cause__ or error, KeyboardInterrupt):  # login() wraps it
+        _tell("\nclaude-oauth: interrupted")
+        return 130
+    _tell(f"claude-oauth: {error}")
+    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
 
 
 def _exit_code_of_output(error: OSError) -> int:
@@ -6480,9 +6479,12 @@ class _OwnSettings:
 
 def _sandbox(options: Any) -> int:
     import shlex
+    import signal
     import threading
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
+    # Ended in either way, it takes its folder with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _OwnSettings() as directory, sandbox:
             for name, value in _settings_for(sandbox, directory).items():

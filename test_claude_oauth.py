@@ -35,6 +35,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -66,9 +67,11 @@ CLIENT_ID = "test-client"
 LIMIT = 30.0
 """Seconds after which a wait in a test is a failure; nothing ever takes that long."""
 
-# A shell that starts a program with `&` has it, and its children, ignore Ctrl-C.
+# A program that is started with `&`, or by nohup, ignores these, and so do its children.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if os.name == "posix" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("tests", database=None, deadline=None)
 hypothesis.settings.load_profile("tests")
@@ -388,6 +391,7 @@ class Answer:
     hang       nothing until the test sets `server.released`
     stall      half of the body, then nothing until `released`
     drip       the body byte by byte, 50 ms apart, over and over until `released`
+    trickle    the same with the headers
     oversize   megabytes without an end, until the client has had enough
     """
 
@@ -442,6 +446,14 @@ class ScriptedServer(LoopbackServer):
         handler.reply(answer.status, b"", {**answer.headers, **length})
         for place in range(int(LIMIT / 0.05)):
             handler.wfile.write(body[place % len(body) :][:1])
+            if self.released.wait(0.05):
+                return
+        self.exhausted = True
+
+    def fault_trickle(self, handler, answer):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        for _ in range(int(LIMIT / 0.05)):
+            handler.wfile.write(b"X")
             if self.released.wait(0.05):
                 return
         self.exhausted = True
@@ -2814,7 +2826,7 @@ def test_an_answer_that_is_not_oauths_is_passing(
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("fault", ["hang", "stall", "drip"])
+@pytest.mark.parametrize("fault", ["hang", "stall", "drip", "trickle"])
 def test_no_answer_may_take_longer_than_its_time(scripted_server, call, fault):
     scripted_server.add(200, GOOD_ANSWERS[call], fault=fault)
     error = failure_of(call, client_for(scripted_server, timeout=0.2))
@@ -3067,6 +3079,36 @@ def test_a_proxy_that_is_not_there_is_named(monkeypatch, written):
     error = failure_of("profile", claude_oauth.OAuthClient(config))
     assert "api.anthropic.com through the proxy 127.0.0.1:1" in str(error)
     assert "sesame" not in chain_text(error)
+
+
+def test_a_session_that_looks_into_no_environment_names_no_proxy(monkeypatch):
+    requests = pytest.importorskip("requests")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    config = claude_oauth.OAuthConfig.for_server("https://[::1]:1", client_id=CLIENT_ID)
+    with requests.Session() as session:
+        session.trust_env = False
+        error = failure_of("profile", claude_oauth.OAuthClient(config, session=session))
+    assert "no connection to [::1]:1" in str(error)
+    assert "proxy" not in str(error)
+
+
+WITHOUT_THREADS = """
+import sys, threading, claude_oauth
+config = claude_oauth.OAuthConfig.for_server(sys.argv[1], client_id="it")
+client = claude_oauth.OAuthClient(config)
+threading.stack_size(1 << 46)  # more than there is: no thread can be started
+print(client.refresh(claude_oauth.Credentials("old", "spent")).access_token)
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or sys.implementation.name != "cpython",
+    reason="elsewhere such a stack is refused, or only reserved",
+)
+def test_where_no_thread_can_be_started_a_refresh_works_too(scripted_server):
+    scripted_server.add(200, {"access_token": "new"})
+    done = run_python(WITHOUT_THREADS, scripted_server.origin)
+    assert done.stdout == "new\n", done
 
 
 # Whole exchanges: Authlib decides
@@ -3396,6 +3438,63 @@ def test_what_is_no_private_file_is_named_and_left_alone(folder, make, because):
 
 def record(**tokens):
     return json.dumps({"claudeAiOauth": {"accessToken": "token", **tokens}}).encode()
+
+
+@pytest.fixture
+def nobodys_folder():
+    """A folder of another user's; `as_nobody()` is that user for a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        storage = claude_oauth.FileStorage(os.path.join(folder, "c.json"))
+        storage.save(OLD_LOGIN)  # imports all that it takes, while that can be read
+        storage.delete()
+        os.chown(folder, 65534, 65534)
+        yield storage
+
+
+@contextlib.contextmanager
+def as_nobody():
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@needs_posix
+@needs_root
+def test_a_folder_that_cannot_be_listed_holds_a_login(nobodys_folder):
+    os.chmod(os.path.dirname(nobodys_folder.path), 0o300)
+    with as_nobody():
+        nobodys_folder.save(NEW_LOGIN)
+        assert nobodys_folder.load() == NEW_LOGIN
+
+
+@needs_posix
+@needs_root
+def test_a_login_that_may_not_be_removed_is_an_error_of_the_store(nobodys_folder):
+    nobodys_folder.save(OLD_LOGIN)
+    os.chown(nobodys_folder.path, 65534, 65534)
+    os.chmod(os.path.dirname(nobodys_folder.path), 0o500)
+    with as_nobody():
+        with pytest.raises(claude_oauth.StorageError, match="cannot remove"):
+            nobodys_folder.delete()
+        assert nobodys_folder.load() == OLD_LOGIN
+
+
+@needs_posix
+@needs_root
+def test_a_file_of_roots_in_a_sticky_folder_is_read_and_not_replaced(
+    nobodys_folder, caplog
+):
+    nobodys_folder.save(OLD_LOGIN)
+    os.chmod(nobodys_folder.path, 0o666)
+    os.chown(os.path.dirname(nobodys_folder.path), 0, 0)
+    os.chmod(os.path.dirname(nobodys_folder.path), 0o1777)
+    with as_nobody():
+        assert nobodys_folder.load() == nobodys_folder.load() == OLD_LOGIN
+        with pytest.raises(claude_oauth.StorageError, match="not permitted"):
+            nobodys_folder.check()
+    assert [r.message.count("others can read") for r in caplog.records] == [1]
 
 
 DAMAGED = {
@@ -3755,6 +3854,15 @@ def own_mounts():
     if not able:
         pytest.skip("mounts are not to be had here")
     return in_front
+
+
+@pytest.fixture(scope="session")
+def bwrap():
+    """A program that runs others in containers; skips where that is not allowed."""
+    need("bwrap", "bubblewrap")
+    if subprocess.call(["bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"]):
+        pytest.skip("containers are not to be had here")
+    return "bwrap"
 
 
 @pytest.mark.parametrize(("setting", "told"), SETTINGS.values(), ids=SETTINGS)
@@ -4889,6 +4997,15 @@ def test_a_save_that_fails_leaves_the_old_login_and_says_so(
     assert stored_token(keychain) == kept
 
 
+def test_a_record_of_megabytes_is_refused_and_the_old_login_stays(
+    keychain, keychain_store
+):
+    with pytest.raises(claude_oauth.StorageError, match="too long"):
+        keychain_store.save(credentials_of_size(1 << 22, NEW))
+
+    assert stored_token(keychain) == OLD
+
+
 @pytest.mark.parametrize(
     "fault", ["add:status:-25308", "add:die", "add:lie", "add:torn"]
 )
@@ -4918,6 +5035,12 @@ READ_FAULTS = {
 }
 READ_FAULTS["a dialog that nobody sees"] = "find-w:hang"
 READ_FAULTS["killed"] = "find-w:die"
+
+
+def test_what_only_looks_like_hex_is_no_record(keychain, keychain_store):
+    keychain.run('add-generic-password -U -a default -s claude-oauth -w "7bx"\n')
+    with pytest.raises(claude_oauth.StorageCorrupt, match="unreadable"):
+        claude_oauth.KeychainStorage().load()
 
 
 @pytest.mark.parametrize("faults", READ_FAULTS.values(), ids=READ_FAULTS)
@@ -5006,6 +5129,24 @@ def test_other_processes_notice_a_save_without_starting_one(keychain, keychain_s
     after = other.stamp()
     keychain_store.delete()
     assert other.stamp() != after
+
+
+def test_before_anything_is_stored_there_is_nothing_to_notice(keychain):
+    store = new_store()
+    before = store.stamp()
+    assert store.stamp() == before is not None
+    store.save(credentials_of_size(300))
+
+    assert store.stamp() != before
+
+
+def test_a_save_that_others_cannot_be_told_of_is_a_save(keychain, keychain_store):
+    marker = Path(directory()) / "store.changed"
+    marker.unlink()
+    marker.mkdir()
+    keychain_store.save(credentials_of_size(300, NEW))
+
+    assert stored_token(keychain) == NEW
 
 
 def test_no_secret_is_beside_the_lock(keychain, keychain_store):
@@ -5424,6 +5565,7 @@ DAMAGE = {
     "too costly": lambda data: data.replace(b"scrypt:32768:", b"scrypt:4194304:"),
     "no power of two": lambda data: data.replace(b"scrypt:32768:", b"scrypt:32767:"),
     "no rounds": lambda data: data.replace(b":8:", b":0:", 1),
+    "no record": lambda data: claude_oauth.FernetCipher("open sesame").encrypt(b"[]"),
 }
 
 
@@ -5432,7 +5574,9 @@ def test_damaged_data_is_corrupt_and_stays(encrypted, damage):
     put_sealed(encrypted, damage(sealed(encrypted)))
     before = Path(encrypted.path).read_bytes()
     for step in (encrypted.load, lambda: encrypted.save(credentials_of_size(9))):
-        with pytest.raises(claude_oauth.StorageCorrupt, match="cannot be read"):
+        with pytest.raises(
+            claude_oauth.StorageCorrupt, match="cannot be read|no record"
+        ):
             step()
 
     assert Path(encrypted.path).read_bytes() == before
@@ -5453,6 +5597,24 @@ def test_two_files_of_one_passphrase_have_salts_of_their_own(passphrase_file):
 
     assert len(salts) == 2
     assert ciphers[0].decrypt(ciphers[1].encrypt(b"x")) == b"x"
+
+
+@pytest.mark.parametrize("written", ["A", 5, "scrypt", ""], ids=repr)
+def test_what_is_no_base64_is_corrupt_and_stays(encrypted, written):
+    path = put_bytes(
+        encrypted.path, json.dumps({"claudeOauthEncrypted": written}).encode()
+    )
+    before = path.read_bytes()
+    with pytest.raises(claude_oauth.StorageCorrupt, match="log in"):
+        encrypted.load()
+
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("passphrase", ["", b""], ids=["text", "bytes"])
+def test_an_empty_passphrase_is_refused(passphrase):
+    with pytest.raises(claude_oauth.ConfigError, match="empty"):
+        claude_oauth.FernetCipher(passphrase)
 
 
 def test_a_cipher_shows_no_passphrase(passphrase_file):
@@ -5947,6 +6109,27 @@ with c.AuthCodeListener(sys.argv[1]) as listener:
         url = f"http://localhost:{port}/callback?{CALLBACK}"
         assert requests.get(url, timeout=LIMIT).text == "page"
         assert process.stdout.readline().strip() == CODE
+
+
+LISTEN = """
+import socket, claude_oauth
+with claude_oauth.AuthCodeListener("s" * 43) as listener:
+    for host in ("127.0.0.1", "::1"):
+        try:
+            socket.create_connection((host, listener.port), 5).close()
+            print(host)
+        except OSError:
+            print("no", host)
+"""
+
+
+@pytest.mark.parametrize("lacks", ["0", "1"], ids=["with-ipv6", "without-ipv6"])
+def test_the_listener_is_on_every_loopback_address_that_there_is(bwrap, lacks):
+    script = f'echo {lacks} >/proc/sys/net/ipv6/conf/all/disable_ipv6; exec "$@"'
+    network = [bwrap, "--dev-bind", "/", "/", "--unshare-net", "--cap-add", "ALL"]
+    done = run_python(LISTEN, under=[*network, "sh", "-c", script, "sh"])
+    assert done.stdout.split("\n")[0] == "127.0.0.1", done
+    assert done.stdout.split("\n")[1] == ("no ::1" if lacks == "1" else "::1")
 
 
 # -- Sign-in: the browser --------------------------------------------------------------
@@ -8985,6 +9168,41 @@ def test_a_key_made_with_the_environments_token_is_not_stored(
     assert account_service.storage.load().api_key == granted.api_key
 
 
+class Overtaken(claude_oauth.FileStorage):
+    """A store in which somebody else logs in just before its lock is had."""
+
+    def lock(self, timeout):
+        claude_oauth.FileStorage(self.path).save(NEW_LOGIN)
+        return super().lock(timeout)
+
+
+def test_a_key_is_not_stored_with_somebody_elses_login(
+    account_service, auth_server, browser, caplog
+):
+    sign_in_at_console(account_service, auth_server, browser)
+    storage = Overtaken(account_service.storage.path)
+    key = claude_oauth.OAuthService(account_service.config, storage).create_api_key()
+
+    assert key == auth_server.api_keys[-1]
+    assert "could not be stored: somebody else has logged in" in caplog.text
+    assert storage.load().api_key != key
+
+
+class Impatient(claude_oauth.FileStorage):
+    """A store whose lock nobody waits for."""
+
+    def lock(self, timeout):
+        return super().lock(0)
+
+
+def test_a_profile_that_cannot_be_kept_is_had_all_the_same(signed_in, caplog):
+    storage = Impatient(signed_in.storage.path)
+    service = claude_oauth.OAuthService(signed_in.config, storage)
+    with storage.lock(0):
+        assert service.profile(force=True).email == "person@example.com"
+    assert "the profile could not be kept: another process holds" in caplog.text
+
+
 ENVIRONMENT_TOKENS = {
     "token": ("sk-ant-oat01-x", "Authorization", "Bearer sk-ant-oat01-x"),
     "blanks-around": (" sk-ant-oat01-x\r\n", "Authorization", "Bearer sk-ant-oat01-x"),
@@ -9252,9 +9470,9 @@ def test_a_logout_flushes_then_revokes_then_deletes(signed_in, auth_server):
         seen.append((seconds, account, auth_server.counts["revoke"]))
 
     token = signed_in.access_token()
-    signed_in._flush_telemetry = flush
+    leaving = another_process(signed_in, flush_telemetry=flush)
 
-    assert signed_in.logout() is True
+    assert leaving.logout() is True
     assert seen == [(claude_oauth.FLUSH_TIMEOUT, "Example", 0)]
     assert auth_server.counts["revoke"] == 1
     assert not auth_server.is_live(token)
@@ -9327,9 +9545,9 @@ def test_a_flush_that_raises_does_not_keep_anybody_logged_in(signed_in, error, c
     def flush(seconds):
         raise error
 
-    signed_in._flush_telemetry = flush
+    leaving = another_process(signed_in, flush_telemetry=flush)
 
-    assert signed_in.logout() is True
+    assert leaving.logout() is True
     assert type(error).__name__ in caplog.text
     assert not secrets_in(caplog.text)
     assert signed_in.credentials() is None
@@ -9338,9 +9556,11 @@ def test_a_flush_that_raises_does_not_keep_anybody_logged_in(signed_in, error, c
 @pytest.mark.slow
 def test_a_flush_that_hangs_does_not_keep_anybody_logged_in(signed_in, caplog):
     released = threading.Event()
-    signed_in._flush_telemetry = lambda seconds: released.wait(2 * LIMIT)
+    leaving = another_process(
+        signed_in, flush_telemetry=lambda seconds: released.wait(2 * LIMIT)
+    )
     try:
-        assert signed_in.logout() is True
+        assert leaving.logout() is True
     finally:
         released.set()
 
@@ -9356,6 +9576,16 @@ def test_a_revocation_that_hangs_does_not_keep_anybody_logged_in(signed_in):
         assert signed_in.logout() is True
     assert not server.exhausted
     assert signed_in.credentials() is None
+
+
+def test_telemetry_is_flushed_where_the_login_cannot_be_read_either(signed_in):
+    flushed = []
+    leaving = another_process(signed_in, flush_telemetry=flushed.append)
+    Path(signed_in.storage.path).write_text("{")
+    with pytest.raises(claude_oauth.StorageCorrupt, match="log in"):
+        leaving.logout()
+
+    assert flushed == [claude_oauth.FLUSH_TIMEOUT]
 
 
 FAILING_REVOCATIONS = {
@@ -10750,6 +10980,23 @@ def test_profile_for_people_is_a_table_on_stdout(member, command):
     assert rows_of(said)["has extra usage enabled"] == "yes"
 
 
+def test_profile_for_people_leaves_out_what_is_not_known(member, command, auth_server):
+    auth_server.account["display_name"] = auth_server.account["full_name"] = None
+
+    assert "display name" not in rows_of(command("profile"))
+
+
+def test_a_key_that_is_refused_for_another_reason_is_not_put_down_to_the_login(
+    console_member, command, auth_server
+):
+    answer = failure("invalid_request_error", "too many keys")
+    auth_server.fail_next("api_key", 400, answer)
+    said = command("api-key")
+
+    assert (said.code, said.out) == (3, "")
+    assert "too many keys" in said.err and "--console" not in said.err
+
+
 def test_a_key_is_alone_on_stdout_and_said_to_be_permanent(
     console_member, command, auth_server
 ):
@@ -11125,6 +11372,23 @@ def test_ctrl_c_at_the_prompt_ends_with_130(login_in_terminal):
     assert "Traceback" not in rest
 
 
+def test_ctrl_c_during_a_refresh_ends_with_130_and_keeps_the_answer(
+    member, spawn_cli, auth_server
+):
+    before = member.access_token()
+    with held(auth_server) as wait:
+        child = spawn_cli("refresh")
+        assert wait()
+        child.sendintr()
+        auth_server.gate.set()
+        rest, code = end_of(child)
+
+    assert (code, "Traceback" in rest) == (130, False)
+    assert "claude-oauth: interrupted" in rest
+    stored = claude_oauth.FileStorage().load().access_token
+    assert stored != before and auth_server.is_live(stored)
+
+
 def test_when_the_browser_wins_the_prompt_lets_go(
     settings, spawn_cli, auth_server, browser_program
 ):
@@ -11388,10 +11652,13 @@ def test_the_lines_of_a_sandbox_work_in_a_shell(sandbox_lines, browser_program):
     assert json.loads(status)["email"] == "sandbox@example.com"
 
 
-def test_ctrl_c_ends_a_sandbox_with_0_and_takes_its_folder_along(sandbox_lines):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_sandbox_with_0_and_takes_its_folder_along(
+    sandbox_lines, number
+):
     folder = re.search("CLAUDE_OAUTH_DIR=(.*)", sandbox_lines.lines)[1]
     assert os.path.isdir(folder)
-    sandbox_lines.sendintr()
+    sandbox_lines.kill(number)
     rest, code = end_of(sandbox_lines)
 
     assert (code, "Traceback" in rest) == (0, False)
@@ -11454,7 +11721,8 @@ def test_the_demo_can_use_the_persons_browser(browser_program):
 #   sh        a script that has to end with 0
 #   console   lines with `$ ` are commands, the others are what they print; `…` stands
 #             for anything on one line
-#   ini, text, mermaid   not run: settings, and what takes another machine
+#   ini, text   what other programs read: each has a test of its own
+#   mermaid     pictures
 
 README_TEXT = README.read_text("utf-8") if README.exists() else ""
 FENCE = re.compile(
@@ -11907,6 +12175,113 @@ def test_a_job_of_cron_knows_what_to_leave_to_the_next_run(
     assert (done.returncode, done.stdout) == (code, printed)
 
 
+CRON_MAILS = {
+    "all-is-well": ({}, ""),
+    "the-login-ends-soon": ({"refresh_token_expires_at": time.time() + 86400}, "ends"),
+    "nobody-is-signed-in": (None, "to sign in"),
+}
+"""How the stored login is changed, and what the mail says."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), CRON_MAILS.values(), ids=CRON_MAILS.keys()
+)
+def test_the_crontab_line_mails_when_somebody_has_to_act(changes, said, scratch, home):
+    need("crontab", "cron")
+    line = readme_block("0 8 * * *").replace("/opt/tool/.venv/bin", f"{scratch}/../bin")
+    (scratch / "crontab").write_text(line)
+    run_in(scratch, "crontab", "-n", "crontab")  # reads it, and installs nothing
+    service = claude_oauth.OAuthService()
+    if changes is None:
+        service.logout()
+    else:
+        service.storage.save(service.credentials().replace(**changes))
+    cron = {"HOME": str(home), "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
+    command = line.split(None, 5)[5]
+    mail = subprocess.run(
+        ["sh", "-c", command],
+        env=cron,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=LIMIT,
+    ).stdout
+
+    assert (said in mail) if said else not mail
+
+
+def test_systemd_knows_every_line_of_the_unit(tmp_path):
+    need("systemd-analyze", "systemd")
+    lines = readme_block("LoadCredentialEncrypted").splitlines()
+    unit = tmp_path / "job.service"
+    unit.write_text("\n".join([*lines[:-1], "ExecStart=/bin/true"]))
+    printed = run_in(tmp_path, "systemd-analyze", "verify", unit)
+
+    assert "job.service" not in printed
+
+
+# A container as docker makes it from an image that is this machine: a file system of
+# its own with the volume in it, its own processes, and no setting but those handed in.
+DOCKER = """#!{python}
+import argparse, os, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("run")
+parser.add_argument("--rm", action="store_true", required=True)
+parser.add_argument("-it", action="store_true", required=True)
+parser.add_argument("-v", dest="volume")
+parser.add_argument("-e", dest="settings", action="append")
+parser.add_argument("image")
+parser.add_argument("command", nargs=argparse.REMAINDER)
+options = parser.parse_args()
+name, place = options.volume.split(":")
+volume = os.path.join({volumes!r}, name)
+os.makedirs(volume, exist_ok=True)
+bwrap = ["bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--clearenv"]
+for entry in sorted({{"/" + name for name in os.listdir("/")}} - {{"/proc", "/dev"}}):
+    how = "--symlink" if os.path.islink(entry) else "--ro-bind"
+    bwrap += [how, os.readlink(entry) if how == "--symlink" else entry, entry]
+bwrap += ["--proc", "/proc", "--dev", "/dev", "--bind", volume, place]
+settings = {{"HOME": "/nowhere", "PATH": os.environ["PATH"], **{image!r}}}
+for setting in options.settings:
+    name, has_value, value = setting.partition("=")
+    settings[name] = value if has_value else os.environ[name]
+for name, value in settings.items():
+    bwrap += ["--setenv", name, value]
+os.execvp("bwrap", bwrap + options.command)
+"""
+
+
+@pytest.fixture
+def docker(bwrap, scratch, sandbox):
+    """Put a `docker` on PATH that runs commands in real containers, by bubblewrap."""
+    image = {"CLAUDE_OAUTH_SERVER": sandbox.origin}
+    script = DOCKER.format(
+        python=sys.executable, volumes=str(scratch / "volumes"), image=image
+    )
+    make_program(scratch.parent / "bin" / "docker", script)
+
+
+def test_containers_share_the_login_that_one_of_them_made(docker, scratch, sandbox):
+    pexpect = pytest.importorskip("pexpect")
+    command = readme_block("docker run").replace("\\\n", " ")
+    child = pexpect.spawn("sh", ["-c", command], encoding="utf-8", timeout=LIMIT)
+    child.expect(r"(http\S+/oauth/authorize\S+)\r\n")
+    query = urllib.parse.urlsplit(sandbox.approve(child.match[1])).query
+    child.expect("left\\):")
+    child.sendline("{code}#{state}".format(**dict(urllib.parse.parse_qsl(query))))
+    child.expect("kept in /login/credentials.json")
+    child.expect(pexpect.EOF)
+    path = scratch / "volumes" / "claude-login" / "credentials.json"
+    age(claude_oauth.OAuthService(storage=claude_oauth.FileStorage(path)))
+    ask = command.replace("login\n", "token\n")
+    workers = [
+        subprocess.Popen(["sh", "-c", ask], stdout=subprocess.PIPE) for _ in range(4)
+    ]
+    tokens = {worker.communicate(timeout=LIMIT)[0] for worker in workers}
+
+    assert (len(tokens), sandbox.counts["refresh_token"]) == (1, 1)
+
+
 @pytest.fixture
 def sdk_program(scratch):
     """Run the README's program for the SDK in this process; the names that it made."""
@@ -11967,6 +12342,24 @@ def test_the_sdk_signs_in_by_key_on_the_console_path(sdk_program, sandbox):
     assert program["client"].api_key.startswith("sk-ant-api03-")
     assert program["client"].credentials is None
     assert sandbox.counts["messages"] == 1
+
+
+def test_the_asynchronous_sdk_takes_the_same_login(sdk_program, sandbox):
+    import anthropic
+    import anyio
+
+    program = sdk_program()
+    login = program["Login"](program["service"])
+
+    async def ask_twice():
+        base_url = sandbox.origin
+        async with anthropic.AsyncAnthropic(credentials=login, base_url=base_url) as c:
+            await ask({"client": c})
+            sandbox.expire_access_tokens()
+            return await ask({"client": c})
+
+    assert "Hi" in anyio.run(ask_twice).to_json()
+    assert sandbox.counts["refresh_token"] == 1
 
 
 def test_the_sdk_sends_x_api_key_where_it_is_told_to(scratch, sandbox):
