@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     import socket
     import subprocess
     import threading
-    from types import FrameType, TracebackType
+    from types import FrameType
     from typing import (
         Any,
         BinaryIO,
@@ -143,6 +143,7 @@ __all__ = [
     "generate_code_verifier",
     "generate_state",
     "main",
+    "make_parser",
     "merge_record",
 ]
 
@@ -223,7 +224,7 @@ LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
 
 LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
-"""Seconds to wait for another process's refresh: as long as a request may take."""
+"""Seconds to wait for a refresh elsewhere: as long as one request may take there."""
 
 PUT_OFF: Final = 30.0
 """Seconds until the next try when a refresh failed and the token is still alive."""
@@ -604,8 +605,8 @@ class Credentials(_Value):
         scopes = tokens.get("scopes") or []
         if not isinstance(scopes, list) or not all(isinstance(s, str) for s in scopes):
             raise _corrupt("scopes")
-        access_token = _text_of(tokens, "accessToken")
-        if not access_token or not is_header_safe(access_token):
+        access_token = _token_of(tokens, "accessToken")
+        if access_token is None:
             raise _corrupt("accessToken")
         return cls(
             access_token=access_token,
@@ -616,7 +617,7 @@ class Credentials(_Value):
             rate_limit_tier=_text_of(tokens, "rateLimitTier"),
             refresh_token_expires_at=_moment_of(tokens, "refreshTokenExpiresAt"),
             client_id=_text_of(tokens, "clientId"),
-            api_key=_text_of(record, "consoleApiKey"),
+            api_key=_token_of(record, "consoleApiKey"),
         )
 
     @classmethod
@@ -744,15 +745,6 @@ def is_header_safe(token: str) -> bool:
     return bool(token) and token.isascii() and token.isprintable() and " " not in token
 
 
-def _bearer_token_of(answer: Mapping[str, object]) -> str:
-    access_token = _text(answer.get("access_token"))
-    if access_token is None or not is_header_safe(access_token):
-        raise BadAnswer("access_token")
-    if str(answer.get("token_type") or "bearer").lower() != "bearer":
-        raise BadAnswer("token_type", "is not bearer")
-    return access_token
-
-
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
@@ -775,6 +767,13 @@ def _text_of(record: Mapping[str, object], field: str) -> str | None:
     return value
 
 
+def _token_of(record: Mapping[str, object], field: str) -> str | None:
+    token = _text_of(record, field) or None
+    if token and not is_header_safe(token):
+        raise _corrupt(field)  # http.client would quote it in its error
+    return token
+
+
 def _moment_of(record: Mapping[str, object], field: str) -> float | None:
     value = record.get(field)
     if value is None:
@@ -785,6 +784,15 @@ def _moment_of(record: Mapping[str, object], field: str) -> float | None:
     if not 0 <= value < 1e15:
         raise _corrupt(field)
     return value / 1000
+
+
+def _bearer_token_of(answer: Mapping[str, object]) -> str:
+    token = _text(answer.get("access_token"))
+    if token is None or not is_header_safe(token):
+        raise BadAnswer("access_token")
+    if str(answer.get("token_type") or "bearer").lower() != "bearer":
+        raise BadAnswer("token_type", "is not bearer")
+    return token
 
 
 def _lifetime_of(value: object) -> float | None:
@@ -1022,13 +1030,14 @@ def error_of_answer(
     if request_id:
         notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
     told = "; ".join(filter(None, notes))
-    if not code or status == 429 or status >= 500 or code in _PASSING_CODES:
+    if status == 429 or status >= 500 or code in _PASSING_CODES:
         return Unavailable(_unavailable_text(status, told), retry_after, status)
     return TokenRefused(code, told or None, status)
 
 
 _PASSING_CODES: Final = frozenset(
     (
+        "",  # no error of OAuth's at all
         "temporarily_unavailable",
         "server_error",
         "rate_limit_error",
@@ -1126,7 +1135,7 @@ def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
 
 def describe_seconds(seconds: float) -> str:
     """Return a span for people: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
-    whole = max(int(seconds), 0)
+    whole = max(int(min(seconds, 1e15)), 0)
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
         return f"{days} d {hours} h"
@@ -1532,21 +1541,32 @@ class OAuthClient:
             TokenRefused: The token is dead, or a scope is not to be had; log in again.
             Unavailable: No usable answer; the token may be spent all the same.
         """
+        answer = self._ask_to_refresh(credentials, scopes or ())
+        return self._merge(answer, credentials)
+
+    def _ask_to_refresh(
+        self, credentials: Credentials, scopes: Iterable[str]
+    ) -> dict[str, object]:
         if not credentials.refresh_token:
             raise NotLoggedIn(
                 "the login has no refresh token; run `claude-oauth login`"
             )
         client_id = self._client_id(credentials)
         body = refresh_body(
-            credentials.refresh_token, client_id=client_id, scopes=scopes or ()
+            credentials.refresh_token, client_id=client_id, scopes=scopes
         )
-        # Repeated if the connection drops without an answer: if the token was spent by
-        # then, its successor is lost already, and a second try loses nothing more.
+        # Repeated if the connection drops before an answer begins: if the token was
+        # spent by then, its successor is lost, and whoever tries later sends it again.
         sent = self._send("POST", self.config.token_url, body, repeatable=True)
+        return _read_answer(*sent)
+
+    def _merge(
+        self, answer: Mapping[str, object], previous: Credentials
+    ) -> Credentials:
         renewed = Credentials.from_answer(
-            _read_answer(*sent), received_at=self._clock(), previous=credentials
+            answer, received_at=self._clock(), previous=previous
         )
-        return renewed.replace(client_id=client_id)
+        return renewed.replace(client_id=self._client_id(previous))
 
     def fetch_profile(self, access_token: str) -> Profile:
         """Ask whose login it is; needs the scope user:profile.
@@ -1658,6 +1678,7 @@ class OAuthClient:
         bearer: str | None,
     ) -> ClaudeOAuthError | tuple[int, Mapping[str, str], bytes]:
         session = self._session or _import_requests().Session()
+        response = None
         try:
             with session.request(
                 method,
@@ -1666,6 +1687,7 @@ class OAuthClient:
                 headers=self._headers(bearer),
                 # Without an auth= of ours, a netrc entry would replace the token.
                 auth=lambda request: request,
+                proxies=_proxies_for(url),
                 timeout=self.config.timeout,
                 # A token must not follow a redirect to wherever it points.
                 allow_redirects=False,
@@ -1673,10 +1695,13 @@ class OAuthClient:
             ) as response:
                 content = _read_limited(response, Deadline(self.config.timeout))
             return response.status_code, response.headers, content
-        except (_urllib3_error(), OSError, ValueError) as error:
-            # requests' errors are OSErrors that hold the request, and that the tokens:
-            # only a sentence leaves this block, so that no chain leads back to them.
-            return _describe_failure(error, url, session)
+        except Exception as error:
+            # Whatever a session raises may hold the request, and that the tokens: only
+            # a sentence leaves this block, so that no chain leads back to them.
+            failure = _describe_failure(error, url, session)
+            if response is not None and isinstance(failure, _ConnectionDropped):
+                return Unavailable(*failure.args)  # what was sent is spent: no repeat
+            return failure
         finally:
             if session is not self._session:
                 session.close()
@@ -1687,6 +1712,11 @@ class OAuthClient:
             headers["Authorization"] = f"Bearer {bearer}"
             headers["anthropic-beta"] = OAUTH_BETA
         return headers
+
+
+def _proxies_for(url: str) -> dict[str, str]:
+    """Keep plain http on this machine: it is for loopback, whatever HTTP_PROXY says."""
+    return {"no_proxy": "*"} if url.startswith("http:") else {}
 
 
 def _secrets_of(body: Mapping[str, str], bearer: str | None) -> list[str]:
@@ -1715,11 +1745,6 @@ def _import_requests() -> Any:
             " `apt install python3-requests` or `dnf install python3-requests`"
         ) from None
     return requests
-
-
-def _urllib3_error(name: str = "HTTPError") -> Any:
-    """Return an error of urllib3, which a response that is read piecemeal lets out."""
-    return getattr(_import_requests().packages.urllib3.exceptions, name)
 
 
 def _read_limited(response: requests.Response, limit: Deadline) -> bytes:
@@ -1765,13 +1790,16 @@ def _describe_failure(
             f"the way to {way} is closed: the proxy refused or did not answer;"
             " check HTTPS_PROXY with its name and password"
         )
-    if isinstance(error, (requests.Timeout, _urllib3_error("TimeoutError"))):
+    # A response that is read piecemeal lets urllib3's own errors out.
+    slow = (requests.Timeout, requests.packages.urllib3.exceptions.TimeoutError)
+    if isinstance(error, slow):
         return Unavailable(f"no answer from {way} in time; try again later")
     if _is_drop(error):
         return _ConnectionDropped(f"{way} dropped the connection; try again later")
     if isinstance(error, requests.ConnectionError):
         return Unavailable(f"no connection to {way}; check the network and try again")
-    return Unavailable(f"no usable answer from {way}; try again later")
+    kind = type(error).__name__
+    return Unavailable(f"no usable answer from {way} ({kind}); try again later")
 
 
 def _proxy_in_use(url: str, session: requests.Session) -> str | None:
@@ -1781,7 +1809,8 @@ def _proxy_in_use(url: str, session: requests.Session) -> str | None:
     utils = _import_requests().utils
     proxies = dict(session.proxies)
     if session.trust_env:
-        proxies = {**utils.get_environ_proxies(url), **proxies}
+        no_proxy = _proxies_for(url).get("no_proxy")
+        proxies = {**utils.get_environ_proxies(url, no_proxy), **proxies}
     proxy = utils.select_proxy(url, proxies)
     if not proxy:
         return None
@@ -1855,6 +1884,20 @@ class Storage(Protocol):
         ...
 
 
+def absolute_path(path: str | os.PathLike[str]) -> str:
+    """Return a path from the root, with ``~`` filled in.
+
+    Raises:
+        ConfigError: Nobody knows the home; else it would be a folder named ``~``.
+    """
+    found = os.path.expanduser(os.fspath(path))
+    if found.startswith("~"):
+        raise ConfigError(
+            f"no home directory is known for {found}; set HOME or CLAUDE_OAUTH_DIR"
+        )
+    return os.path.abspath(found)
+
+
 def default_directory(environ: Mapping[str, str] | None = None) -> str:
     """Return where files go: CLAUDE_OAUTH_DIR, or beside Claude's own settings."""
     environ = os.environ if environ is None else environ
@@ -1862,7 +1905,7 @@ def default_directory(environ: Mapping[str, str] | None = None) -> str:
     if not chosen:
         settings = environ.get("CLAUDE_CONFIG_DIR") or os.path.join("~", ".claude")
         chosen = os.path.join(settings, "claude-oauth")
-    return os.path.abspath(os.path.expanduser(chosen))
+    return absolute_path(chosen)
 
 
 def warn(message: str) -> None:
@@ -2170,12 +2213,7 @@ class FileLock:
             time.sleep(min(pause, deadline.left()))
             pause = min(pause * 1.5, 0.01)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         release, self._release = self._release, None
         if release:
             release()
@@ -2257,8 +2295,10 @@ def credentials_of(record: Mapping[str, object] | None) -> Credentials | None:
     tokens = record.get("claudeAiOauth") if record else None
     if not record or not tokens:
         return None
-    emptied = {"accessToken": "", "refreshToken": ""}  # by another program's logout
-    if isinstance(tokens, dict) and {**tokens, **emptied} == {**emptied, **tokens}:
+    has_been_emptied = isinstance(tokens, dict) and not (
+        tokens.get("accessToken") or tokens.get("refreshToken")
+    )
+    if has_been_emptied:  # by another program's logout
         return None
     return Credentials.from_record(record)
 
@@ -2282,7 +2322,7 @@ class FileStorage:
         read_only: bool = False,
     ) -> None:
         chosen = path or os.path.join(default_directory(), "credentials.json")
-        self.path = os.path.abspath(os.path.expanduser(os.fspath(chosen)))
+        self.path = absolute_path(chosen)
         self.read_only = read_only
         self.account_file = None if read_only else _account_file_for(self.path)
         self._cipher = cipher
@@ -2494,12 +2534,7 @@ class _TimedLock:
         if not self._mutex.acquire(timeout=self._timeout):
             raise Unavailable("another thread holds the lock; try again later")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._mutex.release()
 
 
@@ -2943,7 +2978,8 @@ class _ProgramStorage:
         import threading
 
         lock_path = lock_path or os.path.join(default_directory(), "lock")
-        self.directory: str = os.path.dirname(os.path.abspath(lock_path))
+        lock_path = absolute_path(lock_path)
+        self.directory: str = os.path.dirname(lock_path)
         """Where the lock, the marker and the account file are; no secret."""
         self.account_file = os.path.join(self.directory, "account.json")
         self.time_limit = PROGRAM_TIMEOUT
@@ -2956,6 +2992,7 @@ class _ProgramStorage:
         self._value = _SlottedValue(
             self._items(_item_name(service), self._start), self._account
         )
+        self._pid = os.getpid()
         self._mutex = threading.Lock()
         """Guards all below, and is held while the program runs."""
         self._known: Credentials | None = None
@@ -2973,7 +3010,7 @@ class _ProgramStorage:
             StorageCorrupt: The record is unreadable, and nothing was read before.
             StorageError: The store cannot be used, and nothing was read before.
         """
-        with self._mutex:
+        with self._alone():
             failed_before = self._failure is not None
             try:
                 self._known = self._attempt(self._read)
@@ -2990,13 +3027,13 @@ class _ProgramStorage:
         Raises:
             StorageError: It is not stored, or nobody knows; keep it and try again.
         """
-        with self._mutex:
+        with self._alone():
             self._known = self._attempt(lambda: self._write(credentials))
         self._tell_others()
 
     def delete(self) -> bool:
         """Remove the login, readable or not; tell whether there was one."""
-        with self._mutex:
+        with self._alone():
             self._known = self._failure = None
             found = self._value.delete()
         self._tell_others()
@@ -3004,7 +3041,7 @@ class _ProgramStorage:
 
     def check(self) -> None:
         """Raise StorageError if a save could not succeed now."""
-        with self._mutex:
+        with self._alone():
             self._known = self._attempt(self._read)
             if self._known is None:
                 self._attempt(self._value.rehearse)
@@ -3027,6 +3064,14 @@ class _ProgramStorage:
         """Say in a few words where the login is."""
         service = self._value._items.service
         return f"{self._title} (service {service}, account {self._account})"
+
+    def _alone(self) -> threading.Lock:
+        """Return the mutex: a new one in a forked child, where nobody would free it."""
+        if self._pid != os.getpid():
+            import threading
+
+            self._pid, self._mutex = os.getpid(), threading.Lock()
+        return self._mutex
 
     def _read(self) -> Credentials | None:
         return credentials_of(self._read_record())
@@ -3172,7 +3217,8 @@ class FernetCipher:
         """Return ASCII text that carries the cost and the salt along."""
         import base64
 
-        n, r, p, salt = next(iter(self._keys), (*self._COST, os.urandom(16)))
+        known = (key[3] for key in self._keys if key[:3] == self._COST)
+        n, r, p, salt = (*self._COST, next(known, None) or os.urandom(16))
         key, check = self._derive(n, r, p, salt)
         start = f"scrypt:{n}:{r}:{p}:{salt.hex()}:{check}:".encode("ascii")
         return start + self._fernet.Fernet(base64.urlsafe_b64encode(key)).encrypt(data)
@@ -3322,7 +3368,7 @@ def make_storage(
     kind = kind or environ.get("CLAUDE_OAUTH_STORE") or "auto"
     directory = directory or default_directory(environ)
     if kind == "auto":
-        encrypted = "CLAUDE_OAUTH_PASSPHRASE_FILE" in environ
+        encrypted = environ.get("CLAUDE_OAUTH_PASSPHRASE_FILE")
         kind = "file" if encrypted or sys.platform != "darwin" else "keychain"
     if kind == "file":
         path = os.path.join(directory, "credentials.json")
@@ -3839,7 +3885,7 @@ class _Opening:
     def _open(self) -> None:
         try:
             is_open = self._opener(self._url) is not False
-        except Exception:  # the caller's function; the login goes on
+        except BaseException:  # the caller's function, SystemExit too: goes on by paste
             is_open = False
         if not is_open:
             self.has_failed = True
@@ -4133,7 +4179,7 @@ class _Race:
         """Wait for the callback, a paste, a browser's failure, or the deadline."""
         import selectors
 
-        timeout = self._deadline.left()
+        timeout = min(self._deadline.left(), 3600.0)  # poll takes no more than 24 days
         if sys.platform == "win32":  # neither a key nor Ctrl-C ends a wait there
             timeout = min(timeout, PASTE_PAUSE)
         with _all_purpose_selector() as selector:
@@ -4282,14 +4328,19 @@ def _is_terminal(stream: Any) -> bool:
 
 
 class _Memory(_Value):
-    """What processes remember together, beside the credential; no secret is in it."""
+    """What processes remember together, beside the credential; no secret is in it.
+
+    Nobody asks the server before *wait_until*, with a token that was *refused*, or for
+    a token that would live no longer than the present one, by *lifetime*.  That one
+    process had no answer, while its token was alive, it keeps to itself.
+    """
 
     wait_until: float = 0.0
     """The server asked for a pause, or was out of order: no refresh before this."""
     failures: int = 0
     """How many such answers there were in a row."""
-    rest_until: float = 0.0
-    """A refresh gave a token that lives shorter than wanted: another one would too."""
+    lifetime: float = 0.0
+    """Seconds that the last token had when it was new; 0 if that is not known."""
     refused: str = ""
     """The fingerprint of a refresh token that is known to be dead."""
     refused_until: float = 0.0
@@ -4402,22 +4453,31 @@ class _AccountFile:
             _unlink_quietly(os.path.realpath(self._path))
 
 
+class _Unsaved(_Value):
+    """A login that could not be saved: this process's to save and to spend."""
+
+    credentials: Credentials
+    instead_of: Credentials | None
+    """What the store held then; once it holds something else, that counts."""
+    account: Mapping[str, object] | None = None
+    """Whose login it is, for account.json, if it is another's than before."""
+    memory: _Memory | None = None
+    """What processes are to remember with it, likewise."""
+
+
 class _Served:
     """A token that may be handed out without a look at anything, until when."""
 
     def __init__(self, credentials: Credentials, now: float) -> None:
         key, expires_at = _console_key(credentials), credentials.expires_at
         self.token = credentials.access_token
-        self.expires_at = _NEVER if expires_at is None else expires_at
+        self.expires_at = NEVER if expires_at is None else expires_at
         self.headers = _key_headers(key) if key else _token_headers(self.token)
-        self.headers_expire_at = _NEVER if key else self.expires_at
+        self.headers_expire_at = NEVER if key else self.expires_at
         # Two clocks: one can be set, and the other stands still while a machine sleeps.
         self.since = now
         self.until = now + LOOK_INTERVAL
         self.look_again = time.monotonic() + LOOK_INTERVAL
-
-
-_NEVER: Final = float("inf")
 
 
 class OAuthService:
@@ -4460,12 +4520,11 @@ class OAuthService:
         self._refreshing = threading.Lock()
         self._pid = os.getpid()
         # The rest is replaced whole, never changed, so reading it needs no lock.
-        self._served = _Served(Credentials(""), _NEVER)  # not fresh, whenever asked
+        self._served = _Served(Credentials(""), NEVER)  # not fresh, whenever asked
         self._seen: tuple[object, Credentials | None] = (None, None)
-        # What could not be saved, and what the store held instead: this process's to
-        # save and to spend.  Set and forgotten by whoever holds the storage's lock.
-        self._unsaved: tuple[Credentials, Credentials | None] | None = None
-        self._failed: tuple[float, Unavailable | None] = (0.0, None)
+        # Set and forgotten by whoever holds the storage's lock.
+        self._unsaved: _Unsaved | None = None
+        self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
         self._put_off_until = 0.0
         self._read_failed = False
 
@@ -4603,11 +4662,12 @@ class OAuthService:
         return self._serve(REFRESH_BUFFER)
 
     def _hand_out(self, credentials: Credentials) -> _Served:
-        served = _Served(credentials, self._clock())
-        # Not where another thread has refreshed since the look; and while something is
-        # unsaved every call looks, and tries to save it.
-        if credentials is self._seen[1] and self._unsaved is None:
-            self._served = served
+        served = self._served = _Served(credentials, self._clock())
+        # Not to others where another thread has refreshed since the look (asked last,
+        # or it could refresh in between); and while something is unsaved every call
+        # looks, and tries to save it.
+        if credentials is not self._seen[1] or self._unsaved:
+            self._served = _Served(Credentials(""), NEVER)
         return served
 
     def _is_due(self, credentials: Credentials, min_validity: float) -> bool:
@@ -4621,7 +4681,7 @@ class OAuthService:
 
     def _seconds_left(self, credentials: Credentials) -> float:
         if credentials.expires_at is None:
-            return float("inf")
+            return NEVER
         return credentials.expires_at - self._clock()
 
     # The store
@@ -4646,7 +4706,7 @@ class OAuthService:
             if not self._read_failed:
                 warn(f"{error} (going on with what was read before)")
             self._read_failed = True
-            return unsaved[0] if unsaved else seen
+            return unsaved.credentials if unsaved else seen
         self._read_failed = False
         if self._seen is before:  # else another thread knows something newer
             self._seen = (stamp, found)
@@ -4655,8 +4715,8 @@ class OAuthService:
     def _newer(self, stored: Credentials | None) -> Credentials | None:
         """Return what could not be saved, if the store has not moved on since."""
         unsaved = self._unsaved
-        if unsaved and _have_same_tokens(stored, unsaved[1]):
-            return unsaved[0]
+        if unsaved and _have_same_tokens(stored, unsaved.instead_of):
+            return unsaved.credentials
         return stored
 
     def _save_again(self) -> None:
@@ -4666,7 +4726,7 @@ class OAuthService:
                 newest = self._newer(stored)
                 if newest is stored:
                     self._unsaved = None  # somebody logged in or out meanwhile
-                elif newest and self._save(newest, instead_of=stored) is None:
+                elif newest and self._save(newest, stored) is None:
                     self._account.update(memory=_forgiving(self._account.memory()))
         except (StorageError, Unavailable):
             pass  # said once already; the next call tries again
@@ -4675,13 +4735,15 @@ class OAuthService:
         self, credentials: Credentials, instead_of: Credentials | None
     ) -> BaseException | None:
         """Save, or keep in memory what cannot be saved; return why it could not."""
+        kept = self._unsaved or _Unsaved(credentials, instead_of)
         try:
             self.storage.save(credentials)
         except Exception as error:
             # The old token is dead, so its successor must not be lost to whatever a
             # store may raise.
-            self._unsaved = (credentials, instead_of)
+            self._unsaved = kept.replace(credentials=credentials, instead_of=instead_of)
             return error
+        self._account.update(account=kept.account, memory=kept.memory)
         self._unsaved = None
         return None
 
@@ -4723,11 +4785,13 @@ class OAuthService:
     ) -> tuple[Credentials, bool]:
         """Wait to be the one thread of the one process, and be it."""
         self._notice_fork()
-        began, guard = time.monotonic(), _Uninterrupted()
+        began, deadline = time.monotonic(), Deadline(patience)
+        guard = _Uninterrupted()
         try:
-            with _TimedLock(self._refreshing, patience), self.storage.lock(patience):
+            process = _TimedLock(self._refreshing, patience)
+            with process, self.storage.lock(deadline.left()):
                 self._share_failure(began)
-                return self._renew_alone(min_validity, rejected, forced, guard)
+                return self._try_to_renew(min_validity, rejected, forced, guard)
         finally:
             guard.deliver()  # with the locks released: this may end the process
 
@@ -4744,6 +4808,19 @@ class OAuthService:
             self._unsaved = None
             self._remember_seen(None)
 
+    def _try_to_renew(
+        self,
+        min_validity: float,
+        rejected: str | None,
+        forced: bool,
+        guard: _Uninterrupted,
+    ) -> tuple[Credentials, bool]:
+        try:
+            return self._renew_alone(min_validity, rejected, forced, guard)
+        except ClaudeOAuthError as error:
+            self._failed = (time.monotonic(), type(error)(*error.args))
+            raise
+
     def _share_failure(self, began: float) -> None:
         """Raise what ended another thread's try, if this one waited for that try.
 
@@ -4751,7 +4828,7 @@ class OAuthService:
         """
         when, error = self._failed
         if error is not None and when > began:
-            raise Unavailable(*error.args)
+            raise type(error)(*error.args)
 
     def _borrow(self, rejected: str | None, forced: bool) -> Credentials:
         """Return what another program keeps alive; its refresh token is never spent."""
@@ -4786,33 +4863,30 @@ class OAuthService:
             # gives may be older than what another process has spent.
             newest = _required(self._newer(self.storage.load()))
             try:
-                return self._spend(newest, min_validity, guard), True
-            except TokenRefused as refused:
-                other = self._replacement_of(newest, refused)
-                if other is None or is_last_try:
+                return self._spend(newest, guard), True
+            except (TokenRefused, Unavailable) as error:
+                chance = self._second_chance(error, newest)
+                if is_last_try or chance is None:
                     raise
-                newest, forced = other, False
-            except Unavailable as error:
-                pause = self._remember_pause(error)
-                if is_last_try or not self._is_worth_waiting(pause, newest):
-                    self._failed = (time.monotonic(), Unavailable(*error.args))
-                    raise
-                time.sleep(pause)
+                forced = forced and chance[0] is newest
+                newest, pause = chance
+            time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
-    def _replacement_of(
-        self, newest: Credentials, refused: TokenRefused
-    ) -> Credentials | None:
-        """Return what another program has stored instead of a refused credential."""
-        other = self._newer(self.storage.load())
-        if other is None or other.refresh_token == newest.refresh_token:
-            self._remember_refused(newest, refused)
+    def _second_chance(
+        self, error: TokenRefused | Unavailable, sent: Credentials
+    ) -> tuple[Credentials, float] | None:
+        """Remember an error; return what to try again with, and after how long."""
+        if isinstance(error, TokenRefused):
+            other = self._newer(self.storage.load())
+            if other and other.refresh_token != sent.refresh_token:
+                return other, 0.0  # another program has refreshed meanwhile
+            self._remember_refused(sent, error)
             return None
-        return other
-
-    def _is_worth_waiting(self, pause: float, newest: Credentials) -> bool:
+        pause = self._remember_pause(error)
         # While the token is alive it is served, and nobody has to wait at all.
-        return 0 < pause <= SHORT_WAIT and self._seconds_left(newest) <= 0
+        is_due = self._seconds_left(sent) <= 0
+        return (sent, pause) if is_due and 0 < pause <= SHORT_WAIT else None
 
     def _will_do(
         self, newest: Credentials, min_validity: float, rejected: str | None
@@ -4820,9 +4894,10 @@ class OAuthService:
         left = self._seconds_left(newest)
         if rejected is not None:
             return left > 0 and newest.access_token != rejected
-        memory = self._account.memory()
-        rests = 0 < memory.rest_until - self._clock() <= MAX_LIFETIME
-        return left > min_validity or (left > 0 and rests)
+        lifetime = self._account.memory().lifetime
+        if 0 < lifetime <= min_validity:
+            return left > lifetime / 2  # a new one would not live long enough either
+        return left > min_validity
 
     def _refuse_to_knock(self, newest: Credentials) -> None:
         """Raise what the server would say, if it is known, without asking it."""
@@ -4836,50 +4911,63 @@ class OAuthService:
                 left,
             )
 
-    def _spend(
-        self, newest: Credentials, min_validity: float, guard: _Uninterrupted
-    ) -> Credentials:
+    def _spend(self, newest: Credentials, guard: _Uninterrupted) -> Credentials:
         """Spend the refresh token and keep what it brings, whatever happens."""
-        stored = self._unsaved[1] if self._unsaved else newest
+        stored = self._unsaved.instead_of if self._unsaved else newest
         with guard:
-            renewed = self._ask(newest)
-            error = self._save(renewed, instead_of=stored)
+            renewed, problem = self._ask(newest)
+            error = self._save(renewed, stored)
         if error:
             warn(
                 f"the refreshed login could not be saved ({_told(error)});"
                 " it is kept in memory and saved as soon as that works"
             )
-        self._remember_success(renewed, min_validity)
+        self._remember_success(renewed)
         self._remember_seen(renewed)
+        if problem:
+            raise problem
         return renewed
 
-    def _ask(self, newest: Credentials) -> Credentials:
+    def _ask(self, newest: Credentials) -> tuple[Credentials, BadAnswer | None]:
+        """Return what a refresh brings, and what is wrong with it.
+
+        The refresh token is spent: its successor must not be lost to the rest of an
+        answer that is no good.
+        """
+        answer = self._ask_with_scopes(newest)
+        try:
+            return self._client._merge(answer, newest), None
+        except BadAnswer as problem:
+            successor = _text(answer.get("refresh_token"))
+            if successor is None:
+                raise
+            return newest.replace(refresh_token=successor), problem
+
+    def _ask_with_scopes(self, newest: Credentials) -> dict[str, object]:
         memory = self._account.memory()
         scopes = scopes_to_refresh(newest.scopes, self.config.scopes)
         if scopes == memory.refused_scopes:
             scopes = ()
         try:
-            return self._client.refresh(newest, scopes=scopes)
+            return self._client._ask_to_refresh(newest, scopes)
         except TokenRefused as refused:
             if refused.code != "invalid_scope" or not scopes:
                 raise
         # A scope that is not to be had does not spend the token; asking for none keeps
         # what was granted.
         self._account.update(memory=memory.replace(refused_scopes=scopes))
-        return self._client.refresh(newest)
+        return self._client._ask_to_refresh(newest, ())
 
     def _remember_seen(self, credentials: Credentials | None) -> None:
         """Know this of the store until the next look, and hand nothing out before."""
         self._seen = (None, credentials)
-        self._served = _Served(Credentials(""), _NEVER)
+        self._served = _Served(Credentials(""), NEVER)
 
-    def _remember_success(self, renewed: Credentials, min_validity: float) -> None:
-        left = self._seconds_left(renewed)
-        lives_too_short = left <= max(min_validity, REFRESH_BUFFER)
-        rest = self._clock() + left / 2 if lives_too_short else 0.0
-        memory = _forgiving(self._account.memory()).replace(rest_until=rest)
+    def _remember_success(self, renewed: Credentials) -> None:
+        lifetime = max(self._seconds_left(renewed), 0.0)
+        memory = _forgiving(self._account.memory()).replace(lifetime=lifetime)
         self._account.update(memory=memory)
-        spent = self._unsaved and self._unsaved[1]
+        spent = self._unsaved and self._unsaved.instead_of
         if spent and spent.refresh_token != renewed.refresh_token:
             # Other processes still read the spent token: to send it again would end the
             # login, the unsaved successor included.
@@ -5091,6 +5179,7 @@ class OAuthService:
     def _check_before_login(self) -> None:
         """Raise what would make somebody sign in for nothing."""
         self._client._client_id(None)
+        _environment_token()  # a malformed one would fail what comes after the login
         _import_requests()
         with self.storage.lock(LOCK_TIMEOUT):
             self.storage.check()
@@ -5121,6 +5210,7 @@ class OAuthService:
     ) -> tuple[Credentials, Profile | None]:
         """Turn a code into a stored credential."""
         with self.storage.lock(LOCK_TIMEOUT):
+            stored = self.storage.load()  # before the code is spent: this may fail
             credentials = self._client.exchange_code(
                 granted.code,
                 verifier=verifier,
@@ -5131,8 +5221,8 @@ class OAuthService:
             if profile:
                 credentials = _with_plan(credentials, profile)
             organization = (profile and profile.organization_uuid) or ""
-            credentials = self._with_key(credentials, organization)
-            self._store_login(credentials, profile, organization)
+            credentials = self._with_key(credentials, stored, organization)
+            self._store_login(credentials, stored, profile, organization)
         return credentials, profile
 
     def _try_profile(self, credentials: Credentials) -> Profile | None:
@@ -5141,9 +5231,10 @@ class OAuthService:
         except ClaudeOAuthError:
             return None  # a narrow token may not ask, and is none the worse for it
 
-    def _with_key(self, credentials: Credentials, organization: str) -> Credentials:
+    def _with_key(
+        self, credentials: Credentials, stored: Credentials | None, organization: str
+    ) -> Credentials:
         """Add the organization's API key: the stored one, or else a new one."""
-        stored = self.storage.load()
         owner = self._account.memory().key_organization
         if stored and stored.api_key and organization and organization == owner:
             return credentials.replace(api_key=stored.api_key)
@@ -5157,16 +5248,21 @@ class OAuthService:
         return credentials.replace(api_key=key)
 
     def _store_login(
-        self, credentials: Credentials, profile: Profile | None, organization: str
+        self,
+        credentials: Credentials,
+        stored: Credentials | None,
+        profile: Profile | None,
+        organization: str,
     ) -> None:
         """Replace account and credential.  Needs the storage's lock."""
-        before, stored = self._account.load(), self.storage.load()
+        before = self._account.load()
         memory = _Memory(key_organization=organization if credentials.api_key else "")
         # The account first: nobody must see the new login under the old name.
         account = profile.to_record() if profile else {}
         self._account.update(account=account, memory=memory)
         self._put_off_until = 0.0
-        error = self._save(credentials, instead_of=stored)
+        self._unsaved = _Unsaved(credentials, stored, account, memory)
+        error = self._save(credentials, stored)
         self._remember_seen(credentials)
         if error:
             self._account.save(before)
@@ -5228,6 +5324,8 @@ class OAuthService:
         warnings = []
         if self._unsaved:
             warnings.append("the login is in memory alone: it could not be saved")
+        if self.config.client_id and self.config.client_id != stored.client_id:
+            warnings.append("the login was made with another client id than is set")
         if self._is_refused(stored):
             warnings.append("the server refused to refresh the login: log in again")
         elif self._seconds_left(stored) <= 0 and self._is_borrowed():
@@ -5284,9 +5382,10 @@ def _account_path(
     chosen: str | os.PathLike[str] | None, storage: Storage
 ) -> str | None:
     if chosen is not None:
-        return os.path.abspath(os.path.expanduser(os.fspath(chosen)))
-    default = os.path.join(default_directory(), "account.json")
-    path: str | None = getattr(storage, "account_file", default)
+        return absolute_path(chosen)
+    if not hasattr(storage, "account_file"):
+        return os.path.join(default_directory(), "account.json")
+    path: str | None = getattr(storage, "account_file", None)
     return path
 
 
@@ -5384,14 +5483,9 @@ class _Callback:
             self._listener = None  # the login goes on by paste
             return None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._listener:
-            self._listener.__exit__(kind, error, traceback)
+            self._listener.__exit__(*exc_info)
 
 
 class _Uninterrupted:
@@ -5460,12 +5554,7 @@ class _Uninterrupted:
         if number not in self._pending:
             self._pending.append(number)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._let_exit()
         self._restore()
 
@@ -5756,12 +5845,7 @@ class Sandbox:
         self._start(self._server.serve_forever, 0.05)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         for thread in self._threads:
@@ -5955,7 +6039,8 @@ class Sandbox:
         from html import escape
 
         asked = request.query()
-        shown = asked.get("error") or "#".join((asked["code"], asked["state"]))
+        code = f"{asked.get('code', '')}#{asked.get('state', '')}"
+        shown = asked.get("error") or code
         return f"<!doctype html><title>Sandbox</title><p><code>{escape(shown)}</code>"
 
     def _do_revoke(self, request: _SandboxRequest) -> dict[str, object]:
@@ -6123,25 +6208,28 @@ _EXIT_CODES: Final = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         # A name in Japanese must not be a traceback where the terminal cannot show it.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        if sys.stdout is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        try:
-            return _run(argv)
-        finally:
-            # Python's own flush at its end comes too late for an exit code.
-            sys.stdout.flush()
+        return _run_and_flush(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as done:  # argparse: usage, --help, --version
         return done.code if isinstance(done.code, int) else 2
     except (KeyboardInterrupt, ClaudeOAuthError) as error:
         return _exit_code_of(error)
     except OSError as error:
-        return _exit_code_of_output(error)
+        return _exit_code_of_os_error(error)
+
+
+def _run_and_flush(argv: list[str]) -> int:
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    try:
+        return _run(argv)
+    finally:
+        # Python's own flush at its end comes too late for an exit code.
+        sys.stdout.flush()
 
 
 def _exit_code_of(error: BaseException) -> int:
@@ -6153,13 +6241,20 @@ def _exit_code_of(error: BaseException) -> int:
     return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
 
 
-def _exit_code_of_output(error: OSError) -> int:
-    """Say that the answer could not be written, unless nobody is left to care."""
-    if not isinstance(error, BrokenPipeError):
-        _tell(f"claude-oauth: cannot write the answer: {_reason(error)}")
-    if sys.stdout is not None:
+def _exit_code_of_os_error(error: OSError) -> int:
+    """Say what failed, unless it is that nobody is left to read the answer."""
+    is_lost = sys.stdout is None
+    try:
+        if not is_lost:
+            sys.stdout.flush()
+    except OSError:
+        is_lost = True
         # What is still in the buffer must not fail once more at Python's end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        what = "cannot write the answer: " if is_lost else ""
+        _tell(f"claude-oauth: {what}{_reason(error)}")
     return 1
 
 
@@ -6303,7 +6398,8 @@ def _login(options: Any) -> int:
         timeout=options.timeout,
     )
     who = service._account_name() or "an account that gives no name"
-    _tell(f"Signed in as {who}; the login is kept in {service.storage.describe()}.")
+    where = service.storage.describe()
+    _tell(f"Signed in as {printable(who)}; the login is kept in {where}.")
     return _show_status(service.status(), options.json, quiet=True)
 
 
@@ -6467,12 +6563,7 @@ class _OwnSettings:
         self._directory = tempfile.TemporaryDirectory(prefix="claude-oauth-")
         return self._directory.name
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         os.environ.update(self._settings)
         self._directory.cleanup()
 
@@ -6589,7 +6680,9 @@ def _demo_early_end(service: OAuthService, sandbox: Sandbox) -> None:
     sandbox.expire_access_tokens()
     url = f"{sandbox.origin}/v1/messages"
     auth = BearerAuth(service)
-    answer = requests.post(url, json={"hello": "there"}, auth=auth, timeout=9)
+    answer = requests.post(
+        url, json={"hello": "there"}, auth=auth, timeout=9, proxies=_proxies_for(url)
+    )
     _step(
         "401",
         "a token that died early is refreshed and the request repeated:"

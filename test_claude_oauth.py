@@ -67,7 +67,7 @@ CLIENT_ID = "test-client"
 LIMIT = 30.0
 """Seconds after which a wait in a test is a failure; nothing ever takes that long."""
 
-# A program that is started with `&`, or by nohup, ignores these, and so do its children.
+# What is started with `&`, or by nohup, ignores these, and so do its children.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if os.name == "posix" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -388,6 +388,7 @@ class Answer:
     reset      the connection is reset before a byte of the answer
     close      the connection is closed before a byte of the answer
     truncated  half of the body, then the end
+    tear       half of the body, then a reset
     hang       nothing until the test sets `server.released`
     stall      half of the body, then nothing until `released`
     drip       the body byte by byte, 50 ms apart, over and over until `released`
@@ -439,6 +440,10 @@ class ScriptedServer(LoopbackServer):
         body, _ = encoded(answer.body)
         headers = {**answer.headers, "Content-Length": str(len(body))}
         handler.reply(answer.status, body[: len(body) // 2], headers)
+
+    def fault_tear(self, handler, answer):
+        self.fault_truncated(handler, answer)
+        self.fault_reset(handler, answer)
 
     def fault_drip(self, handler, answer):
         body, _ = encoded(answer.body or b" ")
@@ -2825,6 +2830,15 @@ def test_an_answer_that_is_not_oauths_is_passing(
     assert error.retry_after == retry_after
 
 
+@pytest.mark.parametrize("fault", ["truncated", "tear"])
+def test_an_answer_that_has_begun_is_not_asked_for_again(scripted_server, fault):
+    """The token is spent by then: to send it twice would end the login."""
+    scripted_server.add(200, {**ANSWER, "more": "x" * 100_000}, fault=fault)
+    error = failure_of("refresh", client_for(scripted_server))
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert len(scripted_server.requests) == 1
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("fault", ["hang", "stall", "drip", "trickle"])
 def test_no_answer_may_take_longer_than_its_time(scripted_server, call, fault):
@@ -3079,6 +3093,30 @@ def test_a_proxy_that_is_not_there_is_named(monkeypatch, written):
     error = failure_of("profile", claude_oauth.OAuthClient(config))
     assert "api.anthropic.com through the proxy 127.0.0.1:1" in str(error)
     assert "sesame" not in chain_text(error)
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_what_is_for_this_machine_goes_past_every_proxy(
+    scripted_server, monkeypatch, name
+):
+    monkeypatch.setenv(name, "http://127.0.0.1:1")
+    scripted_server.add(200, ANSWER)
+    assert CALLS["refresh"](client_for(scripted_server)).access_token
+
+
+class FailingSession(requests.Session):
+    """A session of somebody's that fails with what it was to send."""
+
+    def request(self, method, url, **options):
+        raise RuntimeError(options["json"])
+
+
+def test_whatever_a_session_raises_tells_no_secret(scripted_server, capfd):
+    client = client_for(scripted_server, session=FailingSession())
+    error = failure_of("refresh", client)
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert "RuntimeError" in str(error)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_session_that_looks_into_no_environment_names_no_proxy(monkeypatch):
@@ -3411,6 +3449,20 @@ def own_by_nobody(path):
     os.chown(path, 65534, 65534)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        claude_oauth.FileStorage,
+        lambda path: claude_oauth.KeychainStorage(lock_path=path),
+    ],
+    ids=["file", "keychain"],
+)
+def test_a_home_that_nobody_knows_is_no_folder_of_that_name(make, home):
+    with pytest.raises(claude_oauth.ConfigError, match="no home directory is known"):
+        make("~nobody-has-this-name/c.json")
+    assert not list(home.iterdir())
+
+
 UNUSABLE = {
     "a-directory": (lambda p: p.mkdir(), "not a regular file"),
     "a-pipe": (lambda p: os.mkfifo(p), "not a regular file"),
@@ -3519,6 +3571,7 @@ DAMAGED = {
     "scopes-are-text": record(scopes="user:profile"),
     "scope-is-a-number": record(scopes=[1]),
     "client-id-is-a-number": record(clientId=1),
+    "key-with-a-line-break": record()[:-1] + b', "consoleApiKey": "sk-ant-api03-a\\n"}',
 }
 
 
@@ -5167,6 +5220,51 @@ def test_a_machine_without_the_program_is_told_to_use_a_file(monkeypatch):
         claude_oauth.KeychainStorage().check()
 
 
+def test_a_lock_is_the_same_wherever_the_program_goes(keychain, tmp_path, monkeypatch):
+    store = claude_oauth.KeychainStorage(lock_path="here/lock")
+    with store.lock(0):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(claude_oauth.Unavailable, match="here/lock"):
+            store.lock(0).__enter__()
+
+
+FORK_BESIDE = """
+import os, signal, sys, threading, time
+import claude_oauth
+claude_oauth.SECURITY = sys.argv[1]
+store = claude_oauth.KeychainStorage()
+def load():
+    try:
+        store.load()
+    except claude_oauth.StorageError as error:
+        print(type(error).__name__, flush=True)
+thread = threading.Thread(target=load)
+thread.start()
+while not os.path.exists(sys.argv[1] + ".runs"):
+    time.sleep(0.01)
+if os.fork():
+    os.wait()
+    thread.join()
+else:
+    signal.alarm(20)
+    load()
+    os._exit(0)
+"""
+
+
+@needs_posix
+def test_a_fork_while_the_program_runs_leaves_the_child_able_to_read(home):
+    security = home / "security"
+    make_program(
+        security,
+        f'if [ -e "{security}.runs" ]; then touch "{security}.again"; exit 1; fi\n'
+        f'touch "{security}.runs"\n'
+        f'until [ -e "{security}.again" ]; do sleep 0.05; done; exit 1',
+    )
+    done = run_python(FORK_BESIDE, security)
+    assert done.stdout == "StorageError\n" * 2, done
+
+
 def test_directories_have_logins_of_their_own(keychain, tmp_path):
     one = claude_oauth.make_storage("keychain", str(tmp_path / "one"))
     two = claude_oauth.make_storage("keychain", str(tmp_path / "two"))
@@ -5589,6 +5687,16 @@ def test_a_cipher_that_reads_and_writes_derives_its_key_once(encrypted):
     after = sealed(encrypted).split(b":")
 
     assert before[:6] == after[:6] and before[6] != after[6]
+
+
+def test_a_planted_record_does_not_make_encryption_cheap(passphrase_file):
+    cipher = claude_oauth.FernetCipher("open sesame")
+    cheap = cipher.encrypt(b"x").replace(b"scrypt:32768:8:3:", b"scrypt:2:1:1:")
+    reader = claude_oauth.FernetCipher("open sesame")
+    with pytest.raises(claude_oauth.StorageError, match="passphrase|damaged"):
+        reader.decrypt(cheap)
+
+    assert reader.encrypt(b"x").startswith(b"scrypt:32768:8:3:")
 
 
 def test_two_files_of_one_passphrase_have_salts_of_their_own(passphrase_file):
@@ -6329,7 +6437,15 @@ def raise_an_error(url):
     raise RuntimeError("no browser today")
 
 
-FAILING_OPENERS = {"false": lambda url: False, "error": raise_an_error}
+def leave(url):
+    raise SystemExit(1)
+
+
+FAILING_OPENERS = {
+    "false": lambda url: False,
+    "error": raise_an_error,
+    "exit": leave,
+}
 
 
 @pytest.mark.parametrize("opener", FAILING_OPENERS.values(), ids=FAILING_OPENERS)
@@ -7548,6 +7664,24 @@ def test_threads_that_serve_what_is_unsaved_lose_nothing(kept):
     assert kept.requests == 1
 
 
+# Answers that are good in part
+
+
+def test_a_good_refresh_token_beside_a_bad_access_token_is_kept(kept, auth_server):
+    kept.save(-1)
+    good = auth_server.new_tokens("user:inference", True)
+    old = kept.storage.load()
+    found = auth_server.refresh_tokens[old.refresh_token]
+    auth_server.keep(good, found.login, None)
+    found.spent = True
+    auth_server.fail_next("token", 200, {**good, "access_token": "two words"})
+    with pytest.raises(claude_oauth.BadAnswer, match="access_token"):
+        kept.service().access_token()
+    assert kept.storage.load().refresh_token == good["refresh_token"]
+    assert kept.service().access_token() not in (old.access_token, "two words")
+    assert kept.is_alive()
+
+
 # Answers that refuse
 
 html_page = "<html><title>Just a moment...</title></html>"
@@ -7804,6 +7938,31 @@ def test_a_network_that_is_down_is_tried_once_for_all_threads(kept, scripted_ser
         errors = [future.exception(LIMIT) for future in asked]
     assert all(isinstance(error, claude_oauth.Unavailable) for error in errors)
     assert len(scripted_server.requests) == 2
+
+
+REFUSALS = {
+    "another-client": (400, {"error": "unauthorized_client"}),
+    "forbidden": (403, failure("permission_error", "not you")),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_is_the_answer_for_all_threads_that_waited(
+    kept, auth_server, refusal
+):
+    kept.save(-1)
+    for _ in range(4):
+        auth_server.fail_next("token", *refusal)
+    clock = RollCall()
+    service = kept.service(clock=clock)
+    with threads(4) as start, held(auth_server) as wait:
+        asked = [start(service.access_token) for _ in range(4)]
+        while len(clock.threads) < 4 or not wait():
+            threading.Event().wait(0.05)
+        auth_server.gate.set()
+        errors = [future.exception(LIMIT) for future in asked]
+    assert all(isinstance(error, claude_oauth.TokenRefused) for error in errors)
+    assert kept.requests < 4
 
 
 def test_a_failure_inside_the_buffer_puts_the_next_try_off(kept, auth_server):
@@ -8644,6 +8803,55 @@ def test_a_login_that_cannot_be_saved_leaves_the_former_account(
     assert before.account_uuid == "acc-1"
 
 
+def test_a_login_that_is_saved_later_brings_its_account_along(
+    full_service, browser, auth_server
+):
+    first = sign_in_at_console(full_service, auth_server, browser)
+    become_somebody_else(auth_server)
+    full_service.storage.full_for_save = True
+    with pytest.raises(claude_oauth.StorageError, match="make room"):
+        sign_in(full_service, browser, console=True)
+    full_service.storage.full_for_save = False
+    second = full_service.credentials()
+
+    assert full_service.status()["email"] == "other@example.com"
+    assert full_service.storage.load() == second
+    again = sign_in(full_service, browser, console=True)
+    assert again.api_key == second.api_key != first.api_key
+
+
+def test_a_record_that_is_damaged_meanwhile_is_noticed_before_the_code_is_spent(
+    account_service, auth_server
+):
+    def spoil_and_approve(url):
+        put_bytes(account_service.storage.path, b"{")
+        return browser(url)
+
+    browser = Browser(auth_server)
+    with pytest.raises(claude_oauth.StorageCorrupt, match="log in again"):
+        account_service.login(open_browser=spoil_and_approve, paste=False)
+    browser.join()
+
+    assert auth_server.counts["token"] == 0
+
+
+@pytest.mark.parametrize("seconds", [3e6, float("inf")], ids=["a-month", "endless"])
+def test_a_login_may_have_all_the_time_in_the_world(account_service, browser, seconds):
+    granted = sign_in(account_service, browser, timeout=seconds)
+
+    assert account_service.access_token() == granted.access_token
+
+
+def test_a_malformed_token_in_the_environment_stops_a_login_before_it_is_shown(
+    account_service, browser, monkeypatch
+):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "two words")
+    with pytest.raises(claude_oauth.ConfigError, match="CLAUDE_OAUTH_TOKEN"):
+        sign_in(account_service, browser)
+
+    assert not browser.urls
+
+
 def test_a_person_who_denies_is_no_login(account_service, browser):
     browser.decision = "deny"
     with pytest.raises(claude_oauth.LoginDenied) as caught:
@@ -9188,13 +9396,6 @@ def test_a_key_is_not_stored_with_somebody_elses_login(
     assert storage.load().api_key != key
 
 
-class Impatient(claude_oauth.FileStorage):
-    """A store whose lock nobody waits for."""
-
-    def lock(self, timeout):
-        return super().lock(0)
-
-
 def test_a_profile_that_cannot_be_kept_is_had_all_the_same(signed_in, caplog):
     storage = Impatient(signed_in.storage.path)
     service = claude_oauth.OAuthService(signed_in.config, storage)
@@ -9457,6 +9658,19 @@ def test_no_status_holds_a_secret(account_service, auth_server, browser, monkeyp
     hidden = json.dumps(account_service.status())
 
     assert not secrets_in(stored + hidden)
+
+
+def test_a_status_says_when_the_login_is_another_programs(signed_in):
+    another = claude_oauth.OAuthService(
+        signed_in.config.replace(client_id="another-program"), signed_in.storage
+    )
+    nameless = claude_oauth.OAuthService(
+        signed_in.config.replace(client_id=""), signed_in.storage
+    )
+
+    assert "another client id" in another.status()["warnings"][0]
+    assert another.status()["client_id"] == CLIENT_ID
+    assert signed_in.status()["warnings"] == nameless.status()["warnings"] == []
 
 
 # -- Service: logout -------------------------------------------------------------------
@@ -10342,6 +10556,10 @@ def test_an_exchange_that_breaks_a_rule_is_refused(by_hand, changes, code):
     assert answer.status_code == 400
     assert code in answer.text
     assert "access_token" not in answer.text
+
+
+def test_the_page_for_a_code_is_there_without_one(by_hand):
+    assert by_hand.get("/oauth/code/callback", "").status_code == 200
 
 
 def test_a_code_works_once_and_its_reuse_ends_the_login(by_hand):
@@ -11372,6 +11590,36 @@ def test_ctrl_c_at_the_prompt_ends_with_130(login_in_terminal):
     assert "Traceback" not in rest
 
 
+def test_a_name_from_the_server_cannot_write_on_the_terminal(
+    settings, auth_server, browser_program
+):
+    auth_server.account["email"] = "a\x1b]0;owned\x07@b"
+    browser_program()
+    done = login_cli()
+
+    assert done.returncode == 0, done.stderr
+    assert "Signed in as a" in done.stderr
+    assert not set("\x1b\x07") & set(done.stderr)
+
+
+WITHOUT_FOLDER = """
+import os, claude_oauth
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir("../gone")
+print(claude_oauth.main(["--dir", "there", "status"]))
+print("and the program goes on")
+"""
+
+
+@needs_posix
+def test_an_error_that_is_not_the_answers_leaves_stdout_alone():
+    done = run_python(WITHOUT_FOLDER)
+
+    assert done.stdout == "1\nand the program goes on\n"
+    assert done.stderr == "claude-oauth: no such file or directory\n"
+
+
 def test_ctrl_c_during_a_refresh_ends_with_130_and_keeps_the_answer(
     member, spawn_cli, auth_server
 ):
@@ -11688,6 +11936,7 @@ def test_the_demo_shows_a_whole_life_and_touches_nothing(home, monkeypatch):
         "CLAUDE_OAUTH_DIR": str(home / "mine"),
         "CLAUDE_OAUTH_SERVER": "http://127.0.0.1:1",
         "CLAUDE_OAUTH_STORE": "nonsense",
+        "HTTP_PROXY": "http://127.0.0.1:1",
     }
     done = run_cli("demo", env=nowhere)
 
