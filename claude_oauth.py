@@ -3195,17 +3195,20 @@ class FernetCipher:
     """scrypt's n, r and p: 32 MiB and some 0.2 s."""
 
     def __init__(self, passphrase: str | bytes) -> None:
+        from importlib import import_module
+
         if isinstance(passphrase, str):
             passphrase = passphrase.encode()
         if not passphrase:
             raise ConfigError("the passphrase is empty")
+        # Not by `import`: a type checker would miss the package beside a vendored copy.
         try:
-            import cryptography.fernet as fernet
+            self._fernet: Any = import_module("cryptography.fernet")
+            self._kdf: Any = import_module("cryptography.hazmat.primitives.kdf.scrypt")
         except ImportError:
             raise ConfigError(
                 "encryption needs the `cryptography` package: pip install cryptography"
             ) from None
-        self._fernet = fernet
         self._passphrase = passphrase
         self._keys: dict[tuple[int, int, int, bytes], bytes] = {}
         """Derived keys, by cost and salt: deriving one is slow on purpose."""
@@ -3221,7 +3224,8 @@ class FernetCipher:
         n, r, p, salt = (*self._COST, next(known, None) or os.urandom(16))
         key, check = self._derive(n, r, p, salt)
         start = f"scrypt:{n}:{r}:{p}:{salt.hex()}:{check}:".encode("ascii")
-        return start + self._fernet.Fernet(base64.urlsafe_b64encode(key)).encrypt(data)
+        box = self._fernet.Fernet(base64.urlsafe_b64encode(key))
+        return start + bytes(box.encrypt(data))
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted.
@@ -3247,9 +3251,8 @@ class FernetCipher:
                 "the passphrase is not the one that the login was encrypted with"
             )
         try:
-            return self._fernet.Fernet(base64.urlsafe_b64encode(key)).decrypt(
-                found.group(6)
-            )
+            box = self._fernet.Fernet(base64.urlsafe_b64encode(key))
+            return bytes(box.decrypt(found.group(6)))
         except self._fernet.InvalidToken:
             raise _undecryptable("it is damaged") from None
 
@@ -3258,12 +3261,10 @@ class FernetCipher:
 
         Both come out of scrypt together, so the check is as hard to guess from.
         """
-        # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
-        from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-
         known = (n, r, p, salt)
         if known not in self._keys:
-            scrypt = Scrypt(salt=salt, length=40, n=n, r=r, p=p)
+            # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
+            scrypt = self._kdf.Scrypt(salt=salt, length=40, n=n, r=r, p=p)
             self._keys[known] = scrypt.derive(self._passphrase)
         return self._keys[known][:32], self._keys[known][32:].hex()
 

@@ -12037,7 +12037,8 @@ def scratch(sandbox, tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     scratch.mkdir()
     programs.mkdir()
-    (scratch / "claude_oauth.py").symlink_to(MODULE)
+    for name in ("claude_oauth.py", "LICENSE"):
+        (scratch / name).symlink_to(MODULE.with_name(name))
     make_program(programs / "claude-oauth", f'exec "{sys.executable}" "{MODULE}" "$@"')
     make_program(programs / "python3", f'exec "{sys.executable}" "$@"')
     make_program(programs / "browser", BROWSER.format(sys.executable))
@@ -12342,6 +12343,16 @@ def test_the_table_of_the_environment_has_every_variable():
     assert set(re.findall(ours, MODULE.read_text("utf-8"))) == {
         name for name in told if name.startswith("CLAUDE_")
     }
+
+
+def test_the_readme_names_every_host_that_is_asked():
+    chapter = README_TEXT.partition("What it touches")[2].partition("\n##")[0]
+    settings = vars(claude_oauth.OAuthConfig(CLIENT_ID)).items()
+    urls = [url for name, url in settings if url and name.endswith(("_url", "_uri"))]
+
+    assert {urllib.parse.urlsplit(url).hostname for url in urls} == set(
+        re.findall(r"`([\w.]+\.com)`", chapter)
+    )
 
 
 def test_every_command_stands_in_the_readme():
@@ -12698,7 +12709,8 @@ PROJECT = (
 @pytest.fixture
 def clone(scratch, packages, monkeypatch):
     """The project's files in the scratch directory, and a fresh environment on PATH."""
-    (scratch / "claude_oauth.py").unlink()
+    for link in scratch.iterdir():
+        link.unlink()
     for name in PROJECT:
         shutil.copy(str(README.with_name(name)), str(scratch))
     fresh = scratch.parent / "fresh"
@@ -12863,9 +12875,7 @@ def test_mypy_sees_an_installed_copy_with_the_readme_s_setting(tmp_path):
     run_in(tmp_path, sys.executable, "-m", "venv", "--without-pip", site)
     [packages] = site.glob("lib/python*/site-packages")
     shutil.copy(str(MODULE), str(packages))
-    (tmp_path / "mypy.ini").write_text(
-        "[mypy]\n" + readme_block("follow_untyped_imports")
-    )
+    (tmp_path / "mypy.ini").write_text(readme_block("follow_untyped_imports"))
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir=cache"]
     command += ["--python-executable", str(site / "bin" / "python"), "mistakes.py"]
