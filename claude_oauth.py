@@ -2472,7 +2472,7 @@ def _from_base64(text: object) -> bytes:
     import binascii
 
     try:
-        return binascii.a2b_base64(text if isinstance(text, str) else "?")
+        return binascii.a2b_base64(text if isinstance(text, str) else "x")
     except ValueError:
         raise StorageCorrupt(
             f"the record under {_ENCRYPTED_KEY} is damaged; move the file away and log"
@@ -2689,10 +2689,7 @@ class _KeychainItems(_Items):
         raise _keychain_error(number)
 
     def _add(self, name: str, data: bytes) -> StorageError | None:
-        line = self._add_line(name, data)
-        if len(line) > SECURITY_LINE:
-            raise StorageError("the record is too long for the Keychain")
-        number, _, _ = self._call(line)
+        number, _, _ = self._call(self._add_line(name, data))
         return None if number == 0 else _keychain_error(number)
 
     def _add_line(self, name: str, data: bytes) -> bytes:
@@ -2787,7 +2784,7 @@ class _SecretToolItems(_Items):
         status, output, errors = self._call("lookup", name)
         if status == 0:
             return output
-        if errors:
+        if errors or status is None:
             raise _secret_tool_error(status)
         if self.exists(name):
             raise _secret_tool_error(None)
@@ -2795,13 +2792,11 @@ class _SecretToolItems(_Items):
 
     def exists(self, name: str) -> bool:
         status, output, errors = self._call("search", name)
-        if status or (errors and not output):
+        if status != 0 or (errors and not output):
             raise _secret_tool_error(status)
         return bool(output)
 
     def _add(self, name: str, data: bytes) -> StorageError | None:
-        if not self.fits(name, data):
-            raise StorageError("the record is too long for the secret service")
         status, _, _ = self._call("store", name, data, "--label=" + self.service)
         return None if status == 0 else _secret_tool_error(status)
 
@@ -4789,8 +4784,8 @@ class OAuthService:
         began, deadline = time.monotonic(), Deadline(patience)
         guard = _Uninterrupted()
         try:
-            process = _TimedLock(self._refreshing, patience)
-            with process, self.storage.lock(deadline.left()):
+            turn = _TimedLock(self._refreshing, patience)
+            with turn, self.storage.lock(deadline.left()):
                 self._share_failure(began)
                 return self._try_to_renew(min_validity, rejected, forced, guard)
         finally:
@@ -4923,10 +4918,10 @@ class OAuthService:
                 f"the refreshed login could not be saved ({_told(error)});"
                 " it is kept in memory and saved as soon as that works"
             )
-        self._remember_success(renewed)
         self._remember_seen(renewed)
         if problem:
             raise problem
+        self._remember_success(renewed)
         return renewed
 
     def _ask(self, newest: Credentials) -> tuple[Credentials, BadAnswer | None]:

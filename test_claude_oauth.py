@@ -3468,6 +3468,7 @@ UNUSABLE = {
     "a-pipe": (lambda p: os.mkfifo(p), "not a regular file"),
     "a-link-to-itself": (lambda p: p.symlink_to(p), "symbolic links"),
     "too-large": (lambda p: put_bytes(p, b" " * ((1 << 20) + 1)), "too large"),
+    "a-terabyte": (lambda p: os.truncate(put_bytes(p, b"{"), 1 << 40), "too large"),
     "another-users": (own_by_nobody, "another user's"),
     "below-a-file": (lambda p: (p.parent.rmdir(), put_bytes(p.parent, b"")), "not a d"),
 }
@@ -3718,6 +3719,66 @@ def test_a_stamp_that_cannot_be_had_is_none(folder):
     assert claude_oauth.FileStorage().stamp() is None
 
 
+@needs_posix
+def test_another_programs_file_keeps_its_mode_with_one_warning(saved, caplog):
+    os.chmod(saved.path, 0o644)
+    storage = claude_oauth.FileStorage(saved.path, read_only=True)
+    assert storage.load() == storage.load() == OLD_LOGIN
+    assert mode_of(saved.path) == 0o644
+    assert [record.message.count("set its mode") for record in caplog.records] == [1]
+
+
+def test_that_no_file_is_there_is_a_stamp_too(folder):
+    storage = claude_oauth.FileStorage()
+    assert storage.stamp() == storage.stamp() is not None
+
+
+@needs_posix
+def test_a_sticky_folder_of_ones_own_is_good(saved, folder):
+    folder.chmod(0o1700)
+    saved.check()
+    saved.save(NEW_LOGIN)
+    assert saved.load() == NEW_LOGIN
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux alone has it")
+def test_a_storage_leaves_no_file_open(saved, folder):
+    before = sorted(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with saved.lock(0), pytest.raises(claude_oauth.Unavailable, match="lock"):
+            saved.lock(0).__enter__()
+        saved.check(), saved.save(NEW_LOGIN), saved.load(), saved.delete()
+    (folder / "lock").unlink()
+    (folder / "lock").mkdir()
+    with pytest.raises(claude_oauth.StorageError, match="is a directory"):
+        saved.lock(0).__enter__()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_read_only_storage_has_no_lock(saved, folder):
+    storage = claude_oauth.FileStorage(saved.path, read_only=True)
+    with pytest.raises(claude_oauth.StorageError, match="another program"):
+        storage.lock(0)
+    assert os.listdir(folder) == ["credentials.json"]
+
+
+def test_temporary_files_of_others_stay(saved, folder):
+    others = (".credentials.json.swp", ".other.json.x.tmp", "credentials.json.x.tmp")
+    for name in others:
+        os.utime(put_bytes(folder / name, b""), (0, 0))
+    saved.save(NEW_LOGIN)
+    assert saved.delete()
+    assert sorted(os.listdir(folder)) == sorted(others)
+
+
+def test_files_of_one_folder_have_accounts_of_their_own(folder):
+    names = ("credentials.json", "a.json", "b.json")
+    stores = [claude_oauth.FileStorage(folder / name) for name in names]
+    assert [os.path.relpath(store.account_file, folder) for store in stores] == [
+        *("account.json", "a.json.account.json", "b.json.account.json")
+    ]
+
+
 # Faults while a file is written
 
 SAVE = """
@@ -3941,6 +4002,79 @@ def test_a_mounted_file_cannot_be_removed_and_is_emptied(own_mounts, saved):
     assert Path(saved.path).read_bytes().strip() == b"{}"
 
 
+LOAD = """
+import sys, claude_oauth
+storage = claude_oauth.FileStorage(sys.argv[1])
+print([storage.load().access_token[:9] for _ in range(2)])
+"""
+
+
+def test_a_file_system_without_modes_is_warned_of_once(traced, saved):
+    os.chmod(saved.path, 0o644)
+    done, _ = traced(LOAD, saved.path, faults=["fchmod:error=EPERM"])
+    assert done.stdout == "['old-token', 'old-token']\n", done
+    assert done.stderr.count("set its mode to 0600") == 1
+
+
+def test_a_logout_is_on_the_disk_before_anybody_is_told(traced, saved):
+    calls = "unlink,unlinkat,fsync,write"
+    done, found = traced(DELETE, saved.path, calls=calls)
+    assert done.stdout == "True None False\n", done
+    steps = [call for call in found if "/claude-oauth" in call or "True" in call]
+    names = [call.partition("(")[0] for call in steps]
+    assert names == ["unlink", "fsync", "write"], steps
+
+
+OPEN_FILES = """
+import os, sys, claude_oauth
+storage = claude_oauth.FileStorage(sys.argv[1])
+before = os.listdir("/proc/self/fd")
+storage.save(claude_oauth.Credentials("new-token"))
+print(storage.load().access_token, os.listdir("/proc/self/fd") == before)
+"""
+
+
+@pytest.mark.parametrize("fault", ["rename:error=EBUSY", "fsync:error=EINVAL:when=2"])
+def test_what_is_done_without_leaves_no_file_open(traced, saved, fault):
+    done, _ = traced(OPEN_FILES, saved.path, faults=[fault])
+    assert done.stdout == "new-token True\n", done
+
+
+def test_folders_and_files_are_private_from_their_first_moment(traced, home):
+    path = home / "a" / "b" / "c.json"
+    done, calls = traced(SAVE, path, calls="mkdir,openat")
+    assert done.stdout == "saved\nnew-token\n"
+    made = [c for c in calls if "/a" in c and re.match("mkdir|.*O_CREAT", c)]
+    assert [re.search(r", (0\d+)\)", call).group(1) for call in made] == [
+        *("0700", "0700"),  # the folders
+        *("0600", "0600", "0600"),  # the lock, the check's file, the save's
+    ]
+
+
+@pytest.mark.parametrize("error", ["ENOSYS", "EINVAL"])
+def test_room_is_taken_by_writing_where_there_is_no_fallocate(traced, saved, error):
+    done, calls = traced(
+        SAVE, saved.path, faults=[f"fallocate:error={error}"], calls="write"
+    )
+    assert done.stdout == "saved\nnew-token\n", done
+    written = [call for call in calls if re.match(r"write\(.*\.tmp>", call)]
+    assert int(written[0].rpartition(" = ")[2]) >= 16384
+
+
+CHECK = """
+import sys, claude_oauth
+claude_oauth.FileStorage(sys.argv[1]).check()
+"""
+
+
+def test_a_check_finds_a_file_that_is_mounted_read_only(own_mounts, saved, folder):
+    script = f'{SETTINGS["read-only-file"][0]} && shift && exec "$@"'
+    under = [*own_mounts, script, "sh", folder]
+    done = run_python(CHECK, saved.path, under=under)
+    assert "StorageError: cannot write" in done.stderr
+    assert "read-only file system" in done.stderr
+
+
 # The lock
 
 HOLD = """
@@ -4060,6 +4194,19 @@ def test_memory_has_a_lock_with_a_limit():
         storage.lock(0.01).__enter__()
     with storage.lock(0):
         assert storage.load() is None
+
+
+def test_memory_says_that_it_is_memory():
+    assert claude_oauth.MemoryStorage().describe() == "memory"
+
+
+def test_memory_has_another_stamp_after_each_change():
+    storage = claude_oauth.MemoryStorage()
+    stamps = {storage.stamp()}
+    for change in (lambda: storage.save(NEW_LOGIN), storage.delete) * 2:
+        change()
+        stamps.add(storage.stamp())
+    assert len(stamps) == 5
 
 
 # -- Storage: the Keychain, the Secret Service, encryption -----------------------------
@@ -5310,6 +5457,127 @@ def test_no_error_of_a_store_shows_what_the_program_printed(keychain, keychain_s
 # The Keychain under a whole service
 
 
+def test_each_process_is_given_one_whole_line(keychain_store, keychain):
+    assert keychain_store.load() and keychain_store.delete()
+    lines = [entry["stdin"] for entry in keychain.starts]
+    assert {line.partition(" ")[0] for line in lines} == {
+        *("add-generic-password", "find-generic-password", "delete-generic-password")
+    }
+    assert all(line.find("\n") == len(line) - 1 for line in lines)
+
+
+def test_every_character_comes_back_from_pieces(keychain):
+    credentials = claude_oauth.Credentials("~?>!" * 2000)  # base64's last two letters
+    new_store(saved=credentials)
+    assert new_store().load() == credentials
+
+
+def test_names_of_200_bytes_are_kept_whole(keychain):
+    store = claude_oauth.KeychainStorage("s" * 200, '"' * 200)
+    store.save(credentials_of_size(BIG))
+    assert store.load() == credentials_of_size(BIG)
+
+
+def test_a_save_that_cannot_be_read_back_says_that_it_is_not_known(
+    keychain, keychain_store
+):
+    keychain.fail("find-w:status:-25308@2")
+    with pytest.raises(claude_oauth.StorageLocked, match="stored is not known"):
+        keychain_store.save(credentials_of_size(300, NEW))
+    assert stored_token(keychain) == NEW
+
+
+def test_a_number_that_nobody_knows_is_named_whole(keychain, keychain_store):
+    keychain.fail("add:status:-4242")
+    with pytest.raises(claude_oauth.StorageError, match=r"\(status -4242\)"):
+        keychain_store.save(credentials_of_size(300, NEW))
+
+
+NUMBERS = {
+    "asks for a person": "-25308 -25315 -25293 -128 -60005 -60008 -67869 -2070 -25299",
+    "is not available just now; try again": "-25320 -25291 -67585",
+    "did not say for certain": "-25300",
+    "does not exist for this user and HOME": "-25307 -25294 -25295",
+    "cannot be written": "-25292 -61",
+    "has no room or is not ours": "-34 -36 100028 100013 100030",
+    "takes no value of this size": "-25302",
+    "is out of reach from this sandbox": "-50 -34018 -34020",
+    "needs macOS 10.15 or later": "2",
+}
+
+
+@pytest.mark.parametrize(("words", "numbers"), NUMBERS.items(), ids=NUMBERS)
+def test_each_number_of_security_says_what_is_wrong(
+    tmp_path, monkeypatch, words, numbers
+):
+    monkeypatch.setattr(claude_oauth, "SECURITY", str(tmp_path / "security"))
+    for number in map(int, numbers.split()):
+        text = f"#!/bin/sh\necho find: returned {number} >&2\nexit {number & 255}\n"
+        put_bytes(tmp_path / "security", text.encode()).chmod(0o700)
+        with pytest.raises(claude_oauth.StorageError, match=words) as caught:
+            new_store().load()
+        assert (type(caught.value) is LOCKED) == (words == "asks for a person")
+
+
+STATUSES = {
+    "locked": (36, claude_oauth.StorageLocked, "unlock-keychain"),
+    "not known": (7, claude_oauth.StorageError, "status 7"),
+}
+
+
+@pytest.mark.parametrize(("status", "kind", "words"), STATUSES.values(), ids=STATUSES)
+def test_a_status_without_a_number_is_told_by_its_last_eight_bits(
+    tmp_path, monkeypatch, status, kind, words
+):
+    program = put_bytes(tmp_path / "security", b"#!/bin/sh\nexit %d\n" % status)
+    program.chmod(0o700)
+    monkeypatch.setattr(claude_oauth, "SECURITY", str(program))
+    with pytest.raises(claude_oauth.StorageError, match=words) as caught:
+        new_store().load()
+    assert type(caught.value) is kind
+
+
+def test_a_save_into_either_slot_that_fails_leaves_the_old_login(keychain):
+    store = new_store(saved=credentials_of_size(BIG, "sk-ant-oat01-older"))
+    store.save(credentials_of_size(BIG, OLD))  # now in the other slot
+    keychain.fail("add:die@1")
+    with pytest.raises(claude_oauth.StorageError, match="status -9"):
+        store.save(credentials_of_size(BIG, NEW))
+    assert stored_token(keychain) == OLD
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+def test_a_logout_leaves_no_pieces_behind(keychain, saves):
+    store = new_store()
+    for _ in range(saves):  # into one slot, then into the other
+        store.save(credentials_of_size(BIG))
+    assert store.delete()
+    assert keychain.items == {}
+
+
+def test_a_logout_from_a_locked_keychain_says_how_to_unlock_it(
+    keychain, keychain_store
+):
+    keychain.fail("delete:status:-25308")
+    with pytest.raises(claude_oauth.StorageLocked, match="unlock-keychain"):
+        keychain_store.delete()
+    assert stored_token(keychain) == OLD
+
+
+def test_a_login_that_was_saved_is_served_while_the_keychain_fails(
+    keychain, keychain_store, caplog
+):
+    keychain.fail("find-w:status:-25308")
+    assert keychain_store.load().access_token == OLD
+    assert "unlock-keychain" in warnings_in(caplog)[0]
+    assert "going on with the login that was read before" in warnings_in(caplog)[0]
+
+
+def test_a_keychain_storage_names_its_item():
+    store = claude_oauth.KeychainStorage("one", "two")
+    assert store.describe() == "macOS Keychain (service one, account two)"
+
+
 @pytest.fixture
 def keychain_service(keychain, auth_server, monkeypatch):
     """A service whose login is in a Keychain that does not speak English."""
@@ -5595,6 +5863,69 @@ def test_a_machine_without_a_secret_service_is_told_what_is_missing(
             step()
 
 
+KEYRING_REFUSALS = {
+    "lookup fails": ("load", '[ "$1" = search ] || { echo no >&2; exit 1; }', FAILED),
+    "search fails": ("load", '[ "$1" = search ] && echo no >&2', FAILED),
+    "store fails": ("save", '[ "$1" = search ]', FAILED),
+    "clear fails": ("delete", '[ "$1" = search ] && echo item', LOCKED),
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "line", "kind"), KEYRING_REFUSALS.values(), ids=KEYRING_REFUSALS
+)
+def test_a_keyring_that_fails_in_part_is_an_error_of_the_store(
+    tmp_path, monkeypatch, step, line, kind
+):
+    program = put_bytes(tmp_path / "secret-tool", f"#!/bin/sh\n{line}\n".encode())
+    program.chmod(0o700)
+    monkeypatch.setattr(claude_oauth, "SECRET_TOOL", str(program))
+    store = claude_oauth.SecretServiceStorage()
+    words = "keyring is locked" if kind is LOCKED else "D-Bus"
+    with pytest.raises(claude_oauth.StorageError, match=words) as caught:
+        getattr(store, step)(*[credentials_of_size(300)][: step == "save"])
+    assert type(caught.value) is kind
+
+
+def test_a_keyring_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
+    program = put_bytes(tmp_path / "secret-tool", b"#!/bin/sh\nexec sleep 9\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(claude_oauth, "SECRET_TOOL", str(program))
+    store = claude_oauth.SecretServiceStorage()
+    store.time_limit, store.pause = 0.2, 0.0
+    for step in (store.load, store.delete, store.check):
+        with pytest.raises(claude_oauth.StorageLocked, match="--store file"):
+            step()
+
+
+KEYRING = """#!/bin/sh
+for last; do :; done
+file="$(dirname "$0")/item-$last"
+case $1 in
+store) cat >"$file" ;;
+clear) rm -f "$file" ;;
+*) if [ -e "$(dirname "$0")/silent" ]; then exec sleep 9; fi
+    if [ -e "$file" ]; then cat "$file"; else [ "$1" = search ]; fi ;;
+esac
+"""
+
+
+def test_a_save_to_a_keyring_that_does_not_answer_leaves_the_old_login(
+    tmp_path, monkeypatch
+):
+    program = put_bytes(tmp_path / "secret-tool", KEYRING.encode())
+    program.chmod(0o700)
+    monkeypatch.setattr(claude_oauth, "SECRET_TOOL", str(program))
+    store = claude_oauth.SecretServiceStorage()
+    store.save(credentials_of_size(20_000, OLD))
+    store.time_limit = 0.2
+    put_bytes(tmp_path / "silent", b"")
+    with pytest.raises(claude_oauth.StorageLocked, match="keyring is locked"):
+        store.save(credentials_of_size(20_000, NEW))
+    (tmp_path / "silent").unlink()
+    assert claude_oauth.SecretServiceStorage().load().access_token == OLD
+
+
 # Encryption
 
 
@@ -5663,6 +5994,9 @@ DAMAGE = {
     "too costly": lambda data: data.replace(b"scrypt:32768:", b"scrypt:4194304:"),
     "no power of two": lambda data: data.replace(b"scrypt:32768:", b"scrypt:32767:"),
     "no rounds": lambda data: data.replace(b":8:", b":0:", 1),
+    "no lanes": lambda data: data.replace(b":3:", b":0:", 1),
+    "a cost of one": lambda data: data.replace(b"scrypt:32768:", b"scrypt:1:"),
+    "no cost": lambda data: data.replace(b"scrypt:32768:", b"scrypt:0:"),
     "no record": lambda data: claude_oauth.FernetCipher("open sesame").encrypt(b"[]"),
 }
 
@@ -5705,18 +6039,6 @@ def test_two_files_of_one_passphrase_have_salts_of_their_own(passphrase_file):
 
     assert len(salts) == 2
     assert ciphers[0].decrypt(ciphers[1].encrypt(b"x")) == b"x"
-
-
-@pytest.mark.parametrize("written", ["A", 5, "scrypt", ""], ids=repr)
-def test_what_is_no_base64_is_corrupt_and_stays(encrypted, written):
-    path = put_bytes(
-        encrypted.path, json.dumps({"claudeOauthEncrypted": written}).encode()
-    )
-    before = path.read_bytes()
-    with pytest.raises(claude_oauth.StorageCorrupt, match="log in"):
-        encrypted.load()
-
-    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("passphrase", ["", b""], ids=["text", "bytes"])
@@ -5780,6 +6102,62 @@ def test_a_passphrase_file_that_others_can_read_is_closed_with_a_warning(
 
     assert stat.S_IMODE(passphrase_file.stat().st_mode) == 0o600
     assert len(warnings_in(caplog)) == 1
+
+
+NOT_SEALED = {"not base64": "a", "not ASCII": "é", "a number": 5, "null": None}
+
+
+@pytest.mark.parametrize("value", NOT_SEALED.values(), ids=NOT_SEALED)
+def test_what_cannot_be_a_sealed_record_is_corrupt_and_stays(encrypted, value):
+    text = json.dumps({"claudeOauthEncrypted": value})
+    Path(encrypted.path).write_text(text)
+    for step in (encrypted.load, lambda: encrypted.save(credentials_of_size(9))):
+        with pytest.raises(claude_oauth.StorageCorrupt, match="damaged"):
+            step()
+    assert Path(encrypted.path).read_text() == text
+
+
+class Reverse:
+    """A cipher whose every text is fine, the empty one too."""
+
+    def encrypt(self, data):
+        return data[::-1]
+
+    def decrypt(self, data):
+        return data[::-1] or b"{}"
+
+
+@pytest.mark.parametrize("value", NOT_SEALED.values(), ids=NOT_SEALED)
+def test_what_is_not_base64_reaches_no_cipher(folder, value):
+    text = json.dumps({"claudeOauthEncrypted": value}).encode()
+    put_bytes(folder / "credentials.json", text)
+    with pytest.raises(claude_oauth.StorageCorrupt, match="damaged"):
+        claude_oauth.FileStorage(cipher=Reverse()).load()
+
+
+def test_a_file_says_what_is_special_about_it(encrypted):
+    cipher, path = claude_oauth.FernetCipher("x"), encrypted.path
+    assert encrypted.describe() == f"{path} (encrypted)"
+    assert claude_oauth.FileStorage(path).describe() == path
+    storage = claude_oauth.FileStorage(path, cipher=cipher, read_only=True)
+    assert storage.describe() == f"{path} (encrypted, read only)"
+
+
+def test_a_passphrase_is_as_hard_to_guess_as_is_recommended(passphrase_file):
+    start = claude_oauth.FernetCipher("x").encrypt(b"").rpartition(b":")[0]
+    assert re.match(rb"scrypt:32768:8:3:[0-9a-f]{32}:[0-9a-f]{16}$", start)
+
+
+def test_an_empty_passphrase_file_is_named(passphrase_file):
+    passphrase_file.write_text("\n")
+    with pytest.raises(claude_oauth.ConfigError, match=re.escape(str(passphrase_file))):
+        claude_oauth.make_storage("file")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="for machines without DPAPI")
+def test_dpapi_decrypts_nothing_where_it_is_not():
+    with pytest.raises(claude_oauth.ConfigError, match="Windows"):
+        claude_oauth.DPAPICipher().decrypt(b"dpapi:x")
 
 
 WINDOWS_ERRORS = {
