@@ -4335,7 +4335,7 @@ class _Memory(_Value):
     """The server asked for a pause, or was out of order: no refresh before this."""
     failures: int = 0
     """How many such answers there were in a row."""
-    lifetime: float = 0.0
+    lifetime: int = 0
     """Seconds that the last token had when it was new; 0 if that is not known."""
     refused: str = ""
     """The fingerprint of a refresh token that is known to be dead."""
@@ -4618,7 +4618,7 @@ class OAuthService:
             and time.monotonic() < served.look_again
         ):
             return served.headers.copy()
-        return self._serve_headers().headers.copy()
+        return self._serve(REFRESH_BUFFER, key_will_do=True).headers.copy()
 
     def refresh(self, *, rejected: str | None = None) -> Credentials:
         """Refresh now, and return the new credential.
@@ -4639,23 +4639,17 @@ class OAuthService:
         forced = rejected is None
         return self._renew(credentials, 0, rejected=rejected, forced=forced)
 
-    def _serve(self, min_validity: float) -> _Served:
+    def _serve(self, min_validity: float, *, key_will_do: bool = False) -> _Served:
         """Look, refresh if that is due, and remember what may be handed out."""
         token = _environment_token()
         if token:
             return _Served(Credentials(token), self._clock())
         credentials = _required(self._look())
-        if self._is_due(credentials, min_validity):
+        # A key does not expire: where it is what is wanted, no token is refreshed.
+        is_token_wanted = not (key_will_do and _console_key(credentials))
+        if is_token_wanted and self._is_due(credentials, min_validity):
             credentials = self._renew(credentials, min_validity)
         return self._hand_out(credentials)
-
-    def _serve_headers(self) -> _Served:
-        if _environment_token() is None:
-            credentials = _required(self._look())
-            if _console_key(credentials):
-                # A key does not expire, so no token is refreshed for it.
-                return self._hand_out(credentials)
-        return self._serve(REFRESH_BUFFER)
 
     def _hand_out(self, credentials: Credentials) -> _Served:
         served = self._served = _Served(credentials, self._clock())
@@ -4780,7 +4774,6 @@ class OAuthService:
         self, patience: float, min_validity: float, rejected: str | None, forced: bool
     ) -> tuple[Credentials, bool]:
         """Wait to be the one thread of the one process, and be it."""
-        self._notice_fork()
         began, deadline = time.monotonic(), Deadline(patience)
         guard = _Uninterrupted()
         try:
@@ -4960,7 +4953,7 @@ class OAuthService:
         self._served = _Served(Credentials(""), NEVER)
 
     def _remember_success(self, renewed: Credentials) -> None:
-        lifetime = max(self._seconds_left(renewed), 0.0)
+        lifetime = max(round(self._seconds_left(renewed)), 0)
         memory = _forgiving(self._account.memory()).replace(lifetime=lifetime)
         self._account.update(memory=memory)
         spent = self._unsaved and self._unsaved.instead_of
@@ -5320,7 +5313,7 @@ class OAuthService:
         warnings = []
         if self._unsaved:
             warnings.append("the login is in memory alone: it could not be saved")
-        if self.config.client_id and self.config.client_id != stored.client_id:
+        if self._is_anothers(stored):
             warnings.append("the login was made with another client id than is set")
         if self._is_refused(stored):
             warnings.append("the server refused to refresh the login: log in again")
@@ -5356,6 +5349,11 @@ class OAuthService:
         is_dead = is_over or self._is_refused(stored) or self._is_borrowed()
         can_refresh = bool(stored.refresh_token) and not is_dead
         return can_refresh or self._seconds_left(stored) > 0
+
+    def _is_anothers(self, stored: Credentials) -> bool:
+        """Tell whether the login was made with another client id than is set."""
+        ours = self.config.client_id
+        return bool(ours) and stored.client_id not in (None, ours)
 
     def _is_borrowed(self) -> bool:
         """Tell whether another program owns the credential."""
@@ -5661,7 +5659,6 @@ class BearerAuth:
             request: Any = response.request
             if response.is_redirect:
                 self._keep_from_strangers(response)
-                return response
             # After a redirect this runs for the stranger's answer too: only a refusal
             # of the token that went there counts.
             if response.status_code != 401 or not self._has(request, token):

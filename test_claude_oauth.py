@@ -1460,6 +1460,13 @@ def test_the_token_type_is_bearer_in_any_case(kind):
     assert found.access_token == "sk-ant-oat01-new"
 
 
+@pytest.mark.parametrize("scope", ["a b", ["a", "b"]], ids=["text", "list"])
+def test_scopes_are_read_as_a_text_and_as_a_list(scope):
+    answer = {**ANSWER, "scope": scope}
+    found = claude_oauth.Credentials.from_answer(answer, received_at=0.0)
+    assert found.scopes == ("a", "b")
+
+
 FIELDS_LEFT_OUT = {
     "refresh_token": ("refresh_token", "sk-ant-ort01-secret"),
     "scope": ("scopes", ("user:profile", "user:inference")),
@@ -3524,6 +3531,18 @@ def test_a_folder_that_cannot_be_listed_holds_a_login(nobodys_folder):
 
 @needs_posix
 @needs_root
+def test_a_file_that_may_not_be_written_can_be_replaced(nobodys_folder):
+    nobodys_folder.save(OLD_LOGIN)
+    os.chown(nobodys_folder.path, 65534, 65534)
+    os.chmod(nobodys_folder.path, 0o400)
+    with as_nobody():
+        nobodys_folder.check()
+        nobodys_folder.save(NEW_LOGIN)
+        assert nobodys_folder.load() == NEW_LOGIN
+
+
+@needs_posix
+@needs_root
 def test_a_login_that_may_not_be_removed_is_an_error_of_the_store(nobodys_folder):
     nobodys_folder.save(OLD_LOGIN)
     os.chown(nobodys_folder.path, 65534, 65534)
@@ -5389,8 +5408,9 @@ thread = threading.Thread(target=load)
 thread.start()
 while not os.path.exists(sys.argv[1] + ".runs"):
     time.sleep(0.01)
-if os.fork():
-    os.wait()
+child = os.fork()
+if child:
+    os.waitpid(child, 0)  # not wait(): the program is a child as well
     thread.join()
 else:
     signal.alarm(20)
@@ -5426,6 +5446,15 @@ def test_a_shorter_record_leaves_no_pieces_behind(keychain):
     store.save(credentials_of_size(300))
 
     assert list(keychain.items) == ["default"]
+
+
+def test_pieces_that_cannot_be_cleared_away_fail_no_save(keychain):
+    store = new_store(saved=credentials_of_size(BIG, OLD))
+    keychain.fail("delete:lie")
+    store.save(credentials_of_size(300, NEW))
+
+    assert len(keychain.items) > 1
+    assert stored_token(keychain) == NEW
 
 
 def test_a_missing_piece_is_corrupt_and_can_be_deleted(keychain):
@@ -7522,6 +7551,22 @@ def test_a_token_with_time_left_costs_no_request_and_no_lock(kept):
     assert kept.requests == 0
 
 
+def test_a_token_with_exactly_the_buffer_left_is_refreshed(kept):
+    kept.save(BUFFER)
+    assert kept.service().access_token() != kept.token
+    assert kept.requests == 1
+
+
+@pytest.mark.parametrize("ask", ["access_token", "auth_headers"])
+def test_what_reaches_the_buffer_between_two_looks_is_refreshed(kept, ask):
+    kept.save(BUFFER + 0.25)
+    service = kept.service()
+    before = getattr(service, ask)()
+    kept.clock.advance(0.25)
+    assert getattr(service, ask)() != before
+    assert kept.requests == 1
+
+
 def test_inside_the_buffer_others_go_on_with_the_living_token(kept, auth_server):
     kept.save(BUFFER - 1)
     service = kept.service()
@@ -7684,6 +7729,27 @@ def test_a_rejected_token_that_another_program_renewed_costs_nothing(kept):
     assert kept.requests == 0
 
 
+class SlowToRead(claude_oauth.FileStorage):
+    """A FileStorage whose next read is overtaken by what `meanwhile` does."""
+
+    meanwhile = None
+
+    def load(self):
+        found, meanwhile, self.meanwhile = super().load(), self.meanwhile, None
+        if meanwhile:
+            meanwhile()
+        return found
+
+
+def test_a_look_that_a_refresh_overtook_is_not_handed_out_twice(kept):
+    kept.save()
+    service = kept.service(SlowToRead(kept.path))
+    service.storage.meanwhile = service.refresh
+    assert service.access_token() == kept.token
+    assert service.access_token() == kept.storage.load().access_token != kept.token
+    assert kept.requests == 1
+
+
 def test_a_refused_refresh_that_was_asked_for_is_an_error(kept, auth_server):
     kept.save()
     auth_server.end_logins()
@@ -7765,6 +7831,20 @@ def test_a_program_that_is_ended_keeps_what_it_asked_for(
     assert kept.storage.load().access_token != kept.token
     assert kept.is_alive()
     assert temporaries(kept.path.parent) == []
+
+
+@needs_posix
+def test_no_signal_of_several_is_forgotten(kept, auth_server, start_python):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    with held(auth_server) as wait:
+        process = start_python(ASK, auth_server.origin)
+        assert wait()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # whose end is the last word
+        auth_server.gate.set()
+        assert process.wait(LIMIT) == -signal.SIGTERM
+    assert kept.is_alive()
 
 
 @needs_posix
@@ -7908,6 +7988,33 @@ def test_a_child_forked_during_a_refresh_gets_its_token(
     assert kept.requests == 1
 
 
+FORKED_WITH_UNSAVED = """
+import os
+class FullDisk(c.FileStorage):
+    def save(self, credentials):
+        raise c.StorageError("no space left on device")
+service = c.OAuthService(config, FullDisk())
+service.access_token()
+child = os.fork()
+if not child:
+    try:
+        service.access_token()
+    except c.TokenRefused:
+        os._exit(7)
+    os._exit(0)
+print(os.waitpid(child, 0)[1] >> 8)
+"""
+
+
+@needs_posix
+def test_a_forked_child_leaves_its_parent_what_could_not_be_saved(kept, start_python):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    process = start_python(PROGRAM + FORKED_WITH_UNSAVED, kept.server.origin)
+    assert process.communicate(timeout=LIMIT)[0] == "7\n"
+    assert kept.requests == 1
+
+
 # Saving fails after all
 
 
@@ -7952,6 +8059,24 @@ def test_what_cannot_be_saved_is_served_and_saved_later(kept, caplog, fault):
     assert not secrets_in("\n".join(warnings_of(caplog)))
 
 
+def test_what_cannot_be_saved_is_told_with_the_reason(kept, caplog):
+    kept.save(-1)
+    kept.service(FullDisk(kept.path)).access_token()
+    (warning,) = warnings_of(caplog)
+    assert "could not be saved (cannot write: no space left on device)" in warning
+
+
+def test_what_is_saved_after_all_ends_what_was_remembered(kept):
+    kept.save(-1)
+    storage = FullDisk(kept.path)
+    service = kept.service(storage)
+    new = service.access_token()
+    assert "refused" in kept.account.read_text()
+    storage.is_full = False
+    assert service.access_token() == new == kept.storage.load().access_token
+    assert "refused" not in kept.account.read_text()
+
+
 @needs_posix
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_what_could_not_be_saved_gives_way_to_another_login(kept, fault):
@@ -7962,6 +8087,16 @@ def test_what_could_not_be_saved_gives_way_to_another_login(kept, fault):
     other = kept.save()
     assert service.access_token() == other.access_token
     assert kept.storage.load() == other
+
+
+def test_what_gave_way_to_another_login_is_not_called_unsaved(kept):
+    kept.save(-1)
+    service = kept.service(FullDisk(kept.path))
+    service.access_token()
+    assert "in memory alone" in service.status()["warnings"][0]
+    other = kept.save()
+    assert service.access_token() == other.access_token
+    assert not any("memory" in warning for warning in service.status()["warnings"])
 
 
 @needs_posix
@@ -8133,6 +8268,15 @@ def test_a_living_token_is_served_whatever_the_server_answers(
     assert kept.storage.load() == before
 
 
+def test_a_dead_login_is_told_while_its_token_lives(kept, auth_server, caplog):
+    kept.save(100)
+    auth_server.end_logins()
+    assert kept.service().access_token() == kept.token
+    (warning,) = warnings_of(caplog)
+    assert "invalid_grant" in warning
+    assert "used until it expires" in warning
+
+
 def test_a_dead_token_is_not_sent_again_even_much_later(kept, auth_server):
     kept.save(-1)
     auth_server.end_logins()
@@ -8201,6 +8345,19 @@ def test_an_expired_token_of_another_program_is_refreshed_in_turn(kept, auth_ser
         assert auth_server.is_live(waiting.result(LIMIT))
     assert kept.requests == 2
     assert kept.is_alive()
+
+
+def test_a_second_refusal_in_turn_is_the_end(kept, auth_server):
+    def spent(request):
+        kept.save(-1)  # by a program that takes no lock of ours
+        return 400, {"error": "invalid_grant"}
+
+    kept.save(-1)
+    auth_server._token = spent
+    with pytest.raises(claude_oauth.TokenRefused) as caught:
+        kept.service().access_token()
+    assert caught.value.code == "invalid_grant"
+    assert kept.requests == 2
 
 
 def test_a_new_login_ends_what_was_remembered(kept, auth_server, browser):
@@ -8407,6 +8564,25 @@ def test_waits_grow_and_a_success_ends_them(kept, auth_server):
     assert "wait_until" not in kept.account.read_text()
 
 
+def test_refreshes_without_bad_luck_write_the_account_file_once(kept):
+    kept.save(-1)
+    service = kept.service()
+    service.access_token()
+    before = os.stat(kept.account).st_mtime_ns
+    service.refresh()
+    assert os.stat(kept.account).st_mtime_ns == before
+
+
+def test_after_a_success_waits_are_as_short_as_the_first(kept, auth_server):
+    kept.save(-1)
+    for _ in range(2):
+        auth_server.fail_next("token", 429, failure("rate_limit_error", "no"))
+        assert set(four_calls(kept)) == {"Unavailable"}
+        kept.clock.advance(38)
+        assert auth_server.is_live(kept.service().access_token())
+        kept.clock.advance(auth_server.lifetime)
+
+
 def test_a_wait_is_kept_by_other_processes(kept, auth_server):
     kept.clock.now = time.time()
     kept.save(-1)
@@ -8449,6 +8625,21 @@ def test_a_damaged_memory_does_not_stand_in_the_way(kept, auth_server, data):
     assert auth_server.is_live(kept.service().access_token())
 
 
+def test_a_wait_that_was_written_without_a_fraction_counts(kept):
+    kept.save(-1)
+    memory = {"wait_until": int(kept.clock()) + 60}
+    put_bytes(kept.account, json.dumps({"claudeOauthMemory": memory}).encode())
+    with pytest.raises(claude_oauth.Unavailable, match="left alone for 1 min"):
+        kept.service().access_token()
+    assert kept.requests == 0
+
+
+def test_a_list_where_a_moment_belongs_was_never_remembered(kept, auth_server):
+    kept.save(-1)
+    put_bytes(kept.account, b'{"claudeOauthMemory": {"wait_until": [1]}}')
+    assert auth_server.is_live(kept.service().access_token())
+
+
 @pytest.mark.parametrize(
     "data", [b"\xff\0", b"[]", b"{"], ids=["noise", "list", "half"]
 )
@@ -8465,6 +8656,49 @@ def test_a_damaged_account_file_stays_and_the_wait_is_kept_in_memory(
             service.access_token()
     assert kept.requests == 1
     assert kept.account.read_bytes() == data
+
+
+def test_an_account_file_that_was_put_back_is_believed(kept, auth_server):
+    kept.save(-1)
+    before = kept.account.read_bytes()
+    service = kept.service()
+    auth_server.fail_next("token", 429, failure("rate_limit_error", "no"))
+    with pytest.raises(claude_oauth.Unavailable, match="again"):
+        service.access_token()
+    put_bytes(kept.account, before)
+    assert auth_server.is_live(service.access_token())
+
+
+def test_an_account_file_of_blanks_is_written_as_one_that_is_empty(kept, auth_server):
+    kept.save(-1)
+    put_bytes(kept.account, b" \n")
+    auth_server.fail_next("token", 429, failure("rate_limit_error", "no"))
+    assert set(four_calls(kept)) == {"Unavailable"}
+    assert kept.requests == 1
+
+
+def test_an_account_file_that_is_mended_knows_better_than_what_was_kept(
+    kept, auth_server
+):
+    kept.save(-1)
+    put_bytes(kept.account, b"{")
+    service = kept.service()
+    auth_server.fail_next("token", 429, failure("rate_limit_error", "no"))
+    with pytest.raises(claude_oauth.Unavailable, match="again"):
+        service.access_token()
+    put_bytes(kept.account, b"{}")
+    assert auth_server.is_live(service.access_token())
+
+
+def test_what_others_keep_in_the_account_file_stays_although_it_is_nothing(kept):
+    kept.save(-1)
+    theirs = {"theirs": 0, "empty": []}
+    put_bytes(kept.account, json.dumps(theirs).encode())
+    service = kept.service()
+    service.access_token()
+    assert theirs.items() <= json.loads(kept.account.read_text()).items()
+    service.logout()
+    assert json.loads(kept.account.read_text()) == theirs
 
 
 # Other programs, and what is on the disk
@@ -8532,6 +8766,20 @@ def test_a_look_is_one_stat_and_an_unchanged_file_is_read_once(kept):
     assert service.storage.calls == {"stamp": 10, "load": 1}
 
 
+@pytest.mark.parametrize("ask", ["access_token", "auth_headers"])
+def test_a_look_is_good_for_half_a_second(kept, ask):
+    kept.save()
+    service = kept.service(Counted(kept.path))
+    for _ in range(2):
+        before = service.storage.calls["stamp"]
+        given = getattr(service, ask)()
+        looked = service.storage.calls["stamp"]
+        assert looked > before
+        assert getattr(service, ask)() == given
+        assert service.storage.calls["stamp"] == looked
+        kept.clock.advance(claude_oauth.LOOK_INTERVAL)
+
+
 def test_a_file_of_another_programs_is_read_again_and_never_refreshed(kept):
     kept.save(-1)
     service = kept.service(claude_oauth.FileStorage(kept.path, read_only=True))
@@ -8543,6 +8791,18 @@ def test_a_file_of_another_programs_is_read_again_and_never_refreshed(kept):
     kept.save(100)
     kept.clock.advance(1)
     assert service.access_token() == kept.token
+    assert kept.requests == 0
+
+
+def test_a_token_of_another_programs_is_used_to_its_last_second(kept):
+    kept.save(1)
+    service = kept.service(claude_oauth.FileStorage(kept.path, read_only=True))
+    assert service.access_token() == kept.token
+    with pytest.raises(claude_oauth.Unavailable, match="program that owns it"):
+        service.refresh()
+    kept.clock.advance(1)
+    with pytest.raises(claude_oauth.Unavailable, match="program that owns it"):
+        service.access_token()
     assert kept.requests == 0
 
 
@@ -8558,6 +8818,29 @@ def test_a_file_that_is_gone_for_a_while_costs_no_login(kept, caplog):
     assert service.access_token() == kept.token
     assert kept.requests == 0
     assert len(warnings_of(caplog)) == 1
+
+
+@needs_posix
+def test_a_file_that_is_gone_after_a_refresh_costs_not_the_new_token(kept):
+    kept.save()
+    service = kept.service()
+    new = service.refresh().access_token
+    with no_folder(kept.path.parent):
+        assert service.access_token() == new != kept.token
+
+
+@needs_posix
+def test_a_file_that_is_gone_a_second_time_is_told_again(kept, caplog):
+    kept.save()
+    service = kept.service()
+    for number in range(1, 3):
+        kept.clock.advance(1)
+        assert service.access_token() == kept.token
+        with no_folder(kept.path.parent):
+            kept.clock.advance(1)
+            assert service.access_token() == kept.token
+        kept.path.touch()
+        assert len(warnings_of(caplog)) == number
 
 
 class Impatient(claude_oauth.FileStorage):
@@ -8675,6 +8958,14 @@ def test_a_token_of_unknown_age_is_served_until_it_is_rejected(kept):
     assert service.refresh(rejected=kept.token).access_token != kept.token
 
 
+def test_a_token_of_unknown_age_is_served_without_another_look(kept):
+    kept.save(expires_at=None)
+    service = kept.service()
+    assert {service.access_token() for _ in range(3)} == {kept.token}
+    assert service.auth_headers() == service.auth_headers()
+    assert kept.requests == 0
+
+
 def test_tokens_that_live_shorter_than_the_buffer_are_not_refreshed_at_each_call(
     kept, auth_server
 ):
@@ -8688,6 +8979,13 @@ def test_tokens_that_live_shorter_than_the_buffer_are_not_refreshed_at_each_call
     assert len(second) == 1
     assert second != first
     assert kept.requests == 2
+
+
+def test_tokens_that_live_as_long_as_the_buffer_are_not_either(kept, auth_server):
+    kept.save(-1)
+    auth_server.lifetime = BUFFER
+    assert len({kept.service().access_token() for _ in range(3)}) == 1
+    assert kept.requests == 1
 
 
 def test_more_validity_than_there_is_costs_one_refresh(kept, auth_server):
@@ -8705,6 +9003,16 @@ def test_a_validity_that_is_asked_for_is_had(kept):
     assert service.access_token(min_validity=999) == kept.token
     assert service.access_token(min_validity=1001) != kept.token
     assert kept.requests == 1
+
+
+def test_a_validity_that_a_fresh_token_has_no_longer_costs_a_refresh(kept, auth_server):
+    kept.save(-1)
+    service = kept.service()
+    first = service.access_token()
+    kept.clock.advance(1000)
+    much = auth_server.lifetime - 500
+    assert service.access_token(min_validity=much) != first
+    assert kept.requests == 2
 
 
 def test_the_end_of_the_login_is_kept_and_told_three_days_ahead(kept, auth_server):
@@ -8731,6 +9039,13 @@ def test_the_environments_token_is_used_as_it_is(kept, monkeypatch):
         service.refresh()
     assert kept.requests == 0
     assert service.status()["source"] == "environment"
+
+
+def test_an_environment_token_of_blanks_is_none(kept, monkeypatch):
+    kept.save()
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", " \n")
+    assert kept.service().access_token() == kept.token
+    assert kept.service().status()["source"] == "store"
 
 
 @pytest.mark.parametrize(
@@ -9139,6 +9454,39 @@ def test_a_damaged_record_stops_a_login_before_it_is_shown(account_service, brow
     assert path.read_text() == "{"
 
 
+def test_a_store_that_cannot_be_read_stops_a_login_before_it_is_shown(config, browser):
+    class Damaged(claude_oauth.MemoryStorage):
+        def load(self):
+            raise claude_oauth.StorageCorrupt("the record is damaged")
+
+    with pytest.raises(claude_oauth.StorageCorrupt, match="record is damaged"):
+        sign_in(claude_oauth.OAuthService(config, Damaged()), browser)
+
+    assert not browser.urls
+
+
+def test_a_lock_that_is_not_to_be_had_stops_a_login_before_it_is_shown(config, browser):
+    service = claude_oauth.OAuthService(config, Impatient())
+    with claude_oauth.FileStorage().lock(0):
+        with pytest.raises(claude_oauth.Unavailable, match="lock"):
+            sign_in(service, browser)
+
+    assert not browser.urls
+
+
+def test_no_code_is_spent_while_somebody_holds_the_lock(config, browser, auth_server):
+    service = claude_oauth.OAuthService(config, Impatient())
+    with contextlib.ExitStack() as stack:
+
+        def busy(url):
+            stack.enter_context(claude_oauth.FileStorage().lock(0))
+            return browser(url)
+
+        with pytest.raises(claude_oauth.Unavailable, match="lock"):
+            service.login(open_browser=busy, paste=False, timeout=LIMIT)
+    assert auth_server.counts["token"] == 0
+
+
 def test_a_login_that_cannot_be_saved_says_so_and_is_served_from_memory(
     full_service, browser, auth_server
 ):
@@ -9164,6 +9512,17 @@ def test_a_login_that_could_not_be_saved_is_saved_when_there_is_room(
 
     assert full_service.storage.load().access_token == token
     assert full_service.status()["warnings"] == []
+
+
+def test_a_login_that_was_saved_after_all_is_not_called_unsaved(full_service, browser):
+    full_service.storage.full_for_save = True
+    with pytest.raises(claude_oauth.StorageError, match="make room"):
+        sign_in(full_service, browser)
+    full_service.storage.full_for_save = False
+    full_service.access_token()
+
+    with full_service.storage.lock(0):
+        assert full_service.status()["warnings"] == []
 
 
 def test_a_login_that_cannot_be_saved_leaves_the_former_account(
@@ -9228,6 +9587,32 @@ def test_a_malformed_token_in_the_environment_stops_a_login_before_it_is_shown(
         sign_in(account_service, browser)
 
     assert not browser.urls
+
+
+class Shelf:
+    """A store of somebody's, with the methods of the protocol and nothing else."""
+
+    def __init__(self):
+        self.kept = claude_oauth.MemoryStorage()
+
+    load = lambda self: self.kept.load()  # noqa: E731
+    save = lambda self, credentials: self.kept.save(credentials)  # noqa: E731
+    delete = lambda self: self.kept.delete()  # noqa: E731
+    check = lambda self: None  # noqa: E731
+    lock = lambda self, timeout: self.kept.lock(timeout)  # noqa: E731
+    stamp = lambda self: None  # noqa: E731
+    describe = lambda self: "a shelf"  # noqa: E731
+
+
+def test_a_store_of_somebodys_has_its_account_in_the_default_folder(
+    config, browser, home
+):
+    service = claude_oauth.OAuthService(config, Shelf())
+    sign_in(service, browser)
+    path = home / ".claude" / "claude-oauth" / "account.json"
+
+    assert json.loads(path.read_text())["oauthAccount"]["accountUuid"] == "acc-1"
+    assert service.status()["email"] == "person@example.com"
 
 
 def test_a_person_who_denies_is_no_login(account_service, browser):
@@ -9502,6 +9887,13 @@ def test_a_profile_asked_for_with_a_dead_token_refreshes_once(signed_in, auth_se
     assert auth_server.counts["profile"] == 2
 
 
+def test_a_401_without_a_word_of_the_api_is_a_dead_token_too(signed_in, auth_server):
+    auth_server.fail_next("profile", 401, "<html>")
+
+    assert signed_in.profile(force=True).email == "person@example.com"
+    assert auth_server.counts["refresh_token"] == 1
+
+
 def test_a_profile_that_is_forbidden_is_no_logout(signed_in, auth_server):
     answer = {"error": {"type": "permission_error"}}
     auth_server.fail_next("profile", 403, answer)
@@ -9526,6 +9918,18 @@ def test_a_profile_for_the_environments_token_is_not_mixed_into_the_store(
     assert cached_account(signed_in) == ACCOUNT
 
 
+def test_a_dead_token_of_the_environment_is_refused_and_not_refreshed(
+    signed_in, auth_server, monkeypatch
+):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-oat01-from-outside")
+    with pytest.raises(claude_oauth.TokenRefused) as caught:
+        signed_in.profile()
+
+    assert caught.value.status == 401
+    assert signed_in.credentials().access_token == "sk-ant-oat01-from-outside"
+    assert auth_server.counts["refresh_token"] == 0
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_a_borrowed_login_has_a_profile_too(signed_in, config, auth_server, force):
     storage = claude_oauth.FileStorage(signed_in.storage.path, read_only=True)
@@ -9536,27 +9940,45 @@ def test_a_borrowed_login_has_a_profile_too(signed_in, config, auth_server, forc
     assert Path(storage.path).read_text() == before
 
 
+def test_the_profile_of_a_borrowed_login_is_no_reason_to_warn(
+    signed_in, config, caplog
+):
+    storage = claude_oauth.FileStorage(signed_in.storage.path, read_only=True)
+    borrower = claude_oauth.OAuthService(config, storage)
+    borrower.profile(force=True)
+
+    assert borrower.status()["email"] == "person@example.com"
+    assert warnings_of(caplog) == []
+
+
 NEED_A_CREDENTIAL = ["profile", "create_api_key", "access_token", "refresh"]
 
 
-def test_a_profile_that_comes_after_another_login_is_not_the_others(
-    signed_in, auth_server, config, browser
-):
-    auth_server.fail_next("profile", 200, {"account": {"uuid": "acc-1"}})
-    forget_in_account(signed_in, "billingType")
-    become_somebody_else(auth_server)
+OVERTAKERS = {
+    "login": lambda storage, c: storage.put(c.replace(access_token="sk-ant-oat01-b")),
+    "logout": lambda storage, c: storage.delete(),
+}
 
+
+@pytest.mark.parametrize("overtake", OVERTAKERS.values(), ids=OVERTAKERS)
+def test_a_profile_that_comes_after_another_login_or_logout_is_nobodys(
+    signed_in, config, overtake
+):
     class Overtaken(claude_oauth.FileStorage):
-        """Somebody else signs in between the refresh and its profile."""
+        """Somebody signs in or out between the refresh and its profile."""
+
+        put = claude_oauth.FileStorage.save
 
         def save(self, credentials):
-            super().save(credentials.replace(access_token="sk-ant-oat01-another"))
+            self.put(credentials)
+            overtake(self, credentials)
 
-    service = claude_oauth.OAuthService(config, Overtaken())
-    service.refresh()
+    forget_in_account(signed_in, "billingType")
+    renewed = claude_oauth.OAuthService(config, Overtaken()).refresh()
 
     assert "billingType" not in cached_account(signed_in)
-    assert cached_account(signed_in)["emailAddress"] == "person@example.com"
+    assert renewed.access_token
+    assert signed_in.storage.load() != renewed
 
 
 @pytest.mark.parametrize("ask", NEED_A_CREDENTIAL)
@@ -9674,6 +10096,14 @@ def test_a_claude_ai_login_keeps_the_key_of_its_own_organization_alone(
     assert auth_server.counts["api_key"] == 1
 
 
+def test_a_claude_ai_login_signs_with_its_token_although_it_has_a_key(kept):
+    kept.save(api_key="sk-ant-api03-kept")
+    headers = kept.service().auth_headers()
+
+    assert headers["Authorization"] == f"Bearer {kept.token}"
+    assert "x-api-key" not in headers
+
+
 UNMADE_KEYS = {
     "forbidden": (403, failure("permission_error", "ask an admin"), "ask an admin"),
     "limited": (429, failure("rate_limit_error", "slowly"), "limiting"),
@@ -9774,6 +10204,18 @@ def test_a_key_is_not_stored_with_somebody_elses_login(
     assert storage.load().api_key != key
 
 
+def test_a_key_is_given_although_its_store_is_busy(
+    account_service, auth_server, browser, config, caplog
+):
+    granted = sign_in_at_console(account_service, auth_server, browser)
+    service = claude_oauth.OAuthService(config, Impatient())
+    with account_service.storage.lock(0):
+        assert service.create_api_key() == auth_server.api_keys[1]
+
+    assert "the new API key could not be stored" in caplog.text
+    assert account_service.storage.load().api_key == granted.api_key
+
+
 def test_a_profile_that_cannot_be_kept_is_had_all_the_same(signed_in, caplog):
     storage = Impatient(signed_in.storage.path)
     service = claude_oauth.OAuthService(signed_in.config, storage)
@@ -9857,6 +10299,14 @@ def test_scopes_that_are_refused_cost_one_repeat_and_no_second(
     assert set(older_login.credentials().scopes) == set(OLDER_SCOPES)
 
 
+def test_a_refused_scope_that_nobody_asked_for_is_not_repeated(kept, auth_server):
+    kept.save(-1, scopes=("user:inference", "user:profile"))
+    for _ in range(9):
+        auth_server.fail_next("token", 400, {"error": "invalid_scope"})
+    assert list(four_calls(kept)) == ["TokenRefused"] * 4
+    assert kept.requests == 2 + 1 + 1 + 1
+
+
 def test_other_wishes_than_the_refused_are_tried(older_login, auth_server, config):
     older_login.refresh()
     auth_server.expandable = ("user:mcp_servers",)
@@ -9895,6 +10345,21 @@ def test_the_status_of_nobody(account_service, auth_server):
         "warnings": [],
     }
     assert not auth_server.requests
+
+
+def test_the_status_of_a_login_that_another_program_removed_names_nobody(signed_in):
+    Path(signed_in.storage.path).unlink()
+    status = signed_in.status()
+
+    assert (status["logged_in"], status["source"]) == (False, "none")
+    assert status["email"] is status["organization"] is None
+
+
+def test_the_status_without_a_client_id_has_none(config):
+    nobody = config.replace(client_id="")
+    service = claude_oauth.OAuthService(nobody, claude_oauth.MemoryStorage())
+
+    assert service.status()["client_id"] is None
 
 
 def test_the_status_of_a_login_says_all_and_asks_nobody(at_noon, auth_server):
@@ -9962,6 +10427,38 @@ def test_the_status_tells_whether_a_token_can_be_had(
     assert warning in " ".join(status["warnings"])
 
 
+@pytest.mark.parametrize("left", [4 * 86400, 2 * 86400])
+def test_an_expired_token_of_a_login_that_goes_on_can_be_had(at_noon, left):
+    changes = {"refresh_token_expires_at": NOON + left, "expires_at": NOON - 1}
+    change_stored(at_noon, **changes)
+
+    assert at_noon.status()["logged_in"] is True
+
+
+ENDS = {
+    "login": ({"refresh_token_expires_at": NOON, "expires_at": NOON}, "is over"),
+    "token": ({"refresh_token": None, "expires_at": NOON}, "none to refresh it"),
+}
+
+
+@pytest.mark.parametrize(("changes", "warning"), ENDS.values(), ids=ENDS)
+def test_in_the_second_of_its_end_it_is_over(at_noon, changes, warning):
+    change_stored(at_noon, **changes)
+    status = at_noon.status()
+
+    assert status["logged_in"] is False
+    assert warning in status["warnings"][0]
+
+
+def test_the_status_of_a_borrowed_token_says_who_can_renew_it(kept):
+    kept.save(100)
+    service = kept.service(claude_oauth.FileStorage(kept.path, read_only=True))
+    assert (service.status()["logged_in"], service.status()["warnings"]) == (True, [])
+    kept.clock.advance(100)
+    assert service.status()["logged_in"] is False
+    assert "run the program that owns it" in service.status()["warnings"][0]
+
+
 @pytest.mark.parametrize(("left", "logged_in"), [(3600, True), (-3600, False)])
 def test_the_status_knows_of_a_refusal(at_noon, auth_server, left, logged_in):
     auth_server.end_logins()
@@ -9972,6 +10469,25 @@ def test_the_status_knows_of_a_refusal(at_noon, auth_server, left, logged_in):
 
     assert status["logged_in"] is logged_in
     assert any("refused to refresh" in warning for warning in status["warnings"])
+
+
+def test_a_refusal_says_nothing_of_a_token_without_a_successor(at_noon, auth_server):
+    auth_server.end_logins()
+    with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant"):
+        at_noon.refresh()
+    at_noon.storage.save(claude_oauth.Credentials("sk-ant-oat01-alone"))
+
+    assert at_noon.status()["warnings"] == []
+
+
+def test_what_one_program_was_refused_another_may_ask(at_noon, auth_server):
+    auth_server.end_logins()
+    with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant"):
+        at_noon.refresh()
+    change_stored(at_noon, client_id="another-program")
+
+    assert at_noon.status()["client_id"] == "another-program"
+    assert not any("refused" in warning for warning in at_noon.status()["warnings"])
 
 
 def test_the_status_says_how_long_the_server_is_left_alone(at_noon, auth_server):
@@ -10080,6 +10596,15 @@ def test_logging_out_twice_is_fine(signed_in, auth_server):
         signed_in.access_token()
 
 
+def test_after_a_logout_another_login_has_not_the_formers_name(config, browser):
+    service = claude_oauth.OAuthService(config, claude_oauth.MemoryStorage())
+    granted = sign_in(service, browser)
+    service.logout()
+    service.storage.save(granted)
+
+    assert service.status()["email"] is None
+
+
 def test_a_logout_is_seen_by_other_processes(signed_in):
     other = another_process(signed_in)
     other.access_token()
@@ -10088,6 +10613,14 @@ def test_a_logout_is_seen_by_other_processes(signed_in):
     assert other.credentials() is None
     with pytest.raises(claude_oauth.NotLoggedIn, match="login"):
         other.refresh()
+
+
+def test_a_logout_is_seen_at_once(signed_in):
+    assert signed_in.access_token() == signed_in.access_token()
+    signed_in.logout()
+    for ask in (signed_in.access_token, signed_in.auth_headers):
+        with pytest.raises(claude_oauth.NotLoggedIn, match="login"):
+            ask()
 
 
 def test_a_logout_deletes_our_own_keys_alone(signed_in):
@@ -10160,6 +10693,22 @@ def test_a_flush_that_hangs_does_not_keep_anybody_logged_in(signed_in, caplog):
     assert "flush" in caplog.text
 
 
+HANGING_FLUSH = """
+import threading
+service = c.OAuthService(
+    config, c.FileStorage(), flush_telemetry=lambda seconds: threading.Event().wait()
+)
+print(service.logout(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_flush_that_hangs_does_not_keep_the_program_from_ending(kept, start_python):
+    kept.save()
+    process = start_python(PROGRAM + HANGING_FLUSH, "http://127.0.0.1:9")
+    assert process.communicate(timeout=LIMIT)[0] == "True\n"
+
+
 @pytest.mark.slow
 def test_a_revocation_that_hangs_does_not_keep_anybody_logged_in(signed_in):
     with ScriptedServer(Answer(fault="hang")) as server:
@@ -10223,6 +10772,15 @@ def test_a_revocation_names_the_program_that_the_login_belongs_to(
     }
 
 
+def test_a_login_that_belongs_to_no_program_is_revoked_in_the_name_of_ours(
+    signed_in, auth_server
+):
+    change_stored(signed_in, client_id=None)
+    signed_in.logout()
+
+    assert auth_server.requests[-1].json["client_id"] == CLIENT_ID
+
+
 def test_a_refresh_under_way_cannot_bring_the_login_back(signed_in, auth_server):
     auth_server.gate.clear()
     auth_server.token_requested.clear()
@@ -10257,6 +10815,15 @@ def test_a_logout_removes_a_damaged_login_and_nothing_else(signed_in, caplog):
     assert signed_in.logout() is True
     assert json.loads(path.read_text()) == {"theirs": 2}
     assert "nothing is revoked" in caplog.text
+
+
+def test_a_logout_from_a_damaged_login_flushes_all_the_same(signed_in):
+    Path(signed_in.storage.path).write_text('{"claudeAiOauth": 1, "theirs": 2}')
+    seen = []
+    leaving = another_process(signed_in, flush_telemetry=seen.append)
+
+    assert leaving.logout() is True
+    assert seen == [claude_oauth.FLUSH_TIMEOUT]
 
 
 def test_a_logout_leaves_a_file_that_is_no_record_as_it_was(signed_in):
@@ -10527,6 +11094,36 @@ def test_a_401_to_a_dead_login_is_an_error_without_a_secret(
     assert not secrets_in(chain_text(caught.value))
 
 
+class Watched(requests.adapters.HTTPAdapter):
+    """An adapter that keeps the answers it gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers = []
+
+    def send(self, request, **options):
+        self.answers.append(super().send(request, **options))
+        return self.answers[-1]
+
+
+@pytest.mark.parametrize("is_over", [False, True], ids=["renewed", "refused"])
+def test_a_401_that_nobody_gets_is_closed(
+    signed_in, auth_server, messages_url, is_over
+):
+    auth_server.expire_access_tokens()
+    if is_over:
+        auth_server.end_logins()
+    with requests.Session() as session, contextlib.ExitStack() as stack:
+        session.mount("http://", Watched())
+        if is_over:
+            stack.enter_context(
+                pytest.raises(claude_oauth.TokenRefused, match="invalid_grant")
+            )
+        auth = claude_oauth.BearerAuth(signed_in)
+        session.post(messages_url, auth=auth, stream=True, timeout=LIMIT).close()
+    assert session.get_adapter(messages_url).answers[0].raw.closed
+
+
 def test_a_401_to_the_environments_token_is_the_answer(
     signed_in, auth_server, messages_url, monkeypatch
 ):
@@ -10535,6 +11132,15 @@ def test_a_401_to_the_environments_token_is_the_answer(
 
     assert post(messages_url, fresh).status_code == 401
     assert auth_server.counts["refresh_token"] == 0
+
+
+def test_a_request_with_the_environments_token_is_not_repeated(
+    signed_in, auth_server, messages_url, monkeypatch
+):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-oat01-from-outside")
+
+    assert post(messages_url, signed_in).status_code == 401
+    assert auth_server.counts["api"] == 1
 
 
 def test_a_session_keeps_working_over_a_token_that_died(
@@ -10579,6 +11185,15 @@ def test_other_betas_stay_beside_ours(
     post(messages_url, signed_in, headers=headers)
 
     assert api_requests(auth_server)[-1].headers.get_all("anthropic-beta") == [sent]
+
+
+def test_a_key_goes_with_the_callers_betas_alone(
+    account_service, auth_server, browser, messages_url
+):
+    sign_in_at_console(account_service, auth_server, browser)
+    post(messages_url, account_service, headers={"anthropic-beta": "a"})
+
+    assert api_requests(auth_server)[-1].headers.get_all("anthropic-beta") == ["a"]
 
 
 def test_a_bearer_token_stands_alone(signed_in, auth_server, messages_url):
@@ -10719,6 +11334,21 @@ def test_a_foreign_host_that_leads_back_does_not_cost_a_refresh(
     assert auth_server.counts["refresh_token"] == 0
 
 
+def test_a_session_that_takes_the_token_along_refreshes_for_no_stranger(
+    signed_in, auth_server, messages_url, foreign_server
+):
+    class Careless(requests.Session):
+        def should_strip_auth(self, old_url, new_url):
+            return False
+
+    foreign_server.add(401, failure("authentication_error", "who are you?"))
+    auth_server.fail_next("api", 302, b"", {"Location": foreign_server.foreign_url})
+    with Careless() as session:
+        auth = claude_oauth.BearerAuth(signed_in)
+        assert session.get(messages_url, auth=auth).status_code == 401
+    assert auth_server.counts["refresh_token"] == 0
+
+
 def test_a_redirect_within_the_host_keeps_the_token(
     signed_in, auth_server, messages_url
 ):
@@ -10781,6 +11411,25 @@ def test_httpx_repeats_a_request_after_a_401(
     assert first.headers["x-api-key"] is second.headers["x-api-key"] is None
 
 
+class EitherHandler(ChunkHandler):
+    """Reads a body that comes in chunks or with its length."""
+
+    def do_POST(self):
+        return super().do_POST() if self.headers["Transfer-Encoding"] else self.do_GET()
+
+
+def test_httpx_repeats_a_body_in_parts_whole(
+    httpx, httpx_auth, signed_in, auth_server, messages_url
+):
+    auth_server.expire_access_tokens()
+    auth_server.RequestHandlerClass = EitherHandler
+    parts = (part for part in [b"a", b"b"])
+    answer = httpx.post(messages_url, content=parts, auth=httpx_auth(signed_in))
+
+    assert answer.status_code == 200
+    assert [r.body for r in api_requests(auth_server)] == [b"ab", b"ab"]
+
+
 def test_httpx_gets_a_second_401_as_the_answer(
     httpx, httpx_auth, signed_in, auth_server, messages_url
 ):
@@ -10790,6 +11439,17 @@ def test_httpx_gets_a_second_401_as_the_answer(
 
     assert answer.status_code == 401
     assert (auth_server.counts["api"], auth_server.counts["refresh_token"]) == (2, 1)
+
+
+@pytest.mark.parametrize("status", [200, 403, 500])
+def test_httpx_refreshes_after_a_401_alone(
+    httpx, httpx_auth, signed_in, auth_server, messages_url, status
+):
+    auth_server.fail_next("api", status, failure("some_error", "no"))
+    answer = httpx.post(messages_url, content=b"x", auth=httpx_auth(signed_in))
+
+    assert answer.status_code == status
+    assert (auth_server.counts["api"], auth_server.counts["refresh_token"]) == (1, 0)
 
 
 def test_an_asynchronous_client_of_httpx_repeats_it_too(
