@@ -4806,8 +4806,11 @@ def decrypted_file():
 
 def redis_client():
     import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
-    return redis.Redis(port=int(os.environ["REDIS_PORT"]))
+    port = int(os.environ["REDIS_PORT"])
+    return redis.Redis(port=port, retry=Retry(NoBackoff(), 0))
 
 
 def credentials_of_size(size, token=TOKEN):
@@ -4910,7 +4913,7 @@ exec cat
 @pytest.fixture
 def redis_server(tmp_path, monkeypatch):
     """A real redis-server on a port of its own."""
-    redis = pytest.importorskip("redis")
+    pytest.importorskip("redis")
     need("redis-server", "redis-server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -4923,7 +4926,7 @@ def redis_server(tmp_path, monkeypatch):
         while b"Ready to accept connections" not in server.stdout.readline():
             assert server.poll() is None, "redis-server did not start"
         monkeypatch.setenv("REDIS_PORT", port)
-        yield redis.Redis(port=int(port))
+        yield redis_client()
         server.terminate()
         server.stdout.read()
 
@@ -5403,7 +5406,7 @@ def load():
     try:
         store.load()
     except claude_oauth.StorageError as error:
-        print(type(error).__name__, flush=True)
+        os.write(1, type(error).__name__.encode() + b"\\n")
 thread = threading.Thread(target=load)
 thread.start()
 while not os.path.exists(sys.argv[1] + ".runs"):
