@@ -4771,7 +4771,8 @@ STORES = {
     "encrypted file": "claude_oauth.make_storage('file')",
     "keychain": "claude_oauth.make_storage('keychain')",
     "secret service": "claude_oauth.make_storage('secret-service')",
-    "redis": "RedisStorage(redis.Redis(port=int(os.environ['REDIS_PORT'])))",
+    "redis": "RedisStorage(redis.Redis(port=int(os.environ['REDIS_PORT']), "
+    "retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0)))",
 }
 PLAIN = {
     "file": lambda: Path(directory(), "credentials.json").read_bytes(),
@@ -4806,11 +4807,8 @@ def decrypted_file():
 
 def redis_client():
     import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
 
-    port = int(os.environ["REDIS_PORT"])
-    return redis.Redis(port=port, retry=Retry(NoBackoff(), 0))
+    return redis.Redis(port=int(os.environ["REDIS_PORT"]))
 
 
 def credentials_of_size(size, token=TOKEN):
