@@ -2096,9 +2096,8 @@ def _reserve(fd: int, size: int) -> None:
     try:
         if size and allocate:
             allocate(fd, 0, size)
-            if os.fstat(fd).st_size < size:  # PyPy's does not raise
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return
+            if os.fstat(fd).st_size >= size:  # PyPy's does not raise
+                return
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise

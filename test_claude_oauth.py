@@ -3890,6 +3890,8 @@ REFUSED_WRITES = {
     ("fault", "because"), REFUSED_WRITES.values(), ids=REFUSED_WRITES
 )
 def test_a_save_that_fails_leaves_the_old_login_whole(traced, saved, fault, because):
+    if sys.implementation.name == "pypy" and fault.startswith("fallocate"):
+        pytest.skip("PyPy's posix_fallocate does not raise; its write does")
     done, _ = traced(SAVE, saved.path, faults=[fault])
     assert done.stdout.startswith("StorageError: cannot "), done
     assert because in done.stdout
