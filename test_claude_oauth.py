@@ -5658,6 +5658,7 @@ ALIKE = (
 SERVICE_FAULTS = {n: f for n, (f, *_) in WRITE_FAULTS.items() if n not in ALIKE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faults", SERVICE_FAULTS.values(), ids=SERVICE_FAULTS)
 def test_no_failure_of_the_keychain_costs_the_login(
     keychain, keychain_service, auth_server, faults
