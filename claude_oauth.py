@@ -25,7 +25,8 @@ talks to a server.  Every section uses only the sections above it:
     Client        OAuthClient: the HTTP requests
     Storage       where a credential waits, and the lock that processes share
     Sign-in       the loopback listener, the paste prompt, and the race between them
-    Service       OAuthService: login, access_token, refresh, logout; BearerAuth
+    Refresh       the one place that spends a refresh token
+    Service       OAuthService: login, access_token, profile, logout, status; BearerAuth
     Sandbox       a loopback authorization server, for demos and for tests
     Command line  main(argv=None) -> int
 
@@ -56,6 +57,7 @@ import io
 import os
 import sys
 import time
+import types
 
 # Importing this module must cost next to nothing, because `token` stands in shell
 # loops: what is slow to import is imported where it is needed, and `typing` never is.
@@ -381,7 +383,57 @@ def _because(code: str, description: str | None) -> str:
     return f"{code}: {description}" if description else code
 
 
+def hides_locals(subject: _T) -> _T:
+    """Decorate a function, or a class with public methods: no exception shows a secret.
+
+    Error trackers record the local variables of each frame of a traceback.  When an
+    exception leaves, the frames below the call are cleared; each keeps its function's
+    name and its line.  The chain of the exception is treated alike.
+    """
+    function: Any = subject
+    if isinstance(function, type):
+        for name, member in list(vars(function).items()):
+            if name[0] != "_" or name in ("__init__", "__enter__", "__call__"):
+                if isinstance(member, classmethod):
+                    setattr(function, name, classmethod(hides_locals(member.__func__)))
+                elif isinstance(member, types.FunctionType):
+                    setattr(function, name, hides_locals(member))
+        return subject
+
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except BaseException as error:
+            _clear_frames(error)
+            raise
+
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(call, name, getattr(function, name))
+    vars(call)["__wrapped__"] = function
+    wrapper: Any = call
+    decorated: _T = wrapper
+    return decorated
+
+
+def _clear_frames(error: BaseException) -> None:
+    import traceback
+
+    found: list[BaseException | None] = [error]
+    for each in found:  # grows meanwhile
+        if each is not None:
+            traceback.clear_frames(each.__traceback__)
+            found += [e for e in (each.__cause__, each.__context__) if e not in found]
+
+
 # -- Values ----------------------------------------------------------------------------
+
+
+def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
+    """Return a setting of the environment, "" if it is unset or empty.
+
+    It loses the blanks and line ends that files with Windows line ends leave around it.
+    """
+    return (os.environ if environ is None else environ).get(name, "").strip()
 
 
 @dataclass_transform(frozen_default=True)
@@ -1453,6 +1505,40 @@ class Deadline:
     def passed(self) -> bool:
         """Tell whether the limit is reached."""
         return self.left() == 0
+
+
+def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
+    """Return what a function returns, or raise what it raises, in so many seconds.
+
+    It runs in a daemon thread, which goes on when the time is over.  Where no thread
+    can be started it runs here, without the limit.
+
+    Raises:
+        TimeoutError: The time is over.
+    """
+    import threading
+
+    results: list[_T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:  # whatever it is, the caller gets it
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="claude-oauth-call")
+    try:
+        thread.start()
+    except RuntimeError:
+        run()
+    else:
+        thread.join(seconds)
+    if errors:
+        raise errors.pop()
+    if not results:
+        raise TimeoutError
+    return results.pop()
 
 
 class OAuthClient:
@@ -3763,6 +3849,41 @@ class AuthCodeListener:
         return True
 
 
+def make_server(host: str, port: int, handle: Callable[[Any], None]) -> Any:
+    """Return a bound `http.server` that is quiet, and has each request handled.
+
+    Args:
+        handle: Takes the request handler (``command``, ``path``, ``headers``,
+            ``rfile``, ``wfile``), whatever the method.
+    """
+    import socketserver
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = VISIT_SECONDS
+
+        def do_GET(self) -> None:
+            handle(self)
+
+        do_POST = do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing: the request line may hold a code."""
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+        daemon_threads = True
+
+        def server_bind(self) -> None:
+            # HTTPServer's own asks the resolver for this machine's name.
+            socketserver.TCPServer.server_bind(self)
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Say nothing: a client went away."""
+
+    return Server((host, port), Handler)
+
+
 class _SystemBrowser:
     """The person's browser, where it can neither print, nor ask, nor hold us up.
 
@@ -4317,6 +4438,9 @@ def _is_terminal(stream: Any) -> bool:
         return bool(stream.isatty())
     except (AttributeError, ValueError):  # there is none, or it is closed
         return False
+
+
+# -- Refresh ---------------------------------------------------------------------------
 
 
 # -- Service ---------------------------------------------------------------------------
