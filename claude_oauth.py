@@ -87,10 +87,13 @@ if TYPE_CHECKING:
         TypeVar,
     )
 
+    from contextlib import ExitStack
+
     import requests
     from typing_extensions import Self, dataclass_transform
 
     _T = TypeVar("_T")
+    _Error = TypeVar("_Error", bound="ClaudeOAuthError")
 else:
     Protocol = object
 
@@ -224,6 +227,9 @@ REQUEST_TIMEOUT: Final = 30.0
 
 LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
+
+SLOW_FAILURE: Final = 0.1
+"""Seconds; a store that took longer to fail is not asked again for some time."""
 
 LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
 """Seconds to wait for a refresh elsewhere: as long as one request may take there."""
@@ -4442,88 +4448,303 @@ def _is_terminal(stream: Any) -> bool:
 
 # -- Refresh ---------------------------------------------------------------------------
 
+# SHIM-BEGIN
+def may_carry_token(url: str) -> bool:
+    from urllib.parse import urlsplit
 
-# -- Service ---------------------------------------------------------------------------
+    parts = urlsplit(url)
+    return parts.scheme == "https" or (
+        parts.scheme == "http" and is_loopback(parts.hostname or "")
+    )
 
 
-class _Memory(_Value):
-    """What processes remember together, beside the credential; no secret is in it.
+def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]:
+    try:
+        return AuthCodeListener(state, port=port).__enter__(), ""
+    except OSError as error:
+        return None, str(error)
 
-    Nobody asks the server before *wait_until*, with a token that was *refused*, or for
-    a token that would live no longer than the present one, by *lifetime*.  That one
-    process had no answer, while its token was alive, it keeps to itself.
+
+_obtain_code = obtain_code
+
+
+def obtain_code(listener: Any, *, url_for: Any, problem: str, manual_redirect_uri: str, **options: Any) -> GrantedCode:  # type: ignore[no-redef]
+    return _obtain_code(
+        automatic_url=url_for(listener.redirect_uri) if listener else None,
+        manual_url=url_for(manual_redirect_uri),
+        listener=listener,
+        manual_redirect_uri=manual_redirect_uri,
+        **options,
+    )
+
+
+AuthCodeListener.close = lambda self: self.__exit__()  # type: ignore[attr-defined]
+OAuthClient.request_refresh = lambda self, credentials, scopes=(): self._ask_to_refresh(credentials, scopes)  # type: ignore[attr-defined]
+OAuthClient.client_id_for = lambda self, credentials: self._client_id(credentials)  # type: ignore[attr-defined]
+OAuthClient.check = lambda self: (self._client_id(None), _import_requests())  # type: ignore[attr-defined]
+# SHIM-END
+
+
+def seconds_left(credentials: Credentials, now: float) -> float:
+    """Return for how long an access token lives on; for ever if nobody said."""
+    expires_at = credentials.expires_at
+    return float("inf") if expires_at is None else expires_at - now
+
+
+def required(credentials: Credentials | None) -> Credentials:
+    """Return a credential.
+
+    Raises:
+        NotLoggedIn: There is none.
     """
+    if credentials is None:
+        raise NotLoggedIn
+    return credentials
+
+
+def have_same_tokens(one: Credentials | None, other: Credentials | None) -> bool:
+    """Tell whether two credentials are the same login at the same moment."""
+    if one is None or other is None:
+        return one is other
+    return (one.access_token, one.refresh_token) == (
+        other.access_token,
+        other.refresh_token,
+    )
+
+
+def console_key(credentials: Credentials | None) -> str | None:
+    """Return the API key of a login at the Console, None on the Claude.ai path."""
+    if credentials is None or credentials.is_claude_ai:
+        return None
+    return credentials.api_key
+
+
+def safe_text(error: BaseException) -> str:
+    """Return an error's text if this module wrote it: others may quote a secret."""
+    known = isinstance(error, ClaudeOAuthError)
+    return str(error) if known else type(error).__name__
+
+
+def _copy_of(error: _Error) -> _Error:
+    """Return an error anew: without the traceback, whose frames hold tokens."""
+    return type(error)(*error.args)
+
+
+class SharedNotes(_Value):
+    """What processes tell each other beside the credential; no secret is in it."""
 
     wait_until: float = 0.0
     """The server asked for a pause, or was out of order: no refresh before this."""
     failures: int = 0
     """How many such answers there were in a row."""
     lifetime: int = 0
-    """Seconds that the last token had when it was new; 0 if that is not known."""
+    """Seconds that the last access token had when it was new; 0 if not known."""
     refused: str = ""
-    """The fingerprint of a refresh token that is known to be dead."""
+    """The fingerprint of a refresh token that is dead."""
     refused_until: float = 0.0
     """Until when that is believed."""
     refused_scopes: tuple[str, ...] = ()
     """A list of scopes that the server would not grant on a refresh."""
-    key_organization: str = ""
-    """The organization that the stored API key belongs to."""
+    rejected: str = ""
+    """The fingerprint of a new access token that the API answered 401 to as well."""
+    account_of: tuple[str, ...] = ()
+    """The fingerprints of the login that the cached account belongs to."""
+    key_owner: str = ""
+    """The fingerprint of the stored API key together with its organization."""
 
     def to_record(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if value}
 
     @classmethod
-    def from_record(cls, record: object) -> _Memory:
-        """Read what is there; what is malformed was never remembered."""
+    def from_record(cls, record: object) -> SharedNotes:
+        """Read the notes; one that is malformed was never made."""
         known: dict[str, Any] = {}
         for name, value in record.items() if isinstance(record, dict) else ():
             default = getattr(cls, name, None) if name in cls.__annotations__ else None
             if isinstance(default, tuple) and isinstance(value, list):
-                known[name] = tuple(str(item) for item in value)
+                known[name] = tuple(str(each) for each in value)
             elif type(value) is type(default) or (
                 isinstance(default, float) and type(value) is int
             ):
                 known[name] = value
         return cls(**known)
 
+    def after_success(self) -> SharedNotes:
+        """Return the notes without what a successful refresh ends."""
+        return self.replace(
+            wait_until=0.0, failures=0, refused="", refused_until=0.0, rejected=""
+        )
 
-class _AccountFile:
-    """account.json: the cached account, and what processes remember together.
 
-    It is a cache: one that is damaged is left alone and counts as empty, and what
-    cannot be written is remembered by this process.  Its changes are made under the
-    storage's lock.
+class AccountFile:
+    """account.json: the cached account, and the notes that processes share.
+
+    It is a cache.  One that is damaged is left alone and counts as empty, and what
+    cannot be written is kept by this process.  Changes are made under the storage's
+    lock.
     """
 
     _ACCOUNT: Final = "oauthAccount"
-    _MEMORY: Final = "claudeOauthMemory"
-    _OWN: Final = (_ACCOUNT, _MEMORY)
+    _NOTES: Final = "claudeOauthMemory"
+    _OWN: Final = (_ACCOUNT, _NOTES)
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(
+        self, path: str | None, config: OAuthConfig, clock: Callable[[], float]
+    ) -> None:
         self._path = path
-        # What could not be written, and what the file held instead.  Once the file says
+        self._config = config
+        self._clock = clock
+        # What could not be written, and what the file held then.  Once the file holds
         # something else, another process knows better.
-        self._kept: dict[str, object] = {}
-        self._kept_beside: dict[str, object] | None = None
+        self._unwritten: dict[str, object] = {}
+        self._unwritten_over: dict[str, object] | None = None
 
-    def load(self) -> dict[str, object]:
-        """Return the whole file's object."""
+    def fingerprint(self, credentials: Credentials) -> str:
+        """Return what may be written down of a login: not its token."""
+        return fingerprint(
+            credentials.refresh_token or credentials.access_token,
+            client_id=credentials.client_id or self._config.client_id,
+            token_url=self._config.token_url,
+        )
+
+    def account(self, credentials: Credentials | None) -> dict[str, object]:
+        """Return the account that was cached for this login, empty if there is none."""
+        found = self._load().get(self._ACCOUNT)
+        if credentials is None or not isinstance(found, dict):
+            return {}
+        owners = self.notes().account_of
+        # An account without an owner was written by an earlier version.
+        is_known = not owners or self.fingerprint(credentials) in owners
+        return found if is_known else {}
+
+    def notes(self) -> SharedNotes:
+        """Return the notes."""
+        return SharedNotes.from_record(self._load().get(self._NOTES))
+
+    def update(
+        self,
+        *,
+        account: Mapping[str, object] | None = None,
+        notes: SharedNotes | None = None,
+    ) -> None:
+        """Change the account or the notes; write nothing if nothing changes."""
+        before = self._load()
+        record = dict(before)
+        if account is not None:
+            record[self._ACCOUNT] = dict(account)
+        if notes is not None:
+            record[self._NOTES] = notes.to_record()
+        record = {k: v for k, v in record.items() if v or k not in self._OWN}
+        if record != before:
+            self._save(record)
+
+    def start(self, login: Credentials, account: Mapping[str, object]) -> None:
+        """Begin anew for a new login."""
+        notes = SharedNotes(
+            account_of=(self.fingerprint(login),),
+            key_owner=self.key_owner(login.api_key, account.get("organizationUuid")),
+        )
+        self.update(account=account, notes=notes)
+
+    def key_owner(self, api_key: str | None, organization: object) -> str:
+        """Return a fingerprint of a key and its organization, "" if either is unknown."""
+        if not api_key or not isinstance(organization, str):
+            return ""
+        return fingerprint(api_key, client_id=organization, token_url="")
+
+    def note_success(
+        self, renewed: Credentials, before: Credentials, spent: Credentials | None
+    ) -> None:
+        """Note a refresh: what it ends, and that the account is the same person's.
+
+        Args:
+            spent: The login that other processes still read although it is spent,
+                because its successor could not be saved.
+        """
+        now = self._clock()
+        lifetime = max(round(seconds_left(renewed, now)), 0)
+        notes = self.notes().after_success().replace(lifetime=lifetime)
+        if self.account(before):
+            owners = (self.fingerprint(renewed), self.fingerprint(before))
+            notes = notes.replace(account_of=tuple(dict.fromkeys(owners)))
+        if spent and spent.refresh_token != renewed.refresh_token:
+            # To send it again would end the login, the unsaved successor included.
+            refused, until = self.fingerprint(spent), now + MAX_LIFETIME
+            notes = notes.replace(refused=refused, refused_until=until)
+        self.update(notes=notes)
+
+    def note_refusal(self, error: TokenRefused, sent: Credentials) -> None:
+        """Note that a refresh token is dead, so that nobody sends it again."""
+        if error.code == "invalid_grant":
+            seconds = MAX_LIFETIME
+        elif error.status in (401, 404) and error.code != "invalid_client":
+            # Most likely dead; but a gateway's word must not end a login for good.
+            seconds = WAIT_CEILING
+        else:
+            return  # it is about the account or the settings, and can be put right
+        refused, until = self.fingerprint(sent), self._clock() + seconds
+        self.update(notes=self.notes().replace(refused=refused, refused_until=until))
+
+    def note_pause(self, error: Unavailable) -> float:
+        """Note and return the seconds to wait after a 429 or 5xx, 0 after others."""
+        import random
+
+        if error.status is None or not (error.status == 429 or error.status >= 500):
+            return 0.0
+        notes = self.notes()
+        failures = notes.failures + 1
+        pause = seconds_to_wait(
+            error.status,
+            error.retry_after,
+            failures=failures,
+            chance=random.random(),  # noqa: S311 - it spreads load, and is no secret
+        )
+        until = self._clock() + pause
+        self.update(notes=notes.replace(wait_until=until, failures=failures))
+        return pause
+
+    def pause_left(self) -> float:
+        """Return the seconds of a noted pause that are left, 0 if there is none."""
+        left = self.notes().wait_until - self._clock()
+        # A longer one was noted before the clock was set back.
+        return left if 0 < left <= WAIT_CEILING else 0.0
+
+    def is_refused(self, credentials: Credentials) -> bool:
+        """Tell whether the server is known to refuse this refresh token."""
+        notes = self.notes()
+        # Twice: a clock that was set back must not bring a dead token to life.
+        is_known = 0 < notes.refused_until - self._clock() <= 2 * MAX_LIFETIME
+        return is_known and notes.refused == self.fingerprint(credentials)
+
+    def clear(self) -> None:
+        """Remove this module's own keys, and the file if nothing else is in it."""
+        self._unwritten = {}
         found = self._read()
-        kept = self._kept if found == self._kept_beside else {}
-        return {**(found or {}), **kept}
+        record = {k: v for k, v in (found or {}).items() if k not in self._OWN}
+        if record:
+            self._save(record)
+        elif self._path is not None and found is not None:
+            try:
+                os.unlink(os.path.realpath(self._path))
+            except OSError:
+                pass
 
-    def save(self, record: Mapping[str, object]) -> None:
-        """Replace the whole file's object."""
+    def _load(self) -> dict[str, object]:
+        found = self._read()
+        unwritten = self._unwritten if found == self._unwritten_over else {}
+        return {**(found or {}), **unwritten}
+
+    def _save(self, record: Mapping[str, object]) -> None:
         found = self._read()
         if self._path is not None and found is not None:
             try:
                 data = dump_json(record).encode("ascii")
                 write_private(self._path, data, is_cache=True)
-                self._kept = {}
+                self._unwritten = {}
                 return
             except StorageError:
                 pass
-        self._kept, self._kept_beside = dict(record), found
+        self._unwritten, self._unwritten_over = dict(record), found
 
     def _read(self) -> dict[str, object] | None:
         """Return what is in the file, None if that is not for us to replace."""
@@ -4535,70 +4756,459 @@ class _AccountFile:
             return None
         return parse_json_object(data) if data and data.strip() else {}
 
-    def account(self) -> dict[str, object]:
-        """Return the cached account, empty if there is none."""
-        found = self.load().get(self._ACCOUNT)
-        return found if isinstance(found, dict) else {}
 
-    def memory(self) -> _Memory:
-        """Return what processes remember."""
-        return _Memory.from_record(self.load().get(self._MEMORY))
-
-    def update(
-        self,
-        *,
-        account: Mapping[str, object] | None = None,
-        memory: _Memory | None = None,
-    ) -> None:
-        """Change the account or the memory; write nothing if nothing changes."""
-        before = self.load()
-        record = dict(before)
-        if account is not None:
-            record[self._ACCOUNT] = dict(account)
-        if memory is not None:
-            record[self._MEMORY] = memory.to_record()
-        record = {k: v for k, v in record.items() if v or k not in self._OWN}
-        if record != before:
-            self.save(record)
-
-    def clear(self) -> None:
-        """Remove this module's own keys, and the file if nothing else is in it."""
-        self._kept = {}
-        found = self._read()
-        record = {k: v for k, v in (found or {}).items() if k not in self._OWN}
-        if record:
-            self.save(record)
-        elif self._path is not None and found is not None:
-            _unlink_quietly(os.path.realpath(self._path))
-
-
-class _Unsaved(_Value):
-    """A login that could not be saved: this process's to save and to spend."""
+class PendingSave(_Value):
+    """A login that could not be saved: this process saves it as soon as it can."""
 
     credentials: Credentials
     instead_of: Credentials | None
-    """What the store held then; once it holds something else, that counts."""
+    """What the store held; once it holds something else, that counts."""
     account: Mapping[str, object] | None = None
-    """Whose login it is, for account.json, if it is another's than before."""
-    memory: _Memory | None = None
-    """What processes are to remember with it, likewise."""
+    """The account of a new login; None where the login was only refreshed."""
 
 
-class _Served:
-    """A token that may be handed out without a look at anything, until when."""
+class ServedToken:
+    """An access token that is handed out without a look at the store, for a moment."""
 
     def __init__(self, credentials: Credentials, now: float) -> None:
-        key, expires_at = _console_key(credentials), credentials.expires_at
+        key, expires_at = console_key(credentials), credentials.expires_at
         self.token = credentials.access_token
-        self.expires_at = NEVER if expires_at is None else expires_at
-        self.headers = _key_headers(key) if key else _token_headers(self.token)
-        self.headers_expire_at = NEVER if key else self.expires_at
+        self.expires_at = float("inf") if expires_at is None else expires_at
+        # CLAUDE_OAUTH_TOKEN may hold a key as well.
+        key = key or (self.token if self.token.startswith("sk-ant-api") else None)
+        bearer = {"Authorization": f"Bearer {self.token}", "anthropic-beta": OAUTH_BETA}
+        self.headers = {"x-api-key": key} if key else bearer
+        self.headers_expire_at = float("inf") if key else self.expires_at
         # Two clocks: one can be set, and the other stands still while a machine sleeps.
         self.since = now
         self.until = now + LOOK_INTERVAL
         self.look_again = time.monotonic() + LOOK_INTERVAL
 
 
+def nothing_served() -> ServedToken:
+    """Return what makes everybody look at the store, whenever they ask."""
+    return ServedToken(Credentials(""), float("inf"))
+
+
+class StoreView:
+    """The storage as this process sees it: what it read last and could not save.
+
+    `read`, `save` and `remember` are for whoever holds the storage's lock.
+    """
+
+    def __init__(self, storage: Storage, account_file: AccountFile) -> None:
+        self.storage = storage
+        self.is_read_only = bool(getattr(storage, "read_only", False))
+        self.pending: PendingSave | None = None
+        self._account_file = account_file
+        self._pid = os.getpid()
+        # Replaced whole, never changed, so reading them needs no lock.
+        self._last: tuple[object, Credentials | None] = (None, None)
+        self._failure: StorageError | None = None
+        self._rest = Deadline(0)
+        self.served = nothing_served()
+
+    def look(self) -> Credentials | None:
+        """Return the login in force; read the store only if it may have changed.
+
+        While the store fails, what was read before is served, with one warning: a
+        failure never means "not logged in".
+
+        Raises:
+            StorageError: The store fails, and nothing was read before.
+        """
+        self._forget_after_fork()
+        if self.pending:
+            self._save_again()
+        before = self._last
+        pending = self.pending
+        stamp = self.storage.stamp()
+        found = before[1]
+        if stamp is None or stamp != before[0]:
+            try:
+                found = self._load()
+            except StorageError as error:
+                if found is None:
+                    raise
+                if self._failure is None:
+                    warn(f"{error} (going on with what was read before)")
+                self._failure = _copy_of(error)
+                self._last = (None, found) if self._last is before else self._last
+                return pending.credentials if pending else found
+            self._failure = None
+            if self._last is before:  # else another thread knows something newer
+                self._last = (stamp, found)
+        if pending and have_same_tokens(found, pending.instead_of):
+            return pending.credentials
+        return found
+
+    def read(self) -> tuple[Credentials | None, Credentials | None]:
+        """Return what the store holds now, and the login in force.  Needs the lock."""
+        stored = self.storage.load()
+        if self.pending and not have_same_tokens(stored, self.pending.instead_of):
+            self.pending = None  # somebody has logged in or out since
+        return stored, self.pending.credentials if self.pending else stored
+
+    def save(
+        self,
+        credentials: Credentials,
+        stored: Credentials | None,
+        account: Mapping[str, object] | None = None,
+    ) -> BaseException | None:
+        """Save a login over what the store holds; return why it could not be saved.
+
+        Then it is served from memory, and every look tries to save it again.
+        """
+        if account is None and self.pending:
+            account = self.pending.account
+        error: BaseException | None = None
+        try:
+            self.storage.save(credentials)
+            self.pending = None
+        except Exception as problem:
+            # The token before it is spent: its successor must not be lost to whatever
+            # a store may raise.
+            error = problem
+            self.pending = PendingSave(credentials, stored, account)
+        self.remember(credentials)
+        if account is not None and not error:
+            self._account_file.start(credentials, account)
+        return error
+
+    def remember(self, credentials: Credentials | None) -> None:
+        """Take this for what the store holds until the next look."""
+        self._last = (None, credentials)
+        self.served = nothing_served()
+
+    def serve(self, credentials: Credentials, now: float) -> ServedToken:
+        """Hand a login out, to those as well who ask in the next moment."""
+        served = self.served = ServedToken(credentials, now)
+        # Not if another thread has refreshed since the look (asked last, or it could
+        # do so in between); and while a save is pending every call looks.
+        if credentials is not self._last[1] or self.pending:
+            self.served = nothing_served()
+        return served
+
+    def _load(self) -> Credentials | None:
+        """Load, but give a store that failed slowly a rest: it may ask a person."""
+        if self._failure and not self._rest.passed():
+            raise _copy_of(self._failure)
+        began = time.monotonic()
+        try:
+            return self.storage.load()
+        except StorageError as error:
+            took = time.monotonic() - began
+            self._rest = Deadline(5 * took if took > SLOW_FAILURE else 0)
+            if self._last[1] is None:
+                self._failure = _copy_of(error)
+            raise
+
+    def _save_again(self) -> None:
+        try:
+            with self.storage.lock(0):
+                stored, newest = self.read()
+                if self.pending and newest:
+                    is_login = self.pending.account is not None
+                    if self.save(newest, stored) is None and not is_login:
+                        notes = self._account_file.notes().after_success()
+                        self._account_file.update(notes=notes)
+        except (StorageError, Unavailable):
+            pass  # said once already; the next call tries again
+
+    def _forget_after_fork(self) -> None:
+        """Leave to the parent what could not be saved: it saves and refreshes it."""
+        if self._pid != os.getpid():
+            self._pid, self.pending = os.getpid(), None
+            self.remember(None)
+
+
+class DeferredSignals:
+    """Hold the program's end back while a spent token's successor is not on the disk.
+
+    In the main thread signals wait; SIGQUIT does not, so that there is a way out.  In
+    another thread no signal arrives, but the program may end around it: then its exit
+    waits.  SIGKILL, and a SIGTERM that ends the program while this runs in another
+    thread, cannot be held back.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[int] = []
+
+    def __enter__(self) -> None:
+        import contextlib
+        import signal
+        import threading
+
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                # SIGINT first: what is restored last cannot interrupt the others.
+                for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
+                    self._defer(getattr(signal, name, signal.SIGINT), stack)
+            else:
+                self._delay_exit(stack)
+            self._undo = stack.pop_all()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._undo.close()
+
+    def deliver(self) -> None:
+        """Let the signals through that were held back."""
+        import signal
+
+        if self._pending:
+            number = self._pending.pop(0)
+            try:
+                signal.raise_signal(number)
+            finally:  # the first one may raise, and the others count all the same
+                self.deliver()
+
+    def _hold(self, number: int, _frame: FrameType | None) -> None:
+        if number not in self._pending:
+            self._pending.append(number)
+
+    def _defer(self, number: int, stack: ExitStack) -> None:
+        import signal
+
+        previous: Any = signal.getsignal(number)
+
+        def restore() -> None:
+            if signal.getsignal(number) == self._hold:
+                signal.signal(number, previous)
+
+        # None is a handler that is not Python's, and whoever ignores a signal may.
+        if previous not in (None, signal.SIG_IGN, self._hold):
+            stack.callback(restore)  # first: the next line may be interrupted
+            try:
+                signal.signal(number, self._hold)
+            except ValueError:
+                pass  # a sub-interpreter, where no signal arrives
+
+    def _delay_exit(self, stack: ExitStack) -> None:
+        import atexit
+        import threading
+
+        done, pid = threading.Event(), os.getpid()
+
+        def wait() -> None:
+            if os.getpid() == pid:  # a forked child has not got this thread
+                done.wait(LOCK_TIMEOUT)
+
+        atexit.register(wait)
+        stack.callback(atexit.unregister, wait)
+        stack.callback(done.set)
+
+
+class Refresher:
+    """Gets a new access token; nothing else spends a refresh token.
+
+    1. Look: a token that is good for long enough costs nothing (`is_due`).
+    2. Lock out the other threads, then the other processes.
+    3. Look again: somebody may have refreshed meanwhile, and their token will do.
+    4. Check that the new login can be written, before anything is spent.
+    5. Spend the refresh token, with signals held back.
+    6. Save the new login; it is on the disk before anybody gets it.
+    7. Note for the other processes what came of it, and unlock.
+
+    A crash before 5 loses nothing.  Between 5 and 6 only SIGKILL or a power failure
+    can: the answer is under way to the disk.
+    """
+
+    def __init__(
+        self,
+        client: OAuthClient,
+        view: StoreView,
+        account_file: AccountFile,
+        clock: Callable[[], float],
+    ) -> None:
+        import threading
+
+        self._client = client
+        self._view = view
+        self._account_file = account_file
+        self._clock = clock
+        # Held by the one thread of this process that refreshes.
+        self._turn = (os.getpid(), threading.Lock())
+        # The last failed refresh and when it failed, for the threads that waited.
+        self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
+        self._not_before = 0.0
+
+    def is_due(self, credentials: Credentials, min_validity: float) -> bool:
+        """Tell whether a refresh should be tried now."""
+        left = seconds_left(credentials, self._clock())
+        if left <= 0 or not credentials.refresh_token:
+            return left <= 0
+        put_off = self._not_before - self._clock()
+        # A put-off that is longer than any was made before the clock was set back.
+        return left <= min_validity and not 0 < put_off <= PUT_OFF
+
+    def refresh(
+        self, present: Credentials, min_validity: float, other_than: str | None = None
+    ) -> tuple[Credentials, bool]:
+        """Return a login that lasts, and whether this call has refreshed it.
+
+        While the present token lives, nobody waits and nothing fails: it is returned.
+
+        Args:
+            other_than: An access token that will not do, however long it lives.
+        """
+        is_alive = other_than is None and seconds_left(present, self._clock()) > 0
+        try:
+            if self._view.is_read_only:
+                return self._borrow(other_than), False
+            patience = 0.0 if is_alive else LOCK_TIMEOUT
+            return self._refresh_alone(patience, min_validity, other_than)
+        except (TokenRefused, Unavailable, BadAnswer, StorageError, ConfigError) as error:
+            if not is_alive:
+                raise
+            self._not_before = self._clock() + PUT_OFF
+            if not isinstance(error, (Unavailable, BadAnswer)):
+                warn(f"{error} (the present token is used until it expires)")
+            return present, False
+
+    def _borrow(self, other_than: str | None) -> Credentials:
+        """Return what another program keeps alive; its refresh token is never spent."""
+        newest = required(self._view.storage.load())
+        self._view.remember(newest)
+        if self._suffices(newest, 0, other_than):
+            return newest
+        raise Unavailable(
+            f"the token in {self._view.storage.describe()} has to be refreshed by the"
+            " program that owns it; run that program, then try again"
+        )
+
+    def _refresh_alone(
+        self, patience: float, min_validity: float, other_than: str | None
+    ) -> tuple[Credentials, bool]:
+        """Lock: wait for the turn among threads, then among processes."""
+        import threading
+
+        if self._turn[0] != os.getpid():  # the parent's thread cannot release it here
+            self._turn = (os.getpid(), threading.Lock())
+        began, deadline = time.monotonic(), Deadline(patience)
+        signals = DeferredSignals()
+        turn = self._turn[1]
+        if not turn.acquire(timeout=patience):
+            raise Unavailable("another thread is refreshing the login; try again later")
+        try:
+            with self._view.storage.lock(deadline.left()):
+                when, error = self._failed
+                if error is not None and when > began:
+                    raise _copy_of(error)  # or each thread would wait for the network
+                try:
+                    self._failed = (0.0, None)
+                    return self._refresh_locked(min_validity, other_than, signals)
+                except ClaudeOAuthError as failure:
+                    self._failed = (time.monotonic(), _copy_of(failure))
+                    raise
+        finally:
+            turn.release()
+            signals.deliver()  # with the locks released: this may end the process
+
+    def _refresh_locked(
+        self, min_validity: float, other_than: str | None, signals: DeferredSignals
+    ) -> tuple[Credentials, bool]:
+        """Look again, check, spend, save, note; two requests at most."""
+        stored, found = self._view.read()
+        scopes = scopes_to_refresh(required(found).scopes, self._client.config.scopes)
+        if scopes == self._account_file.notes().refused_scopes:
+            scopes = ()
+        for is_last in (False, True):
+            newest = required(found)
+            if self._suffices(newest, min_validity, other_than):
+                self._view.remember(newest)
+                return newest, False
+            if not is_last and self._account_file.is_refused(newest):
+                raise TokenRefused("invalid_grant", "refused before, and not sent again")
+            pause = 0.0 if is_last else self._account_file.pause_left()
+            if pause:
+                words = f"requests to the server are paused for {describe_seconds(pause)}"
+                raise Unavailable(f"{words}; try again then", pause)
+            self._view.storage.check()
+            try:
+                return self._spend(newest, stored, scopes, signals), True
+            except (TokenRefused, Unavailable) as error:
+                failure = error
+            stored, found = self._view.read()
+            if is_last or not self._may_succeed_now(failure, newest, found, scopes):
+                raise failure
+            scopes = ()  # the server keeps those granted
+        raise AssertionError("the last round returns or raises")
+
+    def _suffices(
+        self, newest: Credentials, min_validity: float, other_than: str | None
+    ) -> bool:
+        left = seconds_left(newest, self._clock())
+        if newest.access_token == other_than:
+            return False
+        lifetime = self._account_file.notes().lifetime
+        if 0 < lifetime <= min_validity:
+            return left > lifetime / 2  # a new one would not live long enough either
+        return left > min_validity
+
+    def _spend(
+        self,
+        newest: Credentials,
+        stored: Credentials | None,
+        scopes: tuple[str, ...],
+        signals: DeferredSignals,
+    ) -> Credentials:
+        """Spend the refresh token and keep what it brings, whatever happens."""
+        problem: BadAnswer | None = None
+        with signals:
+            answer = self._client.request_refresh(newest, scopes)
+            try:
+                renewed = Credentials.from_answer(
+                    answer, received_at=self._clock(), previous=newest
+                )
+            except BadAnswer as error:
+                # The successor must not be lost to the rest of a bad answer.
+                successor = answer.get("refresh_token")
+                if not isinstance(successor, str) or not successor.strip():
+                    raise
+                renewed, problem = newest.replace(refresh_token=successor), error
+            renewed = renewed.replace(client_id=self._client.client_id_for(newest))
+            error_of_save = self._view.save(renewed, stored)
+        spent = stored if error_of_save else None
+        self._account_file.note_success(renewed, newest, spent)
+        if error_of_save:
+            warn(
+                f"the refreshed login could not be saved ({safe_text(error_of_save)});"
+                " it is kept in memory and saved as soon as that works"
+            )
+        if problem:
+            raise problem
+        return renewed
+
+    def _may_succeed_now(
+        self,
+        failure: TokenRefused | Unavailable,
+        sent: Credentials,
+        found: Credentials | None,
+        scopes: tuple[str, ...],
+    ) -> bool:
+        """Note a failure; tell whether a second request makes sense at once."""
+        if isinstance(failure, Unavailable):
+            pause = self._account_file.note_pause(failure)
+            # While the token is alive it is served, and nobody has to wait at all.
+            is_expired = seconds_left(sent, self._clock()) <= 0
+            if not (is_expired and 0 < pause <= SHORT_WAIT):
+                return False
+            time.sleep(pause)
+            return True
+        if failure.code == "invalid_scope" and scopes:
+            notes = self._account_file.notes().replace(refused_scopes=scopes)
+            self._account_file.update(notes=notes)
+            return True
+        if found and found.refresh_token != sent.refresh_token:
+            return True  # another program has refreshed meanwhile
+        self._account_file.note_refusal(failure, sent)
+        return False
+
+
+# -- Service ---------------------------------------------------------------------------
+
+
+@hides_locals
 class OAuthService:
     """A login that lasts: it signs in, hands out tokens and refreshes them in time.
 
@@ -4608,8 +5218,9 @@ class OAuthService:
         config: Default: from the environment.
         storage: Default: the platform's store, see ``default_storage``.
         session: A ``requests.Session`` for this service's own requests.
-        account_file: Where the account is cached, and the waits that processes share.
-            Default: account.json beside the credential, or in the default directory.
+        account_file: Where the account is cached, and the pauses that processes share.
+            Default: what the storage says (``account_file``); in memory if it says
+            nothing.
         flush_telemetry: Called at logout, before anything is deleted, with the seconds
             that it may take.
         clock: Seconds since the epoch.
@@ -4625,81 +5236,20 @@ class OAuthService:
         flush_telemetry: Callable[[float], object] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        import threading
-
         self.config = OAuthConfig.from_env() if config is None else config
         self.storage: Storage = default_storage() if storage is None else storage
         self._session = session
-        self._client = OAuthClient(self.config, session=session, clock=clock)
-        self._account = _AccountFile(_account_path(account_file, self.storage))
         self._flush_telemetry = flush_telemetry
         self._clock = clock
-        # Held by the one thread of this process that refreshes; inside it, the
-        # storage's lock keeps other processes out.
-        self._refreshing = threading.Lock()
-        self._pid = os.getpid()
-        # The rest is replaced whole, never changed, so reading it needs no lock.
-        self._served = _Served(Credentials(""), NEVER)  # not fresh, whenever asked
-        self._seen: tuple[object, Credentials | None] = (None, None)
-        # Set and forgotten by whoever holds the storage's lock.
-        self._unsaved: _Unsaved | None = None
-        self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
-        self._put_off_until = 0.0
-        self._read_failed = False
-
-    # What is known without the network
-
-    def credentials(self) -> Credentials | None:
-        """Return the credential in force, or None; no network is used.
-
-        CLAUDE_OAUTH_TOKEN outranks the storage.
-
-        Raises:
-            StorageError: It cannot be read, and nothing was read before.
-            ConfigError: CLAUDE_OAUTH_TOKEN is not a token.
-        """
-        token = _environment_token()
-        return Credentials(token) if token else self._look()
-
-    def status(self) -> dict[str, object]:
-        """Return what `status --json` prints; no network, never a token.
-
-        Raises:
-            StorageError: The storage cannot be read.
-        """
-        if _environment_token() is None:
-            stored = self._look()
-            return self._describe(stored, self._warnings(stored))
-        status = self._describe(None, self._warnings_of_environment())
-        return {**status, "logged_in": True, "source": "environment"}
-
-    def _describe(
-        self, stored: Credentials | None, warnings: Sequence[str]
-    ) -> dict[str, object]:
-        account = self._account.account() if stored else {}
-        # An empty credential stands for none: what it lacks is null in the answer.
-        shown = stored or Credentials("none")
-        left = self._seconds_left(shown)
-        return {
-            "logged_in": self._is_usable(stored),
-            "source": "store" if stored else "none",
-            "method": _method(stored),
-            "email": self._account_name() if stored else None,
-            "organization": _text(account.get("organizationName")),
-            "subscription_type": shown.subscription_type,
-            "rate_limit_tier": shown.rate_limit_tier,
-            "scopes": list(shown.scopes),
-            "expires_at": describe_moment(shown.expires_at),
-            "expires_in": None if shown.expires_at is None else int(left),
-            "refresh_token_expires_at": describe_moment(shown.refresh_token_expires_at),
-            "storage": self.storage.describe(),
-            "client_id": shown.client_id or self.config.client_id or None,
-            "warnings": list(warnings),
-        }
-
-    def _account_name(self) -> str | None:
-        """Return the e-mail address of the stored login, if it is known here."""
-        return _text(self._account.account().get("emailAddress"))
+        path: str | None = getattr(self.storage, "account_file", None)
+        if account_file is not None:
+            path = absolute_path(account_file)
+        self._account_file = AccountFile(path, self.config, clock)
+        self._client = OAuthClient(self.config, session=session, clock=clock)
+        self._view = StoreView(self.storage, self._account_file)
+        self._refresher = Refresher(
+            self._client, self._view, self._account_file, clock
+        )
 
     # Tokens
 
@@ -4719,7 +5269,7 @@ class OAuthService:
             StorageError: The storage cannot be read, or a refreshed token not be kept.
         """
         # Programs call this before every request: no lock, no system call, no copy.
-        served, now = self._served, self._clock()
+        served, now = self._view.served, self._clock()
         if (
             served.since <= now < served.until
             and served.expires_at - now > min_validity
@@ -4732,19 +5282,28 @@ class OAuthService:
         """Return the headers that sign a request to the API in.
 
         A Bearer token with the API's OAuth beta header, or ``x-api-key`` on the Console
-        path.  Raises what ``access_token`` raises.
+        path, where a key is made if none is stored.  Raises what ``access_token`` and
+        ``create_api_key`` raise.
         """
-        served, now = self._served, self._clock()
+        served, now = self._view.served, self._clock()
         if (
             served.since <= now < served.until
             and served.headers_expire_at - now > REFRESH_BUFFER
             and time.monotonic() < served.look_again
         ):
             return served.headers.copy()
-        return self._serve(REFRESH_BUFFER, key_will_do=True).headers.copy()
+        return self._serve(REFRESH_BUFFER, for_api=True).headers.copy()
+
+    def api_token(self, *, min_validity: float = REFRESH_BUFFER) -> str:
+        """Return what the API takes: an access token, or the Console path's API key.
+
+        Raises what ``access_token`` and ``create_api_key`` raise.
+        """
+        headers = self._serve(min_validity, for_api=True).headers
+        return headers.get("x-api-key") or headers["Authorization"][len("Bearer ") :]
 
     def refresh(self, *, rejected: str | None = None) -> Credentials:
-        """Refresh now, and return the new credential.
+        """Get another access token now, and return the new credential.
 
         Args:
             rejected: The access token that a server has just answered 401 to.  Then a
@@ -4752,380 +5311,86 @@ class OAuthService:
 
         Raises:
             ConfigError: CLAUDE_OAUTH_TOKEN is in force, and cannot be refreshed.
+            TokenRefused: The refresh token is dead; or *rejected* was new when the API
+                answered 401 to it, so that a refresh would not help.
             ClaudeOAuthError: What ``access_token`` raises.
         """
-        if _environment_token():
+        if environment_token():
             raise ConfigError(
                 "CLAUDE_OAUTH_TOKEN is in force and cannot be refreshed; unset it"
             )
-        credentials = _required(self._look())
-        forced = rejected is None
-        return self._renew(credentials, 0, rejected=rejected, forced=forced)
+        present = required(self._view.look())
+        if rejected is not None and self.is_rejected(rejected):
+            raise TokenRefused("invalid_token", "the API refuses new tokens too", 401)
+        other_than = present.access_token if rejected is None else rejected
+        return self._refresh(present, 0, other_than)
 
-    def _serve(self, min_validity: float, *, key_will_do: bool = False) -> _Served:
-        """Look, refresh if that is due, and remember what may be handed out."""
-        token = _environment_token()
+    def _serve(self, min_validity: float, *, for_api: bool = False) -> ServedToken:
+        """Look, refresh if that is due, and hand out; for the API a key will do."""
+        token = environment_token()
         if token:
-            return _Served(Credentials(token), self._clock())
-        credentials = _required(self._look())
+            return ServedToken(Credentials(token), self._clock())
+        credentials = required(self._view.look())
         # A key does not expire: where it is what is wanted, no token is refreshed.
-        is_token_wanted = not (key_will_do and _console_key(credentials))
-        if is_token_wanted and self._is_due(credentials, min_validity):
-            credentials = self._renew(credentials, min_validity)
-        return self._hand_out(credentials)
+        has_key = for_api and console_key(credentials) is not None
+        if not has_key and self._refresher.is_due(credentials, min_validity):
+            credentials = self._refresh(credentials, min_validity)
+        if for_api and not has_key and _needs_key(credentials):
+            credentials = self._with_token(self._make_missing_key)[0]
+        return self._view.serve(credentials, self._clock())
 
-    def _hand_out(self, credentials: Credentials) -> _Served:
-        served = self._served = _Served(credentials, self._clock())
-        # Not to others where another thread has refreshed since the look (asked last,
-        # or it could refresh in between); and while something is unsaved every call
-        # looks, and tries to save it.
-        if credentials is not self._seen[1] or self._unsaved:
-            self._served = _Served(Credentials(""), NEVER)
-        return served
-
-    def _is_due(self, credentials: Credentials, min_validity: float) -> bool:
-        """Tell whether a refresh should be tried now."""
-        left = self._seconds_left(credentials)
-        if left <= 0 or not credentials.refresh_token:
-            return left <= 0
-        put_off = self._put_off_until - self._clock()
-        # A put-off that is longer than any was made before the clock was set back.
-        return left <= min_validity and not 0 < put_off <= PUT_OFF
-
-    def _seconds_left(self, credentials: Credentials) -> float:
-        if credentials.expires_at is None:
-            return NEVER
-        return credentials.expires_at - self._clock()
-
-    # The store
-
-    def _look(self) -> Credentials | None:
-        """Return the stored credential, read again only if it may have changed."""
-        self._notice_fork()
-        if self._unsaved:
-            self._save_again()
-        unsaved = self._unsaved
-        stamp = self.storage.stamp()
-        before = self._seen
-        seen_stamp, seen = before
-        if stamp is not None and stamp == seen_stamp:
-            return self._newer(seen)
-        try:
-            found = self.storage.load()
-        except StorageError as error:
-            if seen is None:
-                raise
-            # What was read before is better than a logout that nobody asked for.
-            if not self._read_failed:
-                warn(f"{error} (going on with what was read before)")
-            self._read_failed = True
-            return unsaved.credentials if unsaved else seen
-        self._read_failed = False
-        if self._seen is before:  # else another thread knows something newer
-            self._seen = (stamp, found)
-        return self._newer(found)
-
-    def _newer(self, stored: Credentials | None) -> Credentials | None:
-        """Return what could not be saved, if the store has not moved on since."""
-        unsaved = self._unsaved
-        if unsaved and _have_same_tokens(stored, unsaved.instead_of):
-            return unsaved.credentials
-        return stored
-
-    def _save_again(self) -> None:
-        try:
-            with self.storage.lock(0):
-                stored = self.storage.load()
-                newest = self._newer(stored)
-                if newest is stored:
-                    self._unsaved = None  # somebody logged in or out meanwhile
-                elif newest and self._save(newest, stored) is None:
-                    self._account.update(memory=_forgiving(self._account.memory()))
-        except (StorageError, Unavailable):
-            pass  # said once already; the next call tries again
-
-    def _save(
-        self, credentials: Credentials, instead_of: Credentials | None
-    ) -> BaseException | None:
-        """Save, or keep in memory what cannot be saved; return why it could not."""
-        kept = self._unsaved or _Unsaved(credentials, instead_of)
-        try:
-            self.storage.save(credentials)
-        except Exception as error:
-            # The old token is dead, so its successor must not be lost to whatever a
-            # store may raise.
-            self._unsaved = kept.replace(credentials=credentials, instead_of=instead_of)
-            return error
-        self._account.update(account=kept.account, memory=kept.memory)
-        self._unsaved = None
-        return None
-
-    # Refreshing
-
-    def _renew(
+    def _refresh(
         self,
-        credentials: Credentials,
+        present: Credentials,
         min_validity: float,
-        *,
-        rejected: str | None = None,
-        forced: bool = False,
+        other_than: str | None = None,
     ) -> Credentials:
-        """Refresh in one thread of one process; everybody else gets what it brings.
+        credentials, is_new = self._refresher.refresh(present, min_validity, other_than)
+        # The token is on the disk: nobody has to wait for the profile.
+        return self._complete_account(credentials) if is_new else credentials
 
-        With a token that is alive nobody waits and nothing fails: it is returned.
-        """
-        if self._is_borrowed():
-            return self._borrow(rejected, forced)
-        asked_for = forced or rejected is not None
-        is_alive = not asked_for and self._seconds_left(credentials) > 0
-        patience = 0 if is_alive else LOCK_TIMEOUT
+    def is_rejected(self, token: str) -> bool:
+        """Tell whether the API refused an access token when it was new."""
+        return self._account_file.notes().rejected == _rejected(token)
+
+    def note_rejected(self, token: str) -> None:
+        """Note that the API answers 401 to a new token: a refresh would not help."""
+        notes = self._account_file.notes().replace(rejected=_rejected(token))
         try:
-            renewed, is_new = self._take_turn(patience, min_validity, rejected, forced)
-            # The token is on the disk: nobody has to wait for the profile.
-            return self._complete_account(renewed) if is_new else renewed
-        except NotLoggedIn:
-            raise
-        except ClaudeOAuthError as error:
-            if not is_alive:
-                raise
-            self._put_off_until = self._clock() + PUT_OFF
-            if isinstance(error, (TokenRefused, StorageError)):
-                warn(f"{error} (the present token is used until it expires)")
-            return credentials
+            with self.storage.lock(SHORT_WAIT):
+                self._account_file.update(notes=notes)
+        except (StorageError, Unavailable):
+            self._account_file.update(notes=notes)
 
-    def _take_turn(
-        self, patience: float, min_validity: float, rejected: str | None, forced: bool
-    ) -> tuple[Credentials, bool]:
-        """Wait to be the one thread of the one process, and be it."""
-        began, deadline = time.monotonic(), Deadline(patience)
-        guard = _Uninterrupted()
-        try:
-            turn = _TimedLock(self._refreshing, patience)
-            with turn, self.storage.lock(deadline.left()):
-                self._share_failure(began)
-                return self._try_to_renew(min_validity, rejected, forced, guard)
-        finally:
-            guard.deliver()  # with the locks released: this may end the process
-
-    def _notice_fork(self) -> None:
-        """Begin anew in a forked child.
-
-        It has a copy of a lock that may be held by a thread that it has not got, and of
-        an unsaved login that is its parent's to save and to spend.
-        """
-        if self._pid != os.getpid():
-            import threading
-
-            self._pid, self._refreshing = os.getpid(), threading.Lock()
-            self._unsaved = None
-            self._remember_seen(None)
-
-    def _try_to_renew(
-        self,
-        min_validity: float,
-        rejected: str | None,
-        forced: bool,
-        guard: _Uninterrupted,
-    ) -> tuple[Credentials, bool]:
-        try:
-            return self._renew_alone(min_validity, rejected, forced, guard)
-        except ClaudeOAuthError as error:
-            self._failed = (time.monotonic(), type(error)(*error.args))
-            raise
-
-    def _share_failure(self, began: float) -> None:
-        """Raise what ended another thread's try, if this one waited for that try.
-
-        Or a hundred threads would wait for the network one after the other.
-        """
-        when, error = self._failed
-        if error is not None and when > began:
-            raise type(error)(*error.args)
-
-    def _borrow(self, rejected: str | None, forced: bool) -> Credentials:
-        """Return what another program keeps alive; its refresh token is never spent."""
-        newest = _required(self.storage.load())
-        if forced or not self._will_do(newest, 0, rejected):
-            raise Unavailable(
-                f"the token in {self.storage.describe()} has to be refreshed by the"
-                " program that owns it; run that program, then try again"
-            )
-        return newest
-
-    def _renew_alone(
-        self,
-        min_validity: float,
-        rejected: str | None,
-        forced: bool,
-        guard: _Uninterrupted,
-    ) -> tuple[Credentials, bool]:
-        """Look again, and refresh if it is still needed.  Needs the storage's lock.
-
-        Returns the credential, and whether this refreshed it.
-        """
-        newest = _required(self._newer(self.storage.load()))
-        for is_last_try in (False, True):
-            if not forced and self._will_do(newest, min_validity, rejected):
-                self._remember_seen(newest)
-                return newest, False
-            if not is_last_try:
-                self._refuse_to_knock(newest)
-            self.storage.check()
-            # Once more, now that the storage is known to work: while it fails, what it
-            # gives may be older than what another process has spent.
-            newest = _required(self._newer(self.storage.load()))
+    def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
+        """Call with an access token, and once more with a new one after a 401."""
+        token = self.access_token()
+        for is_last in (False, True):
             try:
-                return self._spend(newest, guard), True
+                return ask(token), token
             except (TokenRefused, Unavailable) as error:
-                chance = self._second_chance(error, newest)
-                if is_last_try or chance is None:
+                if error.status != 401 or environment_token():
                     raise
-                forced = forced and chance[0] is newest
-                newest, pause = chance
-            time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
-
-    def _second_chance(
-        self, error: TokenRefused | Unavailable, sent: Credentials
-    ) -> tuple[Credentials, float] | None:
-        """Remember an error; return what to try again with, and after how long."""
-        if isinstance(error, TokenRefused):
-            other = self._newer(self.storage.load())
-            if other and other.refresh_token != sent.refresh_token:
-                return other, 0.0  # another program has refreshed meanwhile
-            self._remember_refused(sent, error)
-            return None
-        pause = self._remember_pause(error)
-        # While the token is alive it is served, and nobody has to wait at all.
-        is_due = self._seconds_left(sent) <= 0
-        return (sent, pause) if is_due and 0 < pause <= SHORT_WAIT else None
-
-    def _will_do(
-        self, newest: Credentials, min_validity: float, rejected: str | None
-    ) -> bool:
-        left = self._seconds_left(newest)
-        if rejected is not None:
-            return left > 0 and newest.access_token != rejected
-        lifetime = self._account.memory().lifetime
-        if 0 < lifetime <= min_validity:
-            return left > lifetime / 2  # a new one would not live long enough either
-        return left > min_validity
-
-    def _refuse_to_knock(self, newest: Credentials) -> None:
-        """Raise what the server would say, if it is known, without asking it."""
-        if self._is_refused(newest):
-            raise TokenRefused("invalid_grant", "refused before, and not sent again")
-        left = self._account.memory().wait_until - self._clock()
-        if 0 < left <= WAIT_CEILING:
-            raise Unavailable(
-                f"the server is to be left alone for {describe_seconds(left)};"
-                " try again then",
-                left,
-            )
-
-    def _spend(self, newest: Credentials, guard: _Uninterrupted) -> Credentials:
-        """Spend the refresh token and keep what it brings, whatever happens."""
-        stored = self._unsaved.instead_of if self._unsaved else newest
-        with guard:
-            renewed, problem = self._ask(newest)
-            error = self._save(renewed, stored)
-        if error:
-            warn(
-                f"the refreshed login could not be saved ({_told(error)});"
-                " it is kept in memory and saved as soon as that works"
-            )
-        self._remember_seen(renewed)
-        if problem:
-            raise problem
-        self._remember_success(renewed)
-        return renewed
-
-    def _ask(self, newest: Credentials) -> tuple[Credentials, BadAnswer | None]:
-        """Return what a refresh brings, and what is wrong with it.
-
-        The refresh token is spent: its successor must not be lost to the rest of an
-        answer that is no good.
-        """
-        answer = self._ask_with_scopes(newest)
-        try:
-            return self._client._merge(answer, newest), None
-        except BadAnswer as problem:
-            successor = _text(answer.get("refresh_token"))
-            if successor is None:
-                raise
-            return newest.replace(refresh_token=successor), problem
-
-    def _ask_with_scopes(self, newest: Credentials) -> dict[str, object]:
-        memory = self._account.memory()
-        scopes = scopes_to_refresh(newest.scopes, self.config.scopes)
-        if scopes == memory.refused_scopes:
-            scopes = ()
-        try:
-            return self._client._ask_to_refresh(newest, scopes)
-        except TokenRefused as refused:
-            if refused.code != "invalid_scope" or not scopes:
-                raise
-        # A scope that is not to be had does not spend the token; asking for none keeps
-        # what was granted.
-        self._account.update(memory=memory.replace(refused_scopes=scopes))
-        return self._client._ask_to_refresh(newest, ())
-
-    def _remember_seen(self, credentials: Credentials | None) -> None:
-        """Know this of the store until the next look, and hand nothing out before."""
-        self._seen = (None, credentials)
-        self._served = _Served(Credentials(""), NEVER)
-
-    def _remember_success(self, renewed: Credentials) -> None:
-        lifetime = max(round(self._seconds_left(renewed)), 0)
-        memory = _forgiving(self._account.memory()).replace(lifetime=lifetime)
-        self._account.update(memory=memory)
-        spent = self._unsaved and self._unsaved.instead_of
-        if spent and spent.refresh_token != renewed.refresh_token:
-            # Other processes still read the spent token: to send it again would end the
-            # login, the unsaved successor included.
-            self._remember_dead(spent, MAX_LIFETIME)
-
-    def _remember_refused(self, newest: Credentials, refused: TokenRefused) -> None:
-        if refused.code == "invalid_grant":
-            self._remember_dead(newest, MAX_LIFETIME)
-        elif refused.status in (401, 404) and refused.code != "invalid_client":
-            # Most likely dead; but a gateway's word must not end a login for good.
-            self._remember_dead(newest, WAIT_CEILING)
-        # Other refusals are about the account or the settings, and can be mended.
-
-    def _remember_dead(self, credentials: Credentials, seconds: float) -> None:
-        refused = self._fingerprint(credentials)
-        until = self._clock() + seconds
-        memory = self._account.memory().replace(refused=refused, refused_until=until)
-        self._account.update(memory=memory)
-
-    def _remember_pause(self, error: Unavailable) -> float:
-        """Return the seconds to wait after a 429 or 5xx, which every process keeps."""
-        if error.status is None or not (error.status == 429 or error.status >= 500):
-            return 0.0
-        import random
-
-        memory = self._account.memory()
-        failures = memory.failures + 1
-        pause = seconds_to_wait(
-            error.status,
-            error.retry_after,
-            failures=failures,
-            chance=random.random(),  # noqa: S311 - it spreads load, and is no secret
-        )
-        until = self._clock() + pause
-        self._account.update(memory=memory.replace(wait_until=until, failures=failures))
-        return pause
-
-    def _fingerprint(self, credentials: Credentials) -> str:
-        client_id = credentials.client_id or self.config.client_id
-        return fingerprint(
-            credentials.refresh_token or "",
-            client_id=client_id,
-            token_url=self.config.token_url,
-        )
+                if is_last:
+                    self.note_rejected(token)
+                if is_last or self.is_rejected(token):
+                    raise
+            token = self.refresh(rejected=token).access_token
+        raise AssertionError("the last round returns or raises")
 
     # Whose login it is
+
+    def credentials(self) -> Credentials | None:
+        """Return the credential in force, or None; no network is used.
+
+        CLAUDE_OAUTH_TOKEN outranks the storage.
+
+        Raises:
+            StorageError: It cannot be read, and nothing was read before.
+            ConfigError: CLAUDE_OAUTH_TOKEN is not a token.
+        """
+        token = environment_token()
+        return Credentials(token) if token else self._view.look()
 
     def profile(self, *, force: bool = False) -> Profile:
         """Return whose login it is, from the cache unless forced to ask.
@@ -5134,18 +5399,62 @@ class OAuthService:
             TokenRefused: The token may not ask (403: it lacks user:profile).
             And what ``access_token`` raises.
         """
-        credentials = _required(self.credentials())
-        is_ours = _environment_token() is None
-        cached = Profile.from_record(self._account.account(), credentials)
-        if cached and is_ours and not force:
+        credentials = required(self.credentials())
+        if environment_token():
+            return self._with_token(self._client.fetch_profile)[0]
+        account = self._account_file.account(credentials)
+        cached = Profile.from_record(account, credentials)
+        if cached and not force:
             return cached
         profile, token = self._with_token(self._client.fetch_profile)
         try:
-            if is_ours:
-                self._keep_profile_of(token, profile)
+            self._keep_profile(profile, token)
         except (StorageError, Unavailable) as error:
             warn(f"the profile could not be kept: {error}")
         return profile
+
+    def _complete_account(self, renewed: Credentials) -> Credentials:
+        """Ask for the profile if some of it is missing; a failure changes nothing."""
+        account = self._account_file.account(renewed)
+        is_complete = all(account.get(key) for key in _ACCOUNT_NEEDS) and bool(
+            renewed.subscription_type and renewed.rate_limit_tier
+        )
+        may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
+        if is_complete or not may_ask or self._view.pending:
+            return renewed
+        try:
+            profile = self._client.fetch_profile(renewed.access_token)
+            return self._keep_profile(profile, renewed.access_token) or renewed
+        except ClaudeOAuthError:
+            return renewed
+
+    def _keep_profile(self, profile: Profile, token: str) -> Credentials | None:
+        """Store the profile of an access token, if the store still holds that token."""
+        if self._view.is_read_only:
+            return self._cache_account(profile, required(self._view.look()))
+        with self.storage.lock(SHORT_WAIT):
+            stored, newest = self._view.read()
+            if newest is None or newest.access_token != token:
+                return None  # somebody refreshed, or logged out or in, meanwhile
+            completed = self._cache_account(profile, newest)
+            if completed != newest:
+                error = self._view.save(completed, stored)
+                if error:
+                    raise error
+            return completed
+
+    def _cache_account(self, profile: Profile, credentials: Credentials) -> Credentials:
+        """Cache an account, which keeps what the profile leaves out; add the plan."""
+        file = self._account_file
+        account = file.account(credentials)
+        if account.get("accountUuid") not in (None, profile.account_uuid):
+            account = {}
+        news = {k: v for k, v in profile.to_record().items() if v is not None}
+        notes = file.notes().replace(account_of=(file.fingerprint(credentials),))
+        file.update(account={**account, **news}, notes=notes)
+        return _with_plan(credentials, profile)
+
+    # The Console path
 
     def create_api_key(self) -> str:
         """Make a permanent Console API key, store it, and return it.
@@ -5156,78 +5465,44 @@ class OAuthService:
             TokenRefused: The account may not make keys.
             And what ``access_token`` raises.
         """
-        is_ours = _environment_token() is None
-        if is_ours:
-            self.storage.check()  # a permanent key must not be made to be lost
+        if environment_token():
+            return self._with_token(self._client.create_api_key)[0]
+        self.storage.check()  # a permanent key must not be made to be lost
         key, token = self._with_token(self._client.create_api_key)
         try:
-            if is_ours:
-                with self.storage.lock(LOCK_TIMEOUT):
-                    self._keep_key(key, token)
+            with self.storage.lock(LOCK_TIMEOUT):
+                stored, newest = self._view.read()
+                if newest is None or newest.access_token != token:
+                    raise StorageError("somebody else has logged in meanwhile")
+                self._save_key(key, newest, stored)
         except ClaudeOAuthError as error:
             warn(f"the new API key could not be stored: {error}")
         return key
 
-    def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
-        """Call with an access token, and once more with a new one after a 401."""
-        token = self.access_token()
-        try:
-            return ask(token), token
-        except (TokenRefused, Unavailable) as error:
-            if error.status != 401 or _environment_token():
-                raise
-        token = self.refresh(rejected=token).access_token
-        return ask(token), token
+    def _make_missing_key(self, _token: str) -> Credentials:
+        """Make the Console path's API key, unless another process has made one."""
+        with self.storage.lock(LOCK_TIMEOUT):
+            stored, found = self._view.read()
+            newest = required(found)
+            if not _needs_key(newest):
+                self._view.remember(newest)
+                return newest
+            self.storage.check()
+            key = self._client.create_api_key(newest.access_token)
+            return self._save_key(key, newest, stored)
 
-    def _keep_key(self, key: str, token: str) -> None:
-        """Store an API key with its organization.  Needs the storage's lock."""
-        stored = self.storage.load()
-        if stored is None or stored.access_token != token:
-            raise StorageError("somebody else has logged in meanwhile")
-        self.storage.save(stored.replace(api_key=key))
-        organization = _text(self._account.account().get("organizationUuid"))
-        memory = self._account.memory().replace(key_organization=organization or "")
-        self._account.update(memory=memory)
-        self._remember_seen(stored.replace(api_key=key))
-
-    def _keep_profile_of(self, token: str, profile: Profile) -> Credentials | None:
-        """Store the profile of a token, if the store has that token still."""
-        if self._is_borrowed():
-            self._account.update(account=profile.to_record())
-            return None
-        with self.storage.lock(SHORT_WAIT):
-            stored = self.storage.load()
-            if stored is None or stored.access_token != token:
-                return None  # somebody refreshed, or logged out or in, meanwhile
-            return self._keep_profile(profile, stored)
-
-    def _keep_profile(self, profile: Profile, credentials: Credentials) -> Credentials:
-        """Store a profile; what it leaves out stays.  Needs the storage's lock."""
-        account = self._account.account()
-        if account.get("accountUuid") not in (None, profile.account_uuid):
-            account = {}
-        news = {k: v for k, v in profile.to_record().items() if v is not None}
-        self._account.update(account={**account, **news})
-        completed = _with_plan(credentials, profile)
-        if completed != credentials:
-            self.storage.save(completed)
-            self._remember_seen(completed)
-        return completed
-
-    def _complete_account(self, renewed: Credentials) -> Credentials:
-        """Ask for the profile if some of it is missing; a failure changes nothing."""
-        account = self._account.account()
-        is_complete = all(account.get(key) for key in _ACCOUNT_NEEDS) and bool(
-            renewed.subscription_type and renewed.rate_limit_tier
-        )
-        may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
-        if is_complete or not may_ask or self._unsaved:
-            return renewed
-        try:
-            profile = self._client.fetch_profile(renewed.access_token)
-            return self._keep_profile_of(renewed.access_token, profile) or renewed
-        except ClaudeOAuthError:
-            return renewed
+    def _save_key(
+        self, key: str, newest: Credentials, stored: Credentials | None
+    ) -> Credentials:
+        """Store an API key and whose it is.  Needs the storage's lock."""
+        file = self._account_file
+        with_key = newest.replace(api_key=key)
+        error = self._view.save(with_key, stored)
+        if error:
+            warn(f"the new API key is kept in memory: {safe_text(error)}")
+        owner = file.key_owner(key, file.account(newest).get("organizationUuid"))
+        file.update(notes=file.notes().replace(key_owner=owner))
+        return with_key
 
     # Login and logout
 
@@ -5239,6 +5514,7 @@ class OAuthService:
         paste: bool = True,
         port: int = 0,
         timeout: float = LOGIN_TIMEOUT,
+        email: str | None = None,
     ) -> Credentials:
         """Sign a person in, by browser or by paste, and store the credential.
 
@@ -5248,9 +5524,10 @@ class OAuthService:
             paste: Whether a code may be typed on stdin.
             port: For the loopback redirect; 0 lets the system choose.
             timeout: Seconds for the person.
+            email: Whose login it shall be; the sign-in page fills it in.
 
         Raises:
-            ConfigError: There is no client id.
+            ConfigError: A setting, the client id for one, is missing or unusable.
             LoginError: Denied, too late or given up; try again.
             TokenRefused: The code was not accepted; try again.
             Unavailable: No usable answer to the code; try again.
@@ -5258,70 +5535,60 @@ class OAuthService:
         """
         self._check_before_login()
         verifier, state = generate_code_verifier(), generate_state()
-        page = failure_page("the login did not come to its end; try again")
-        with _Callback(state, port) as listener:
-            urls = self._urls(listener, code_challenge(verifier), state, console)
-            try:
-                granted = obtain_code(
-                    automatic_url=urls[0],
-                    manual_url=urls[1],
-                    listener=listener,
-                    state=state,
-                    manual_redirect_uri=self.config.manual_redirect_uri,
-                    open_browser=open_browser,
-                    paste=paste,
-                    port=port,
-                    timeout=timeout,
-                )
-                credentials, profile = self._trade(granted, verifier, state)
-                page = success_page(profile.email if profile else None)
-            except LoginDenied:
-                page = denied_page()
-                raise
-            except ClaudeOAuthError as error:
-                page = failure_page(str(error))
-                raise
-            except KeyboardInterrupt as interrupt:
-                raise LoginCancelled("the login was given up; try again") from interrupt
-            finally:
-                if listener:
-                    listener.finish(page)
-        return credentials
-
-    def _check_before_login(self) -> None:
-        """Raise what would make somebody sign in for nothing."""
-        self._client._client_id(None)
-        _environment_token()  # a malformed one would fail what comes after the login
-        _import_requests()
-        with self.storage.lock(LOCK_TIMEOUT):
-            self.storage.check()
-            self.storage.load()
-
-    def _urls(
-        self,
-        listener: AuthCodeListener | None,
-        challenge: str,
-        state: str,
-        console: bool,
-    ) -> tuple[str | None, str]:
-        """Return the automatic and the manual URL: redirect_uri is what differs."""
 
         def url_for(redirect_uri: str) -> str:
             return self._client.authorize_url(
                 redirect_uri=redirect_uri,
-                challenge=challenge,
+                challenge=code_challenge(verifier),
                 state=state,
                 console=console,
+                extra={"login_hint": email} if email else None,
             )
 
-        automatic_url = url_for(listener.redirect_uri) if listener else None
-        return automatic_url, url_for(self.config.manual_redirect_uri)
+        page = failure_page("the login did not come to its end; try again")
+        listener, problem = start_listener(state, port)
+        try:
+            granted = obtain_code(
+                listener,
+                url_for=url_for,
+                state=state,
+                manual_redirect_uri=self.config.manual_redirect_uri,
+                open_browser=open_browser,
+                paste=paste,
+                port=port,
+                problem=problem,
+                timeout=timeout,
+            )
+            credentials, account = self._exchange(granted, verifier, state)
+            page = success_page(_text(account.get("emailAddress")))
+            return credentials
+        except LoginDenied:
+            page = denied_page()
+            raise
+        except ClaudeOAuthError as error:
+            page = failure_page(str(error))
+            raise
+        except KeyboardInterrupt as interrupt:
+            raise LoginCancelled("the login was given up; try again") from interrupt
+        finally:
+            if listener:
+                listener.finish(page)
+                listener.close()
 
-    def _trade(
-        self, granted: GrantedCode, verifier: str, state: str
-    ) -> tuple[Credentials, Profile | None]:
-        """Turn a code into a stored credential."""
+    def _check_before_login(self) -> None:
+        """Raise what would make somebody sign in for nothing."""
+        self._client.check()
+        environment_token()  # a malformed one would fail what comes after the login
         with self.storage.lock(LOCK_TIMEOUT):
+            self.storage.check()
+            self.storage.load()
+
+    def _exchange(
+        self, granted: GrantedCode, verifier: str, state: str
+    ) -> tuple[Credentials, Mapping[str, object]]:
+        """Turn a code into a stored credential; return it with its account."""
+        with self.storage.lock(LOCK_TIMEOUT):
+            self.storage.check()
             stored = self.storage.load()  # before the code is spent: this may fail
             credentials = self._client.exchange_code(
                 granted.code,
@@ -5329,27 +5596,32 @@ class OAuthService:
                 redirect_uri=granted.redirect_uri,
                 state=state,
             )
-            profile = self._try_profile(credentials)
-            if profile:
+            account: dict[str, object] = {}
+            try:
+                profile = self._client.fetch_profile(credentials.access_token)
                 credentials = _with_plan(credentials, profile)
-            organization = (profile and profile.organization_uuid) or ""
-            credentials = self._with_key(credentials, stored, organization)
-            self._store_login(credentials, stored, profile, organization)
-        return credentials, profile
-
-    def _try_profile(self, credentials: Credentials) -> Profile | None:
-        try:
-            return self._client.fetch_profile(credentials.access_token)
-        except ClaudeOAuthError:
-            return None  # a narrow token may not ask, and is none the worse for it
+                account = profile.to_record()
+            except ClaudeOAuthError:
+                pass  # a narrow token may not ask, and is none the worse for it
+            credentials = self._with_key(credentials, stored, account)
+            self._view.pending = None
+            error = self._view.save(credentials, stored, account)
+            if error:
+                raise error
+        return credentials, account
 
     def _with_key(
-        self, credentials: Credentials, stored: Credentials | None, organization: str
+        self,
+        credentials: Credentials,
+        stored: Credentials | None,
+        account: Mapping[str, object],
     ) -> Credentials:
         """Add the organization's API key: the stored one, or else a new one."""
-        owner = self._account.memory().key_organization
-        if stored and stored.api_key and organization and organization == owner:
-            return credentials.replace(api_key=stored.api_key)
+        file = self._account_file
+        key = stored.api_key if stored else None
+        owner = file.key_owner(key, account.get("organizationUuid"))
+        if owner and owner == file.notes().key_owner:
+            return credentials.replace(api_key=key)
         if credentials.is_claude_ai:
             return credentials
         try:
@@ -5358,27 +5630,6 @@ class OAuthService:
             warn(f"the login works, but no API key could be made: {error}")
             return credentials
         return credentials.replace(api_key=key)
-
-    def _store_login(
-        self,
-        credentials: Credentials,
-        stored: Credentials | None,
-        profile: Profile | None,
-        organization: str,
-    ) -> None:
-        """Replace account and credential.  Needs the storage's lock."""
-        before = self._account.load()
-        memory = _Memory(key_organization=organization if credentials.api_key else "")
-        # The account first: nobody must see the new login under the old name.
-        account = profile.to_record() if profile else {}
-        self._account.update(account=account, memory=memory)
-        self._put_off_until = 0.0
-        self._unsaved = _Unsaved(credentials, stored, account, memory)
-        error = self._save(credentials, stored)
-        self._remember_seen(credentials)
-        if error:
-            self._account.save(before)
-            raise error
 
     def logout(self) -> bool:
         """End the login here; return whether there was one.
@@ -5390,39 +5641,79 @@ class OAuthService:
         Raises:
             StorageError: The credential could not be deleted.
         """
-        if self._flush_telemetry and self._has_login():
-            _call_bounded(self._flush_telemetry, "the telemetry flush")
+        flush = self._flush_telemetry
+        if flush and self._has_login():
+            _try_within_limit("the telemetry flush", lambda: flush(FLUSH_TIMEOUT))
         # Under the lock, or a refresh under way would bring the record back.
         with self.storage.lock(LOCK_TIMEOUT):
             try:
-                stored = self._newer(self.storage.load())
+                _, newest = self._view.read()
             except StorageError as error:
-                stored = None
+                newest = None
                 warn(f"nothing is revoked: {error}")
-            if stored and stored.refresh_token and self.config.revoke_url:
-                _call_bounded(self._revoke(stored), "the revocation")
+            if newest and newest.refresh_token and self.config.revoke_url:
+                self._revoke(newest, newest.refresh_token)
             found = self.storage.delete()
-            self._account.clear()
-            self._unsaved = None
-            self._remember_seen(None)
+            self._account_file.clear()
+            self._view.pending = None
+            self._view.remember(None)
         return found
 
     def _has_login(self) -> bool:
         try:
-            return self._look() is not None
+            return self._view.look() is not None
         except StorageError:
             return True  # there may be one
 
-    def _revoke(self, stored: Credentials) -> Callable[[float], object]:
-        client_id = stored.client_id or self.config.client_id
-        config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
+    def _revoke(self, login: Credentials, refresh_token: str) -> None:
+        config = self.config.replace(
+            client_id=login.client_id or self.config.client_id, timeout=FLUSH_TIMEOUT
+        )
         client = OAuthClient(config, session=self._session)
-        return lambda _seconds: client.revoke(stored.refresh_token or "")
+        _try_within_limit("the revocation", lambda: client.revoke(refresh_token))
+
+    # Status
+
+    def status(self) -> dict[str, object]:
+        """Return what `status --json` prints; no network, never a token.
+
+        Raises:
+            StorageError: The storage cannot be read.
+            ConfigError: CLAUDE_OAUTH_TOKEN is not a token.
+        """
+        is_environments = environment_token() is not None
+        stored = None if is_environments else self._view.look()
+        account = self._account_file.account(stored)
+        # An empty credential stands for none: what it lacks is null in the answer.
+        shown = stored or Credentials("none")
+        left = seconds_left(shown, self._clock())
+        method = "claude.ai" if shown.is_claude_ai else "console"
+        source = "store" if stored else "none"
+        return {
+            "logged_in": is_environments or self._is_usable(stored),
+            "source": "environment" if is_environments else source,
+            "method": method if stored else None,
+            "email": _text(account.get("emailAddress")),
+            "organization": _text(account.get("organizationName")),
+            "subscription_type": shown.subscription_type,
+            "rate_limit_tier": shown.rate_limit_tier,
+            "scopes": list(shown.scopes),
+            "expires_at": describe_moment(shown.expires_at),
+            "expires_in": None if shown.expires_at is None else int(left),
+            "refresh_token_expires_at": describe_moment(shown.refresh_token_expires_at),
+            "storage": self.storage.describe(),
+            "client_id": shown.client_id or self.config.client_id or None,
+            "warnings": (
+                self._warnings_of_environment()
+                if is_environments
+                else self._warnings(stored)
+            ),
+        }
 
     def _warnings_of_environment(self) -> list[str]:
         warning = "CLAUDE_OAUTH_TOKEN is in force"
         try:
-            if self._look():
+            if self._view.look():
                 warning += f", and hides the login in {self.storage.describe()}"
         except StorageError as error:
             return [warning, str(error)]
@@ -5432,55 +5723,42 @@ class OAuthService:
         """Return what a person should know about a login that looks fine."""
         if stored is None:
             return []
-        memory, now = self._account.memory(), self._clock()
         warnings = []
-        if self._unsaved:
+        ours, pause = self.config.client_id, self._account_file.pause_left()
+        is_expired = seconds_left(stored, self._clock()) <= 0
+        if self._view.pending:
             warnings.append("the login is in memory alone: it could not be saved")
-        if self._is_anothers(stored):
+        if ours and stored.client_id not in (None, ours):
             warnings.append("the login was made with another client id than is set")
-        if self._is_refused(stored):
+        if self._account_file.is_refused(stored):
             warnings.append("the server refused to refresh the login: log in again")
-        elif self._seconds_left(stored) <= 0 and self._is_borrowed():
+        elif is_expired and self._view.is_read_only:
             warnings.append("the token has expired: run the program that owns it")
-        elif self._seconds_left(stored) <= 0 and not stored.refresh_token:
+        elif is_expired and not stored.refresh_token:
             warnings.append("the token has expired, with none to refresh it: log in")
-        elif 0 < memory.wait_until - now <= WAIT_CEILING:
-            pause = describe_seconds(memory.wait_until - now)
-            warnings.append(f"the server is to be left alone for another {pause}")
-        return warnings + self._warnings_of_end(stored)
-
-    def _warnings_of_end(self, stored: Credentials) -> list[str]:
+        elif pause:
+            span = describe_seconds(pause)
+            warnings.append(f"requests to the server are paused for another {span}")
         ends_at, now = stored.refresh_token_expires_at, self._clock()
-        if ends_at is None or ends_at - now >= LOGIN_END_WARNING:
-            return []
-        left = ends_at - now
-        ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
-        return [f"the login itself {ends}, whatever is refreshed: log in again"]
-
-    def _is_refused(self, stored: Credentials) -> bool:
-        memory = self._account.memory()
-        # Twice: a clock that was set back must not bring a dead token to life.
-        is_known = 0 < memory.refused_until - self._clock() <= 2 * MAX_LIFETIME
-        return is_known and memory.refused == self._fingerprint(stored)
+        if ends_at is not None and ends_at - now < LOGIN_END_WARNING:
+            left = ends_at - now
+            ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
+            warnings.append(
+                f"the login itself {ends}, whatever is refreshed: log in again"
+            )
+        return warnings
 
     def _is_usable(self, stored: Credentials | None) -> bool:
         """Tell whether a token can be had, as far as that is known here."""
         if stored is None:
             return False
         ends_at = stored.refresh_token_expires_at
-        is_over = ends_at is not None and ends_at <= self._clock()
-        is_dead = is_over or self._is_refused(stored) or self._is_borrowed()
-        can_refresh = bool(stored.refresh_token) and not is_dead
-        return can_refresh or self._seconds_left(stored) > 0
-
-    def _is_anothers(self, stored: Credentials) -> bool:
-        """Tell whether the login was made with another client id than is set."""
-        ours = self.config.client_id
-        return bool(ours) and stored.client_id not in (None, ours)
-
-    def _is_borrowed(self) -> bool:
-        """Tell whether another program owns the credential."""
-        return bool(getattr(self.storage, "read_only", False))
+        can_refresh = bool(stored.refresh_token) and not (
+            self._view.is_read_only
+            or (ends_at is not None and ends_at <= self._clock())
+            or self._account_file.is_refused(stored)
+        )
+        return can_refresh or seconds_left(stored, self._clock()) > 0
 
 
 _ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
@@ -5495,68 +5773,24 @@ SIGNS_IN: Final = (
 """Environment variables that still sign programs in after a logout here."""
 
 
-def _account_path(
-    chosen: str | os.PathLike[str] | None, storage: Storage
-) -> str | None:
-    if chosen is not None:
-        return absolute_path(chosen)
-    if not hasattr(storage, "account_file"):
-        return os.path.join(default_directory(), "account.json")
-    path: str | None = getattr(storage, "account_file", None)
-    return path
+def environment_token() -> str | None:
+    """Return the token that CLAUDE_OAUTH_TOKEN holds, None if it is unset or blank.
+
+    Raises:
+        ConfigError: It holds something else than a token.
+    """
+    value = setting("CLAUDE_OAUTH_TOKEN")
+    return clean_token(value) if value else None
 
 
-def _environment_token() -> str | None:
-    value = os.environ.get("CLAUDE_OAUTH_TOKEN")
-    return clean_token(value) if value and value.strip() else None
+def _needs_key(credentials: Credentials) -> bool:
+    """Tell whether the API takes a key instead of this login, and there is none."""
+    is_console = bool(credentials.scopes) and not credentials.is_claude_ai
+    return is_console and not credentials.api_key
 
 
-def _have_same_tokens(one: Credentials | None, other: Credentials | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return (one.access_token, one.refresh_token) == (
-        other.access_token,
-        other.refresh_token,
-    )
-
-
-def _forgiving(memory: _Memory) -> _Memory:
-    """Return what is remembered, without what a success ends."""
-    return memory.replace(wait_until=0.0, failures=0, refused="", refused_until=0.0)
-
-
-def _required(credentials: Credentials | None) -> Credentials:
-    if credentials is None:
-        raise NotLoggedIn
-    return credentials
-
-
-def _told(error: BaseException) -> str:
-    """Return an error's text if this module wrote it: others may quote a secret."""
-    known = isinstance(error, ClaudeOAuthError)
-    return str(error) if known else type(error).__name__
-
-
-def _method(credentials: Credentials | None) -> str | None:
-    if credentials is None:
-        return None
-    return "claude.ai" if credentials.is_claude_ai else "console"
-
-
-def _console_key(credentials: Credentials | None) -> str | None:
-    if credentials is None or credentials.is_claude_ai:
-        return None
-    return credentials.api_key
-
-
-def _token_headers(token: str) -> dict[str, str]:
-    if token.startswith("sk-ant-api"):
-        return _key_headers(token)  # CLAUDE_OAUTH_TOKEN may hold either
-    return {"Authorization": f"Bearer {token}", "anthropic-beta": OAUTH_BETA}
-
-
-def _key_headers(key: str) -> dict[str, str]:
-    return {"x-api-key": key}
+def _rejected(token: str) -> str:
+    return fingerprint(token, client_id="", token_url="")
 
 
 def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
@@ -5568,135 +5802,25 @@ def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
     )
 
 
-def _call_bounded(call: Callable[[float], object], name: str) -> None:
-    """Call with the seconds it may take; go on without it then, whatever it raises."""
-    import threading
+def _try_within_limit(name: str, call: Callable[[], object]) -> None:
+    """Call for FLUSH_TIMEOUT at most, and go on whatever it raises."""
 
-    done = threading.Event()
-
-    def run() -> None:
+    def attempt() -> str:
         try:
-            call(FLUSH_TIMEOUT)
+            call()
         except BaseException as error:  # somebody else's code, SystemExit included
-            warn(f"logging out goes on without {name} ({_told(error)})")
-        finally:
-            done.set()
+            return safe_text(error)
+        return ""
 
-    threading.Thread(target=run, daemon=True, name="claude-oauth-logout").start()
-    if not done.wait(FLUSH_TIMEOUT):
-        warn(f"logging out goes on without {name} (no end after {FLUSH_TIMEOUT:g} s)")
-
-
-class _Callback:
-    """The listener as a context, or None where nothing can be bound."""
-
-    def __init__(self, state: str, port: int) -> None:
-        self._listener: AuthCodeListener | None = AuthCodeListener(state, port=port)
-
-    def __enter__(self) -> AuthCodeListener | None:
-        try:
-            return self._listener and self._listener.__enter__()
-        except OSError:
-            self._listener = None  # the login goes on by paste
-            return None
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._listener:
-            self._listener.__exit__(*exc_info)
+    try:
+        problem = call_with_limit(attempt, FLUSH_TIMEOUT)
+    except TimeoutError:
+        problem = f"no end after {FLUSH_TIMEOUT:g} s"
+    if problem:
+        warn(f"logging out goes on without {name} ({problem})")
 
 
-class _Uninterrupted:
-    """Hold the program's end back while a spent token's successor is not on the disk.
-
-    In the main thread signals wait; SIGQUIT does not, so that there is a way out.  In
-    another thread no signal arrives, but the program may end around it: then its exit
-    waits.  SIGKILL, and a SIGTERM that ends the program while this runs in another
-    thread, cannot be held back.
-    """
-
-    def __init__(self) -> None:
-        self._previous: dict[int, Any] = {}
-        self._pending: list[int] = []
-        self._let_exit: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> None:
-        import signal
-        import threading
-
-        if threading.current_thread() is not threading.main_thread():
-            self._hold_exit()
-            return
-        is_complete = False
-        try:
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
-                self._hold(getattr(signal, name, signal.SIGINT))
-            is_complete = True
-        except ValueError:
-            pass  # a sub-interpreter, where no signal arrives
-        finally:
-            if not is_complete:  # a handler that is not held back yet has raised
-                self._restore()
-
-    def _hold(self, number: int) -> None:
-        import signal
-
-        previous = signal.getsignal(number)
-        # None is a handler that is not Python's, and whoever ignores a signal may.
-        if number not in self._previous and previous not in (None, signal.SIG_IGN):
-            self._previous[number] = previous  # first: the next line may be interrupted
-            try:
-                signal.signal(number, self._hold_back)
-            except ValueError:
-                del self._previous[number]
-                raise
-
-    def _hold_exit(self) -> None:
-        import atexit
-        import threading
-
-        done, pid = threading.Event(), os.getpid()
-
-        def wait() -> None:
-            if os.getpid() == pid:  # a forked child has not got this thread
-                done.wait(LOCK_TIMEOUT)
-
-        def let_exit() -> None:
-            done.set()
-            atexit.unregister(wait)
-
-        atexit.register(wait)
-        self._let_exit = let_exit
-
-    def _hold_back(self, number: int, _frame: FrameType | None) -> None:
-        if number not in self._pending:
-            self._pending.append(number)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._let_exit()
-        self._restore()
-
-    def deliver(self) -> None:
-        """Let the signals through that were held back."""
-        import signal
-
-        if self._pending:
-            number = self._pending.pop(0)
-            try:
-                signal.raise_signal(number)
-            finally:  # the first one may raise, and the others count all the same
-                self.deliver()
-
-    def _restore(self) -> None:
-        import signal
-
-        if self._previous:
-            number, previous = self._previous.popitem()
-            try:
-                signal.signal(number, previous)
-            finally:  # a signal that arrives here must not leave the others deaf
-                self._restore()
-
-
+@hides_locals
 class BearerAuth:
     """Signs requests in: an auth object for `requests`, and for httpx.
 
@@ -5705,6 +5829,9 @@ class BearerAuth:
     goes to the hosts listed and to the API's host in the service's settings, and there
     by https or to loopback alone.  (httpx would carry the API key of the Console path
     along a redirect: leave its ``follow_redirects`` off there.)
+
+    Raises:
+        ConfigError: A host is given with a scheme, a port or a path.
     """
 
     requires_request_body = True  # httpx reads the body, so that it can be repeated
@@ -5716,97 +5843,97 @@ class BearerAuth:
 
         self._service = service
         api_host = urlsplit(service.config.profile_url).hostname or ""
+        for host in hosts:
+            if host.lower() != urlsplit(f"https://{host}/").hostname:
+                raise ConfigError(
+                    f"{printable(host)!r} is not a host name: give hosts= names alone,"
+                    " without scheme, port or path"
+                )
         self._hosts = frozenset((*(host.lower() for host in hosts), api_host))
         self._decided: dict[str, bool] = {}  # what _may_sign said, by origin
 
     def __call__(self, request: Any) -> Any:
         """Sign a request of `requests` or httpx, and return it."""
         if self._may_sign(str(request.url)):
-            token = self._sign(request)
+            self._sign(request)
             hooks = getattr(request, "hooks", None)  # httpx has none
             if hooks is not None:
-                position = _position(request.body)
-                hooks["response"].append(self._repeater(token, position))
+                hooks["response"].append(self._repeater(_position(request.body)))
         return request
 
     def auth_flow(self, request: Any) -> Generator[Any, Any, None]:
         """Sign, send, and repeat once after a 401: what ``httpx.Auth`` asks for."""
-        if not self._may_sign(str(request.url)):
-            yield request
-            return
-        token = self._sign(request)
-        response = yield request
-        if response.status_code == 401 and self._is_renewed(token):
+        is_ours = self._may_sign(str(request.url))
+        if is_ours:
             self._sign(request)
-            yield request
+        response = yield request
+        if is_ours and response.status_code == 401 and self._renew(request):
+            response = yield request
+            if response.status_code == 401:
+                self._service.note_rejected(_bearer_of(request))
 
     def _may_sign(self, url: str) -> bool:
         origin = "/".join(url.split("/", 3)[:3])
         if origin not in self._decided:
             from urllib.parse import urlsplit
 
-            parts = urlsplit(origin)
-            host = (parts.hostname or "").lower()
-            is_safe = parts.scheme == "https" or (
-                parts.scheme == "http" and is_loopback(host)
-            )
             if len(self._decided) > 100:  # a crawler's memory must not grow with it
                 self._decided = {}
-            self._decided[origin] = is_safe and host in self._hosts
+            host = urlsplit(origin).hostname or ""
+            self._decided[origin] = may_carry_token(origin) and host in self._hosts
         return self._decided[origin]
 
-    def _sign(self, request: Any) -> str | None:
-        """Put the headers on a request; return the token if it is one to refresh."""
+    def _sign(self, request: Any) -> None:
+        """Put the headers on a request, in the place of another's credential."""
         headers = self._service.auth_headers()
-        present = {name.lower() for name in request.headers}
-        if "anthropic-beta" in present and "anthropic-beta" in headers:
-            headers["anthropic-beta"] = _with_beta(request.headers["anthropic-beta"])
+        asked_for = request.headers.get("anthropic-beta")
+        if asked_for and "anthropic-beta" in headers:
+            headers["anthropic-beta"] = _with_beta(asked_for)
         # The API takes a token or a key, and refuses both.
         for name in ("authorization", "x-api-key"):
-            if name in present:
-                del request.headers[name]
-        for name, value in headers.items():
-            request.headers[name] = value
-        return headers.get("Authorization", "")[len("Bearer ") :] or None
+            request.headers.pop(name, None)
+        request.headers.update(headers)
 
-    def _is_renewed(self, token: str | None) -> bool:
-        if token is None or token == _environment_token():
+    def _renew(self, request: Any) -> bool:
+        """Refresh after a 401, and sign again; tell whether that makes sense."""
+        token = _bearer_of(request)
+        if not token or token == environment_token():
+            return False
+        if self._service.is_rejected(token):
             return False
         self._service.refresh(rejected=token)
+        self._sign(request)
         return True
 
-    def _repeater(self, token: str | None, position: int | None) -> Callable[..., Any]:
+    def _repeater(self, position: int | None) -> Callable[..., Any]:
         """Return the response hook of one request."""
+        token_of = _bearer_of
 
+        @hides_locals
         def repeat_after_401(response: requests.Response, **options: Any) -> Any:
             request: Any = response.request
             if response.is_redirect:
                 self._keep_from_strangers(response)
             # After a redirect this runs for the stranger's answer too: only a refusal
-            # of the token that went there counts.
-            if response.status_code != 401 or not self._has(request, token):
+            # of a token that may go there counts.
+            if response.status_code != 401 or not self._may_sign(str(request.url)):
                 return response
-            if not _rewind(request.body, position):
-                return response
+            repeated = request.copy()
             try:
-                if not self._is_renewed(token):
+                if not _rewind(request.body, position) or not self._renew(repeated):
                     return response
             except ClaudeOAuthError:
                 response.close()  # nobody else gets it to close
                 raise
             response.close()
-            repeated = request.copy()
-            self._sign(repeated)
-            answer = response.connection.send(repeated, **options)
+            answer: Any = response.connection.send(repeated, **options)
+            if answer.status_code == 401:
+                self._service.note_rejected(token_of(repeated))
             answer.history.append(response)
             answer.request = repeated
             return answer
 
         return repeat_after_401
-
-    def _has(self, request: Any, token: str | None) -> bool:
-        sent = request.headers.get("Authorization")
-        return sent == f"Bearer {token}" and self._may_sign(str(request.url))
 
     def _keep_from_strangers(self, response: requests.Response) -> None:
         """Take the API key off before `requests` follows a redirect to another host.
@@ -5818,6 +5945,10 @@ class BearerAuth:
         target = urljoin(response.url, response.headers["location"])
         if not self._may_sign(target):
             response.request.headers.pop("x-api-key", None)
+
+
+def _bearer_of(request: Any) -> str:
+    return str(request.headers.get("Authorization") or "").partition("Bearer ")[2]
 
 
 def _with_beta(asked_for: str | bytes) -> str:
@@ -6513,7 +6644,7 @@ def _login(options: Any) -> int:
         port=options.port,
         timeout=options.timeout,
     )
-    who = service._account_name() or "an account that gives no name"
+    who = service.status()["email"] or "an account that gives no name"
     where = service.storage.describe()
     _tell(f"Signed in as {printable(who)}; the login is kept in {where}.")
     return _show_status(service.status(), options.json, quiet=True)
@@ -6531,7 +6662,7 @@ def _token(options: Any) -> int:
 
 
 def _print_token(service: OAuthService, min_validity: float, as_json: bool) -> int:
-    key = _console_key(service.credentials())
+    key = console_key(service.credentials())
     if not as_json:
         print(key or service.access_token(min_validity=min_validity))
         return 0
@@ -6748,7 +6879,7 @@ def _wait_for_a_look() -> None:
 def _age(service: OAuthService) -> None:
     """Make the stored token one that has expired."""
     with service.storage.lock(LOCK_TIMEOUT):
-        stored = _required(service.storage.load())
+        stored = required(service.storage.load())
         service.storage.save(stored.replace(expires_at=time.time() - 1))
 
 
