@@ -4519,6 +4519,12 @@ def console_key(credentials: Credentials | None) -> str | None:
     return credentials.api_key
 
 
+def needs_key(credentials: Credentials) -> bool:
+    """Tell whether the API takes a key instead of this login, and there is none."""
+    is_console = bool(credentials.scopes) and not credentials.is_claude_ai
+    return is_console and not credentials.api_key
+
+
 def safe_text(error: BaseException) -> str:
     """Return an error's text if this module wrote it: others may quote a secret."""
     known = isinstance(error, ClaudeOAuthError)
@@ -4779,6 +4785,8 @@ class ServedToken:
         bearer = {"Authorization": f"Bearer {self.token}", "anthropic-beta": OAUTH_BETA}
         self.headers = {"x-api-key": key} if key else bearer
         self.headers_expire_at = float("inf") if key else self.expires_at
+        if needs_key(credentials):
+            self.headers_expire_at = 0.0  # the token is no API credential
         # Two clocks: one can be set, and the other stands still while a machine sleeps.
         self.since = now
         self.until = now + LOOK_INTERVAL
@@ -5335,7 +5343,7 @@ class OAuthService:
         has_key = for_api and console_key(credentials) is not None
         if not has_key and self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
-        if for_api and not has_key and _needs_key(credentials):
+        if for_api and not has_key and needs_key(credentials):
             credentials = self._with_token(self._make_missing_key)[0]
         return self._view.serve(credentials, self._clock())
 
@@ -5484,7 +5492,7 @@ class OAuthService:
         with self.storage.lock(LOCK_TIMEOUT):
             stored, found = self._view.read()
             newest = required(found)
-            if not _needs_key(newest):
+            if not needs_key(newest):
                 self._view.remember(newest)
                 return newest
             self.storage.check()
@@ -5783,12 +5791,6 @@ def environment_token() -> str | None:
     return clean_token(value) if value else None
 
 
-def _needs_key(credentials: Credentials) -> bool:
-    """Tell whether the API takes a key instead of this login, and there is none."""
-    is_console = bool(credentials.scopes) and not credentials.is_claude_ai
-    return is_console and not credentials.api_key
-
-
 def _rejected(token: str) -> str:
     return fingerprint(token, client_id="", token_url="")
 
@@ -5844,7 +5846,8 @@ class BearerAuth:
         self._service = service
         api_host = urlsplit(service.config.profile_url).hostname or ""
         for host in hosts:
-            if host.lower() != urlsplit(f"https://{host}/").hostname:
+            is_name = host.lower() == urlsplit(f"https://{host}/").hostname
+            if not is_name or not is_header_safe(host):
                 raise ConfigError(
                     f"{printable(host)!r} is not a host name: give hosts= names alone,"
                     " without scheme, port or path"

@@ -11368,6 +11368,345 @@ def test_a_redirect_to_where_the_token_is_dead_is_renewed(
     assert post(messages_url, signed_in, data=b"x").json() == {"echo": "x"}
 
 
+# -- Service: situations of users ------------------------------------------------------
+
+
+def read_only_service(service):
+    storage = claude_oauth.FileStorage(service.storage.path, read_only=True)
+    return claude_oauth.OAuthService(service.config, storage)
+
+
+def somebody_elses_file(auth_server, config, browser, folder, **options):
+    """The bytes of a credentials file of another person's login."""
+    become_somebody_else(auth_server)
+    path = folder / "elsewhere" / "credentials.json"
+    service = claude_oauth.OAuthService(config, claude_oauth.FileStorage(path))
+    sign_in(service, browser, **options)
+    return path.read_bytes()
+
+
+def test_a_file_that_was_swapped_is_not_shown_under_the_former_name(
+    signed_in, auth_server, config, browser, tmp_path
+):
+    other = somebody_elses_file(auth_server, config, browser, tmp_path)
+    put_bytes(Path(signed_in.storage.path), other)
+
+    for service in (signed_in, another_process(signed_in)):
+        assert service.status()["email"] is None
+        assert service.status()["organization"] is None
+    assert signed_in.profile().email == "other@example.com"
+    assert another_process(signed_in).status()["email"] == "other@example.com"
+
+
+def test_a_refresh_finds_out_whose_a_swapped_file_is(
+    signed_in, auth_server, config, browser, tmp_path
+):
+    other = somebody_elses_file(auth_server, config, browser, tmp_path)
+    put_bytes(Path(signed_in.storage.path), other)
+    signed_in.refresh()
+
+    assert signed_in.status()["email"] == "other@example.com"
+    assert "person@example.com" not in account_file(signed_in).read_text()
+
+
+def test_a_file_that_is_swapped_back_is_known_by_its_next_profile(
+    signed_in, auth_server, config, browser, tmp_path
+):
+    path = Path(signed_in.storage.path)
+    mine = path.read_bytes()
+    put_bytes(path, somebody_elses_file(auth_server, config, browser, tmp_path))
+    signed_in.profile()
+    put_bytes(path, mine)
+
+    assert signed_in.status()["email"] is None
+
+
+def test_a_login_stays_its_persons_through_refreshes(signed_in, auth_server):
+    for service in (signed_in, another_process(signed_in), signed_in):
+        service.refresh()
+        assert service.status()["email"] == "person@example.com"
+    assert auth_server.counts["profile"] == 1
+
+
+def test_a_borrowed_file_whose_owner_is_somebody_else_now_is_theirs(
+    signed_in, auth_server, browser
+):
+    borrower = read_only_service(signed_in)
+    assert borrower.profile().email == "person@example.com"
+    become_somebody_else(auth_server)
+    sign_in(signed_in, browser)
+
+    assert borrower.status()["email"] is None
+    assert borrower.profile().email == "other@example.com"
+    assert borrower.status()["email"] == "other@example.com"
+
+
+@needs_posix
+def test_a_link_that_leads_elsewhere_now_is_not_shown_under_the_former_name(
+    signed_in, auth_server, config, browser, tmp_path
+):
+    link = tmp_path / "credentials.json"
+    link.symlink_to(signed_in.storage.path)
+    service = claude_oauth.OAuthService(config, claude_oauth.FileStorage(link))
+    assert service.profile().email == "person@example.com"
+    other = tmp_path / "other.json"
+    other.write_bytes(somebody_elses_file(auth_server, config, browser, tmp_path))
+    link.unlink()
+    link.symlink_to(other)
+
+    assert service.status()["email"] is None
+    assert service.profile().email == "other@example.com"
+
+
+def test_a_swapped_files_key_is_not_taken_for_the_former_organizations(
+    account_service, auth_server, config, browser, tmp_path
+):
+    mine = auth_server.account, auth_server.organization
+    first = sign_in_at_console(account_service, auth_server, browser)
+    path = Path(account_service.storage.path)
+    put_bytes(
+        path, somebody_elses_file(auth_server, config, browser, tmp_path, console=True)
+    )
+    theirs = account_service.credentials().api_key
+    auth_server.account, auth_server.organization = mine
+    again = sign_in_at_console(account_service, auth_server, browser)
+
+    assert again.api_key not in (None, theirs, first.api_key)
+
+
+def test_two_saves_that_fail_and_a_login_between_lose_nothing(kept):
+    class FullDisk(claude_oauth.FileStorage):
+        full = True
+
+        def save(self, credentials):
+            if self.full:
+                raise claude_oauth.StorageError("no room")
+            super().save(credentials)
+
+    kept.save(-1)
+    service = kept.service(FullDisk(kept.path))
+    service.access_token()  # its successor is in memory alone
+    with kept.storage.lock(0):
+        between = kept.save(-1)  # somebody logs in while the save cannot be repeated
+        assert service.credentials() == between
+    second = service.access_token()
+    third = service.refresh(rejected=second).access_token
+
+    assert kept.server.is_live(third)
+    service.storage.full = False
+    assert service.credentials().access_token == third
+    assert kept.is_alive()
+
+
+def test_after_a_401_a_newer_token_of_a_borrowed_file_signs_the_repeat(
+    signed_in, auth_server, messages_url
+):
+    borrower = read_only_service(signed_in)
+    assert borrower.access_token() == signed_in.access_token()
+    signed_in.refresh()
+    auth_server.access_tokens.pop(borrower.access_token(), None)
+
+    assert post(messages_url, borrower).status_code == 200
+
+
+def test_an_api_that_answers_401_to_everything_costs_one_refresh(
+    signed_in, auth_server, messages_url
+):
+    for _ in range(60):
+        auth_server.fail_next("api", 401, failure("authentication_error", "no"))
+    services = [signed_in, another_process(signed_in)]
+    answers = [post(messages_url, services[n % 2]).status_code for n in range(20)]
+
+    assert answers == [401] * 20
+    assert auth_server.counts["refresh_token"] == 1
+
+
+def test_a_token_that_worked_is_refreshed_when_it_dies_later(
+    signed_in, auth_server, messages_url
+):
+    for _ in range(3):
+        auth_server.expire_access_tokens()
+        assert post(messages_url, signed_in).status_code == 200
+    assert auth_server.counts["refresh_token"] == 3
+
+
+def test_a_new_login_ends_what_an_api_refused(
+    signed_in, auth_server, messages_url, browser
+):
+    for _ in range(3):
+        auth_server.fail_next("api", 401, failure("authentication_error", "no"))
+    assert post(messages_url, signed_in).status_code == 401
+    with pytest.raises(claude_oauth.TokenRefused, match="new tokens too"):
+        signed_in.refresh(rejected=signed_in.access_token())
+    sign_in(signed_in, browser)
+
+    assert post(messages_url, signed_in).status_code == 200
+    assert auth_server.counts["refresh_token"] == 2
+
+
+NOT_HOSTS = {
+    "scheme": "https://api.example.com",
+    "port": "api.example.com:8443",
+    "path": "api.example.com/v1",
+    "user": "me@api.example.com",
+    "empty": "",
+    "blank": "api.example.com ",
+    "wildcard": "https://*.example.com",
+}
+
+
+@pytest.mark.parametrize("host", NOT_HOSTS.values(), ids=NOT_HOSTS)
+def test_what_is_no_host_name_is_refused_where_it_is_given(account_service, host):
+    with pytest.raises(claude_oauth.ConfigError, match="not a host name"):
+        claude_oauth.BearerAuth(account_service, hosts=[host])
+
+
+@pytest.fixture
+def keyless(account_service, auth_server, browser):
+    """A login on the Console path whose key could not be made."""
+    auth_server.fail_next("api_key", 503, b"")
+    granted = sign_in_at_console(account_service, auth_server, browser)
+    assert granted.api_key is None
+    return account_service
+
+
+@pytest.mark.parametrize("ask", ["api_token", "auth_headers"])
+def test_a_missing_console_key_is_made_when_it_is_needed_and_once(
+    keyless, auth_server, ask
+):
+    services = [keyless, another_process(keyless)]
+    with threads(8) as start:
+        found = [start(getattr(services[n % 2], ask)) for n in range(8)]
+        answers = {str(future.result(LIMIT)) for future in found}
+
+    assert len(answers) == 1
+    assert auth_server.counts["api_key"] == 2  # the one that failed, and this one
+    assert keyless.credentials().api_key in answers.pop()
+
+
+@pytest.mark.parametrize("ask", ["api_token", "auth_headers"])
+def test_where_no_console_key_can_be_made_its_error_is_the_answer(
+    keyless, auth_server, ask
+):
+    auth_server.fail_next("api_key", 403, failure("permission_error", "not you"))
+    with pytest.raises(claude_oauth.TokenRefused) as caught:
+        getattr(keyless, ask)()
+    assert caught.value.status == 403
+    assert getattr(keyless, ask)()
+
+
+def test_a_missing_console_key_is_made_with_a_new_token_after_a_401(
+    keyless, auth_server
+):
+    auth_server.expire_access_tokens()
+    assert keyless.api_token() == keyless.credentials().api_key
+    assert auth_server.counts["api_key"] == 3  # unavailable, 401, made
+
+
+def test_a_login_of_unknown_scopes_makes_no_key(kept, auth_server):
+    record = kept.save().to_record()
+    del record["claudeAiOauth"]["scopes"]
+    put_bytes(kept.path, json.dumps(record).encode())
+
+    assert kept.service().api_token() == kept.token
+    assert auth_server.counts["api_key"] == 0
+
+
+def test_the_address_of_a_login_carries_the_email_as_a_hint(
+    account_service, auth_server, browser
+):
+    sign_in(account_service, browser, email="person+work@example.com")
+    query = urllib.parse.urlsplit(browser.urls[0]).query
+    assert urllib.parse.parse_qs(query)["login_hint"] == ["person+work@example.com"]
+
+
+def locals_with_secrets(error, given=()):
+    """Where frames of the module, in an error's whole chain, show a secret."""
+    found, errors = [], [error]
+    for each in errors:
+        tb = each.__traceback__
+        while tb is not None:
+            code = tb.tb_frame.f_code
+            if code.co_filename == str(MODULE):
+                shown = {k: v for k, v in tb.tb_frame.f_locals.items()}
+                text = repr([plain(v) for v in shown.values()])
+                for value in given:
+                    text = text.replace(value, "")
+                found += [(code.co_name, s) for s in secrets_in(text)]
+            tb = tb.tb_next
+        chain = (each.__cause__, each.__context__)
+        errors += [e for e in chain if e is not None and e not in errors]
+    return found
+
+
+def plain(value, depth=4):
+    """A value with what its containers and objects hold, but not what `self` is."""
+    if isinstance(value, dict) and depth:
+        return {str(k): plain(v, depth - 1) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)) and depth:
+        return [plain(each, depth - 1) for each in value]
+    if isinstance(value, claude_oauth.Credentials):
+        return value.to_record()
+    return value
+
+
+FRAMES = {
+    "access_token": lambda service: service.access_token(),
+    "auth_headers": lambda service: service.auth_headers(),
+    "api_token": lambda service: service.api_token(),
+    "refresh": lambda service: service.refresh(),
+    "profile": lambda service: service.profile(force=True),
+    "create_api_key": lambda service: service.create_api_key(),
+}
+TROUBLE = {
+    "refused": (400, {"error": "invalid_grant"}),
+    "limited": (429, failure("rate_limit_error", "no")),
+    "out-of-order": (500, b"oops"),
+    "not-json": (200, b"<html>"),
+    "wrong-json": (200, {"access_token": 5, "refresh_token": "sk-ant-ort01-next"}),
+    "a-refusal-of-the-token": (401, failure("authentication_error", "no")),
+}
+
+
+@pytest.mark.parametrize("answer", TROUBLE.values(), ids=TROUBLE)
+@pytest.mark.parametrize("call", FRAMES.values(), ids=FRAMES)
+def test_no_frame_of_an_error_shows_a_secret(kept, auth_server, call, answer):
+    kept.save(-1)
+    for endpoint in ("token", "profile", "api_key") * 3:
+        auth_server.fail_next(endpoint, *answer)
+    with pytest.raises(claude_oauth.ClaudeOAuthError) as caught:
+        call(kept.service())
+
+    names = [entry.name for entry in caught.traceback]
+    assert locals_with_secrets(caught.value) == []
+    assert set(names) & set(FRAMES), names
+
+
+@pytest.mark.parametrize("answer", TROUBLE.values(), ids=TROUBLE)
+def test_no_frame_of_a_login_that_fails_shows_a_secret(
+    account_service, auth_server, browser, answer
+):
+    auth_server.fail_next("token", *answer)
+    with pytest.raises(claude_oauth.ClaudeOAuthError) as caught:
+        sign_in(account_service, browser)
+
+    assert locals_with_secrets(caught.value) == []
+    assert "login" in [entry.name for entry in caught.traceback]
+
+
+@pytest.mark.parametrize("answer", TROUBLE.values(), ids=TROUBLE)
+def test_no_frame_behind_a_signed_request_shows_a_secret(
+    kept, auth_server, messages_url, answer
+):
+    kept.save()
+    kept.server.expire_access_tokens()
+    auth_server.fail_next("token", *answer)
+    with pytest.raises(claude_oauth.ClaudeOAuthError) as caught:
+        post(messages_url, kept.service())
+
+    assert locals_with_secrets(caught.value) == []
+
+
 # -- Service: BearerAuth with httpx ----------------------------------------------------
 
 
