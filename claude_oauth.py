@@ -4679,20 +4679,35 @@ class AccountFile:
             notes = notes.replace(refused=refused, refused_until=until)
         self.update(notes=notes)
 
-    def note_refusal(self, error: TokenRefused, sent: Credentials) -> None:
-        """Note that a refresh token is dead, so that nobody sends it again."""
-        if error.code == "invalid_grant":
-            seconds = MAX_LIFETIME
-        elif error.status in (401, 404) and error.code != "invalid_client":
+    def note_failure(
+        self, failure: TokenRefused | Unavailable, sent: Credentials, scopes: object
+    ) -> float | None:
+        """Note why a refresh failed.
+
+        Returns the seconds after which a second request, without scopes, makes sense;
+        None if it makes none.
+        """
+        if isinstance(failure, Unavailable):
+            pause = self._note_pause(failure)
+            # While the token is alive it is served, and nobody has to wait at all.
+            is_expired = seconds_left(sent, self._clock()) <= 0
+            return pause if is_expired and 0 < pause <= SHORT_WAIT else None
+        if failure.code == "invalid_scope" and scopes:
+            self.update(notes=self.notes().replace(refused_scopes=scopes))
+            return 0.0
+        if failure.code == "invalid_grant":
+            self._note_refusal(sent, MAX_LIFETIME)
+        elif failure.status in (401, 404) and failure.code != "invalid_client":
             # Most likely dead; but a gateway's word must not end a login for good.
-            seconds = WAIT_CEILING
-        else:
-            return  # it is about the account or the settings, and can be put right
+            self._note_refusal(sent, WAIT_CEILING)
+        return None  # other refusals are about the account or the settings
+
+    def _note_refusal(self, sent: Credentials, seconds: float) -> None:
         refused, until = self.fingerprint(sent), self._clock() + seconds
         self.update(notes=self.notes().replace(refused=refused, refused_until=until))
 
-    def note_pause(self, error: Unavailable) -> float:
-        """Note and return the seconds to wait after a 429 or 5xx, 0 after others."""
+    def _note_pause(self, error: Unavailable) -> float:
+        """Return the seconds to wait after a 429 or 5xx, which every process keeps."""
         import random
 
         if error.status is None or not (error.status == 429 or error.status >= 500):
@@ -4721,6 +4736,23 @@ class AccountFile:
         # Twice: a clock that was set back must not bring a dead token to life.
         is_known = 0 < notes.refused_until - self._clock() <= 2 * MAX_LIFETIME
         return is_known and notes.refused == self.fingerprint(credentials)
+
+    def raise_known_failure(self, credentials: Credentials) -> None:
+        """Raise what the server would say, if it is known, without asking it."""
+        if self.is_refused(credentials):
+            raise TokenRefused("invalid_grant", "refused before, and not sent again")
+        pause = self.pause_left()
+        if pause:
+            raise Unavailable(
+                f"requests to the server are paused for {describe_seconds(pause)};"
+                " try again then",
+                pause,
+            )
+
+    def scopes_to_ask_for(self, credentials: Credentials) -> tuple[str, ...]:
+        """Return the scopes of a refresh, none if the server is known to refuse them."""
+        scopes = scopes_to_refresh(credentials.scopes, self._config.scopes)
+        return () if scopes == self.notes().refused_scopes else scopes
 
     def clear(self) -> None:
         """Remove this module's own keys, and the file if nothing else is in it."""
@@ -4828,24 +4860,14 @@ class StoreView:
         self._forget_after_fork()
         if self.pending:
             self._save_again()
-        before = self._last
-        pending = self.pending
+        pending, before = self.pending, self._last
         stamp = self.storage.stamp()
-        found = before[1]
         if stamp is None or stamp != before[0]:
-            try:
-                found = self._load()
-            except StorageError as error:
-                if found is None:
-                    raise
-                if self._failure is None:
-                    warn(f"{error} (going on with what was read before)")
-                self._failure = _copy_of(error)
-                self._last = (None, found) if self._last is before else self._last
-                return pending.credentials if pending else found
-            self._failure = None
+            found = self._load(before[1])
             if self._last is before:  # else another thread knows something newer
-                self._last = (stamp, found)
+                self._last = (None if self._failure else stamp, found)
+        else:
+            found = before[1]
         if pending and have_same_tokens(found, pending.instead_of):
             return pending.credentials
         return found
@@ -4897,29 +4919,39 @@ class StoreView:
             self.served = nothing_served()
         return served
 
-    def _load(self) -> Credentials | None:
-        """Load, but give a store that failed slowly a rest: it may ask a person."""
-        if self._failure and not self._rest.passed():
-            raise _copy_of(self._failure)
+    def _load(self, known: Credentials | None) -> Credentials | None:
+        """Read the store; while that fails, return what is known.
+
+        A store that failed slowly is given a rest: it may have asked a person.
+        """
         began = time.monotonic()
         try:
-            return self.storage.load()
+            if self._failure and not self._rest.passed():
+                raise _copy_of(self._failure)
+            found = self.storage.load()
         except StorageError as error:
             took = time.monotonic() - began
-            self._rest = Deadline(5 * took if took > SLOW_FAILURE else 0)
-            if self._last[1] is None:
-                self._failure = _copy_of(error)
-            raise
+            if took > SLOW_FAILURE:
+                self._rest = Deadline(5 * took)
+            if known and not self._failure:
+                warn(f"{error} (going on with what was read before)")
+            self._failure = _copy_of(error)
+            if known is None:
+                raise
+            return known
+        self._failure = None
+        return found
 
     def _save_again(self) -> None:
         try:
             with self.storage.lock(0):
                 stored, newest = self.read()
-                if self.pending and newest:
-                    is_login = self.pending.account is not None
-                    if self.save(newest, stored) is None and not is_login:
-                        notes = self._account_file.notes().after_success()
-                        self._account_file.update(notes=notes)
+                pending = self.pending
+                if not pending or not newest or self.save(newest, stored):
+                    return
+                if pending.account is None:
+                    notes = self._account_file.notes().after_success()
+                    self._account_file.update(notes=notes)
         except (StorageError, Unavailable):
             pass  # said once already; the next call tries again
 
@@ -5006,6 +5038,27 @@ class DeferredSignals:
         stack.callback(done.set)
 
 
+def merge_answer(
+    answer: Mapping[str, object], before: Credentials, now: float
+) -> tuple[Credentials, BadAnswer | None]:
+    """Return a refreshed login, and what is wrong with it.
+
+    The refresh token is spent: its successor must not be lost to the rest of an answer
+    that is no good.
+
+    Raises:
+        BadAnswer: There is neither an access token nor a successor in it.
+    """
+    try:
+        found = Credentials.from_answer(answer, received_at=now, previous=before)
+        return found, None
+    except BadAnswer as problem:
+        successor = answer.get("refresh_token")
+        if not isinstance(successor, str) or not successor.strip():
+            raise
+        return before.replace(refresh_token=successor), problem
+
+
 class Refresher:
     """Gets a new access token; nothing else spends a refresh token.
 
@@ -5065,8 +5118,8 @@ class Refresher:
                 return self._borrow(other_than), False
             patience = 0.0 if is_alive else LOCK_TIMEOUT
             return self._refresh_alone(patience, min_validity, other_than)
-        except (TokenRefused, Unavailable, BadAnswer, StorageError, ConfigError) as error:
-            if not is_alive:
+        except ClaudeOAuthError as error:
+            if not is_alive or isinstance(error, NotLoggedIn):
                 raise
             self._not_before = self._clock() + PUT_OFF
             if not isinstance(error, (Unavailable, BadAnswer)):
@@ -5117,28 +5170,27 @@ class Refresher:
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
         stored, found = self._view.read()
-        scopes = scopes_to_refresh(required(found).scopes, self._client.config.scopes)
-        if scopes == self._account_file.notes().refused_scopes:
-            scopes = ()
+        scopes = self._account_file.scopes_to_ask_for(required(found))
         for is_last in (False, True):
             newest = required(found)
             if self._suffices(newest, min_validity, other_than):
                 self._view.remember(newest)
                 return newest, False
-            if not is_last and self._account_file.is_refused(newest):
-                raise TokenRefused("invalid_grant", "refused before, and not sent again")
-            pause = 0.0 if is_last else self._account_file.pause_left()
-            if pause:
-                words = f"requests to the server are paused for {describe_seconds(pause)}"
-                raise Unavailable(f"{words}; try again then", pause)
+            if not is_last:
+                self._account_file.raise_known_failure(newest)
             self._view.storage.check()
             try:
                 return self._spend(newest, stored, scopes, signals), True
             except (TokenRefused, Unavailable) as error:
                 failure = error
             stored, found = self._view.read()
-            if is_last or not self._may_succeed_now(failure, newest, found, scopes):
+            pause: float | None = 0.0  # another program has refreshed meanwhile
+            is_refused = isinstance(failure, TokenRefused)
+            if not (is_refused and found and found.refresh_token != newest.refresh_token):
+                pause = self._account_file.note_failure(failure, newest, scopes)
+            if is_last or pause is None:
                 raise failure
+            time.sleep(pause)
             scopes = ()  # the server keeps those granted
         raise AssertionError("the last round returns or raises")
 
@@ -5161,56 +5213,20 @@ class Refresher:
         signals: DeferredSignals,
     ) -> Credentials:
         """Spend the refresh token and keep what it brings, whatever happens."""
-        problem: BadAnswer | None = None
         with signals:
             answer = self._client.request_refresh(newest, scopes)
-            try:
-                renewed = Credentials.from_answer(
-                    answer, received_at=self._clock(), previous=newest
-                )
-            except BadAnswer as error:
-                # The successor must not be lost to the rest of a bad answer.
-                successor = answer.get("refresh_token")
-                if not isinstance(successor, str) or not successor.strip():
-                    raise
-                renewed, problem = newest.replace(refresh_token=successor), error
+            renewed, problem = merge_answer(answer, newest, self._clock())
             renewed = renewed.replace(client_id=self._client.client_id_for(newest))
-            error_of_save = self._view.save(renewed, stored)
-        spent = stored if error_of_save else None
-        self._account_file.note_success(renewed, newest, spent)
-        if error_of_save:
+            error = self._view.save(renewed, stored)
+        self._account_file.note_success(renewed, newest, stored if error else None)
+        if error:
             warn(
-                f"the refreshed login could not be saved ({safe_text(error_of_save)});"
+                f"the refreshed login could not be saved ({safe_text(error)});"
                 " it is kept in memory and saved as soon as that works"
             )
         if problem:
             raise problem
         return renewed
-
-    def _may_succeed_now(
-        self,
-        failure: TokenRefused | Unavailable,
-        sent: Credentials,
-        found: Credentials | None,
-        scopes: tuple[str, ...],
-    ) -> bool:
-        """Note a failure; tell whether a second request makes sense at once."""
-        if isinstance(failure, Unavailable):
-            pause = self._account_file.note_pause(failure)
-            # While the token is alive it is served, and nobody has to wait at all.
-            is_expired = seconds_left(sent, self._clock()) <= 0
-            if not (is_expired and 0 < pause <= SHORT_WAIT):
-                return False
-            time.sleep(pause)
-            return True
-        if failure.code == "invalid_scope" and scopes:
-            notes = self._account_file.notes().replace(refused_scopes=scopes)
-            self._account_file.update(notes=notes)
-            return True
-        if found and found.refresh_token != sent.refresh_token:
-            return True  # another program has refreshed meanwhile
-        self._account_file.note_refusal(failure, sent)
-        return False
 
 
 # -- Service ---------------------------------------------------------------------------
@@ -5570,11 +5586,9 @@ class OAuthService:
             credentials, account = self._exchange(granted, verifier, state)
             page = success_page(_text(account.get("emailAddress")))
             return credentials
-        except LoginDenied:
-            page = denied_page()
-            raise
         except ClaudeOAuthError as error:
-            page = failure_page(str(error))
+            is_denied = isinstance(error, LoginDenied)
+            page = denied_page() if is_denied else failure_page(str(error))
             raise
         except KeyboardInterrupt as interrupt:
             raise LoginCancelled("the login was given up; try again") from interrupt
@@ -5694,28 +5708,26 @@ class OAuthService:
         account = self._account_file.account(stored)
         # An empty credential stands for none: what it lacks is null in the answer.
         shown = stored or Credentials("none")
-        left = seconds_left(shown, self._clock())
-        method = "claude.ai" if shown.is_claude_ai else "console"
-        source = "store" if stored else "none"
+        expires_in = seconds_left(shown, self._clock())
+        source, method = "environment" if is_environments else "none", None
+        if stored:
+            source = "store"
+            method = "claude.ai" if stored.is_claude_ai else "console"
         return {
             "logged_in": is_environments or self._is_usable(stored),
-            "source": "environment" if is_environments else source,
-            "method": method if stored else None,
+            "source": source,
+            "method": method,
             "email": _text(account.get("emailAddress")),
             "organization": _text(account.get("organizationName")),
             "subscription_type": shown.subscription_type,
             "rate_limit_tier": shown.rate_limit_tier,
             "scopes": list(shown.scopes),
             "expires_at": describe_moment(shown.expires_at),
-            "expires_in": None if shown.expires_at is None else int(left),
+            "expires_in": None if shown.expires_at is None else int(expires_in),
             "refresh_token_expires_at": describe_moment(shown.refresh_token_expires_at),
             "storage": self.storage.describe(),
             "client_id": shown.client_id or self.config.client_id or None,
-            "warnings": (
-                self._warnings_of_environment()
-                if is_environments
-                else self._warnings(stored)
-            ),
+            "warnings": self._warnings(stored, is_environments),
         }
 
     def _warnings_of_environment(self) -> list[str]:
@@ -5727,34 +5739,39 @@ class OAuthService:
             return [warning, str(error)]
         return [warning]
 
-    def _warnings(self, stored: Credentials | None) -> list[str]:
+    def _warnings(self, stored: Credentials | None, is_environments: bool) -> list[str]:
         """Return what a person should know about a login that looks fine."""
+        if is_environments:
+            return self._warnings_of_environment()
         if stored is None:
             return []
+        ours, ends_at = self.config.client_id, stored.refresh_token_expires_at
         warnings = []
-        ours, pause = self.config.client_id, self._account_file.pause_left()
-        is_expired = seconds_left(stored, self._clock()) <= 0
         if self._view.pending:
             warnings.append("the login is in memory alone: it could not be saved")
         if ours and stored.client_id not in (None, ours):
             warnings.append("the login was made with another client id than is set")
-        if self._account_file.is_refused(stored):
-            warnings.append("the server refused to refresh the login: log in again")
-        elif is_expired and self._view.is_read_only:
-            warnings.append("the token has expired: run the program that owns it")
-        elif is_expired and not stored.refresh_token:
-            warnings.append("the token has expired, with none to refresh it: log in")
-        elif pause:
-            span = describe_seconds(pause)
-            warnings.append(f"requests to the server are paused for another {span}")
-        ends_at, now = stored.refresh_token_expires_at, self._clock()
-        if ends_at is not None and ends_at - now < LOGIN_END_WARNING:
-            left = ends_at - now
+        warnings += filter(None, [self._warning_of_refresh(stored)])
+        left = LOGIN_END_WARNING if ends_at is None else ends_at - self._clock()
+        if left < LOGIN_END_WARNING:
             ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
-            warnings.append(
-                f"the login itself {ends}, whatever is refreshed: log in again"
-            )
+            text = f"the login itself {ends}, whatever is refreshed: log in again"
+            warnings.append(text)
         return warnings
+
+    def _warning_of_refresh(self, stored: Credentials) -> str:
+        is_expired = seconds_left(stored, self._clock()) <= 0
+        pause = self._account_file.pause_left()
+        if self._account_file.is_refused(stored):
+            return "the server refused to refresh the login: log in again"
+        if is_expired and self._view.is_read_only:
+            return "the token has expired: run the program that owns it"
+        if is_expired and not stored.refresh_token:
+            return "the token has expired, with none to refresh it: log in"
+        if pause:
+            span = describe_seconds(pause)
+            return f"requests to the server are paused for another {span}"
+        return ""
 
     def _is_usable(self, stored: Credentials | None) -> bool:
         """Tell whether a token can be had, as far as that is known here."""
