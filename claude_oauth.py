@@ -5999,59 +5999,14 @@ SANDBOX_BODY_LIMIT: Final = 1 << 16
 """Bytes; no request to a sandbox is longer."""
 
 SANDBOX_PATIENCE: Final = 5.0
-"""Seconds for a client to send its request, and for a thread to end."""
-
-
-class _SandboxRequest(_Value):
-    _secret = ("target", "body", "bearer", "api_key")
-
-    method: str
-    target: str
-    body: bytes = b""
-    bearer: str = ""
-    api_key: str = ""
-
-    def query(self) -> dict[str, str]:
-        """Return the parameters, each once.  Source: RFC 6749 section 3.1."""
-        from urllib.parse import parse_qsl
-
-        pairs = parse_qsl(self.target.partition("?")[2], keep_blank_values=True)
-        if len(pairs) != len(dict(pairs)):
-            raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
-        return dict(pairs)
-
-    def json(self) -> dict[str, str]:
-        found = parse_json_object(self.body)
-        if found is None or not all(isinstance(value, str) for value in found.values()):
-            raise _SandboxRefusal(400, "oauth_request_parse_error", "not JSON strings")
-        return {name: str(value) for name, value in found.items()}
+"""Seconds that the end of a sandbox waits for each of its threads."""
 
 
 class _SandboxRefusal(Exception):
-    def __init__(self, status: int, code: str, message: str, retry_after: float = 0):
-        super().__init__(status, code, message, retry_after)
-        self.status, self.code, self.message = status, code, message
-        self.headers = {"Retry-After": f"{retry_after:g}"} if retry_after else {}
-
-    def body(self, endpoint: str) -> dict[str, object]:
-        if endpoint in _SANDBOX_GRANTS:  # RFC 6749 section 5.2
-            return {"error": self.code, "error_description": self.message}
-        error = {"type": self.code, "message": self.message}
-        return {"type": "error", "error": error, "request_id": "req_sandbox"}
+    """An error to answer with: status, code, message, and Retry-After in seconds."""
 
 
-class _SandboxLogin:
-    """What begins with one code: a family of tokens that live and die together."""
-
-    def __init__(self, asked: dict[str, str], scopes: Iterable[str], ends: float):
-        self.asked = asked  # the authorize request's parameters
-        self.scopes = sorted(scopes)
-        self.ends = ends  # time.monotonic
-        self.alive = True
-        self.code_used = False
-        self.refresh_token = ""  # the one that is not spent
-
-
+@hides_locals
 class Sandbox:
     """An authorization server on loopback, for demos and for tests of your program.
 
@@ -6088,7 +6043,7 @@ class Sandbox:
         self.origin = ""
         self.lifetime = lifetime
         self.scopes = tuple(scopes)
-        self.counts = dict.fromkeys(_SANDBOX_ENDPOINTS, 0)
+        self.counts = dict.fromkeys((*_SANDBOX_PATHS.values(), *_SANDBOX_GRANTS), 0)
         self._port = port
         self._login_lifetime = login_lifetime
         self._rotate = rotate
@@ -6097,13 +6052,15 @@ class Sandbox:
         # Guards counts and all below, while a request is answered.
         self._lock = threading.Lock()
         self._failures: dict[str, list[_SandboxRefusal]] = {}
-        self._logins: dict[str, _SandboxLogin] = {}  # by code, by refresh token
-        self._access: dict[str, tuple[_SandboxLogin, float]] = {}  # with its end
+        # A login is a family of tokens that live and die together: by code and refresh
+        # token, and by access token with its end.
+        self._logins: dict[str, types.SimpleNamespace] = {}
+        self._access: dict[str, tuple[types.SimpleNamespace, float]] = {}
         self._api_keys: set[str] = set()
 
     def __enter__(self) -> Self:
         try:
-            self._server = _sandbox_server(self._answer, self._port)
+            self._server = make_server("127.0.0.1", self._port, self._handle)
         except (OSError, OverflowError) as exc:
             raise ConfigError(
                 f"no sandbox on port {self._port} ({exc}); choose another port"
@@ -6132,11 +6089,11 @@ class Sandbox:
         Raises:
             ValueError: The request is not a valid one; the text says why.
         """
-        return self._decide(url, "approve")
+        return self._decide(url, b"decision=approve")
 
     def deny(self, url: str) -> str:
         """Like `approve`, as a person who does not agree."""
-        return self._decide(url, "deny")
+        return self._decide(url, b"decision=deny")
 
     def expire_access_tokens(self) -> None:
         """Answer every access token with 401, however long it should live."""
@@ -6164,17 +6121,22 @@ class Sandbox:
         with self._lock:
             self._failures.setdefault(endpoint, []).extend([refusal] * times)
 
-    def _start(self, function: Callable[..., object], *args: object) -> None:
+    def _start(self, function: Callable[..., object], argument: object) -> None:
         import threading
 
-        thread = threading.Thread(target=function, args=args, daemon=True)
+        thread = threading.Thread(target=function, args=(argument,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            raise Unavailable(f"a sandbox needs threads, and here: {exc}") from exc
         self._threads.append(thread)
-        thread.start()
 
-    def _decide(self, url: str, decision: str) -> str:
+    def _decide(self, url: str, decision: bytes) -> str:
         target = url[len(self.origin) :] if url.startswith(self.origin + "/") else ""
-        body = f"decision={decision}".encode()
-        _, answer, headers = self._answer(_SandboxRequest("POST", target, body))
+        request = types.SimpleNamespace(
+            method="POST", target=target, body=decision, token=""
+        )
+        _, answer, headers = self._answer(request)
         if "Location" not in headers:
             raise ValueError(f"this login cannot be decided on: {answer}")
         location = headers["Location"]
@@ -6182,15 +6144,40 @@ class Sandbox:
             self._start(_visit, location)
         return location
 
+    def _handle(self, handler: Any) -> None:
+        """Answer a request of `make_server`; the connection ends with the answer."""
+        length = handler.headers.get("Content-Length") or "0"
+        is_known = length.isdecimal() and int(length) <= SANDBOX_BODY_LIMIT
+        bearer = (handler.headers.get("Authorization") or "").split("Bearer ")[-1]
+        request = types.SimpleNamespace(
+            method=handler.command,
+            target=handler.path,
+            body=handler.rfile.read(int(length)) if is_known else b"",
+            token=handler.headers.get("x-api-key") or bearer,
+        )
+        status, answer, headers = self._answer(request)
+        kind = "text/html; charset=utf-8"
+        if not isinstance(answer, str):
+            kind, answer = "application/json", dump_json(answer)
+        handler.send_response_only(status)  # send_response would name the server
+        headers = {**_SANDBOX_HEADERS, "Content-Type": kind, **headers}
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(answer.encode())))
+        handler.end_headers()
+        handler.wfile.write(answer.encode())
+
     def _answer(
-        self, request: _SandboxRequest
+        self, request: Any
     ) -> tuple[int, str | dict[str, object], dict[str, str]]:
-        """Return status, body (a page or an object) and headers."""
-        endpoint = _SANDBOX_PATHS.get(request.target.partition("?")[0], "")
+        """Return status, content (a page or an object) and headers."""
+        path, _, query = request.target.partition("?")
+        endpoint = _SANDBOX_PATHS.get(path, "")
         with self._lock:
             try:
-                if endpoint == "token":
-                    endpoint = request.json().get("grant_type", "")
+                request.asked = _sandbox_parameters(path, query, request.body)
+                if path == "/v1/oauth/token":
+                    endpoint = request.asked.get("grant_type", "")
                 if endpoint not in self.counts:
                     raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
                 self.counts[endpoint] += 1
@@ -6198,17 +6185,23 @@ class Sandbox:
                     raise self._failures[endpoint].pop(0)
                 answer = getattr(self, "_do_" + endpoint)(request)
             except _SandboxRefusal as refusal:
-                return refusal.status, refusal.body(endpoint), refusal.headers
-        if endpoint == "authorize" and request.method == "POST":
-            return 302, "", {"Location": answer}
-        return 200, answer, {}
+                status, code, message, *pause = refusal.args
+            else:
+                if endpoint == "authorize" and request.method == "POST":
+                    return 302, "", {"Location": answer}
+                return 200, answer, {}
+        headers = {"Retry-After": f"{pause[0]:g}"} if any(pause) else {}
+        if endpoint in _SANDBOX_GRANTS:  # RFC 6749 section 5.2
+            return status, {"error": code, "error_description": message}, headers
+        error = {"type": code, "message": message}
+        return status, {"type": "error", "error": error}, headers
 
-    def _do_authorize(self, request: _SandboxRequest) -> str:
-        """Return the page with the question, or where its answer leads to."""
+    def _do_authorize(self, request: Any) -> str:
+        """Return the page with the question, or where its answer leads."""
         import re
         from urllib.parse import urlencode
 
-        asked = request.query()
+        asked = request.asked
         for name, rule in _SANDBOX_RULES.items():
             pattern = rule.replace("ORIGIN", re.escape(self.origin))
             if not re.fullmatch(pattern, asked.get(name, "")):
@@ -6217,109 +6210,110 @@ class Sandbox:
             return _SANDBOX_PAGE
         callback = {"error": "access_denied", "error_description": "they said no"}
         if request.body == b"decision=approve":
-            callback = {"code": self._new_code(asked)}
+            callback = {"code": _sandbox_secret("authcode-")}
+            self._logins[callback["code"]] = types.SimpleNamespace(
+                asked=asked,
+                scopes=sorted({*asked["scope"].split()} & {*self.scopes}),
+                grant=callback["code"],  # the code or refresh token that is not spent
+                ends=float("inf"),
+                is_alive=True,
+            )
         query = urlencode({**callback, "state": asked["state"]})
         return f"{asked['redirect_uri']}?{query}"
 
-    def _new_code(self, asked: dict[str, str]) -> str:
-        code = _sandbox_secret("authcode-")
-        scopes = set(asked["scope"].split()) & set(self.scopes)
-        ends = time.monotonic() + self._login_lifetime
-        self._logins[code] = _SandboxLogin(asked, scopes, ends)
-        return code
-
-    def _do_authorization_code(self, request: _SandboxRequest) -> dict[str, object]:
-        body = request.json()
-        if not body.get("state"):  # RFC 6749 knows nothing of this; the service does
+    def _do_authorization_code(self, request: Any) -> dict[str, object]:
+        asked = request.asked
+        if not asked.get("state"):  # RFC 6749 knows nothing of this; the service does
             raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
-        login = self._logins.get(body.get("code", ""))
-        if login is None or login.code_used:
-            self._end(login)
-            raise _SandboxRefusal(400, "invalid_grant", "the code is wrong or used")
-        login.code_used = True  # whatever comes next
+        login = self._login_of(asked.get("code", ""))
+        login.grant = ""  # the code is spent, whatever comes next
         for name in ("redirect_uri", "state", "client_id"):
-            if body.get(name) != login.asked[name]:
+            if asked.get(name) != login.asked[name]:
                 raise _SandboxRefusal(400, "invalid_grant", f"{name} is another one")
-        verifier = body.get("code_verifier", "")
+        verifier = asked.get("code_verifier", "")
         if not 43 <= len(verifier) <= 128 or not verifier.isascii():
             raise _SandboxRefusal(400, "invalid_request", "code_verifier is not valid")
         if code_challenge(verifier) != login.asked["code_challenge"]:
             raise _SandboxRefusal(400, "invalid_grant", "code_verifier does not fit")
+        login.ends = time.monotonic() + self._login_lifetime
         return self._issue(login)
 
-    def _do_refresh_token(self, request: _SandboxRequest) -> dict[str, object]:
-        body = request.json()
-        token = body.get("refresh_token", "")
-        login = self._logins.get(token)
-        if login is None or not login.alive or login.ends < time.monotonic():
-            raise _SandboxRefusal(400, "invalid_grant", "the refresh token is dead")
-        if login.asked["client_id"] != body.get("client_id"):
+    def _do_refresh_token(self, request: Any) -> dict[str, object]:
+        asked = request.asked
+        login = self._login_of(asked.get("refresh_token", ""))
+        if login.asked["client_id"] != asked.get("client_id"):
             raise _SandboxRefusal(400, "invalid_grant", "client_id is another one")
-        if login.refresh_token != token:
-            self._end(login)  # two programs have it, and one of them is a thief
-            raise _SandboxRefusal(400, "invalid_grant", "the refresh token was spent")
-        wanted = set(body.get("scope", "").split())
+        wanted = set(asked.get("scope", "").split())
         if not wanted <= {*login.scopes, *ALLOWED_SCOPE_EXPANSIONS}:
             raise _SandboxRefusal(400, "invalid_scope", "more than can be granted")
         login.scopes = sorted(wanted) or login.scopes
         return self._issue(login)
 
-    def _end(self, login: _SandboxLogin | None) -> None:
-        """End a whole login.  Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14."""
-        if login is not None:
-            login.alive = False
+    def _login_of(self, grant: str) -> types.SimpleNamespace:
+        """Return the login of a code or refresh token; one that comes again ends it.
 
-    def _issue(self, login: _SandboxLogin) -> dict[str, object]:
+        Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
+        """
+        login = self._logins.get(grant)
+        if login is None or not login.is_alive or login.ends < time.monotonic():
+            raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
+        if login.grant != grant:
+            login.is_alive = False  # two programs have it, and one of them is a thief
+            raise _SandboxRefusal(400, "invalid_grant", "the grant was used before")
+        return login
+
+    def _issue(self, login: types.SimpleNamespace) -> dict[str, object]:
         now = time.monotonic()
         access_token = _sandbox_secret("sk-ant-oat01-")
         self._access[access_token] = login, now + self.lifetime
-        if self._rotate or not login.refresh_token:
-            login.refresh_token = _sandbox_secret("sk-ant-ort01-")
-            self._logins[login.refresh_token] = login
+        if self._rotate or not login.grant:
+            login.grant = _sandbox_secret("sk-ant-ort01-")
+            self._logins[login.grant] = login
         return {
             "token_type": "bearer",
             "access_token": access_token,
-            "refresh_token": login.refresh_token,
+            "refresh_token": login.grant,
             "expires_in": self.lifetime,
             "refresh_token_expires_in": int(login.ends - now),
             "scope": " ".join(login.scopes),
         }
 
-    def _check_access(self, request: _SandboxRequest, scope: str) -> None:
-        login, end = self._access.get(request.bearer, (None, 0.0))
-        if login is None or not login.alive or end <= time.monotonic():
+    def _check_access(self, token: str, scope: str) -> None:
+        login, end = self._access.get(token, (None, 0.0))
+        if login is None or not login.is_alive or end <= time.monotonic():
             raise _SandboxRefusal(401, "authentication_error", "the token is dead")
         if scope not in login.scopes:
             raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
 
-    def _do_profile(self, request: _SandboxRequest) -> dict[str, object]:
-        self._check_access(request, SCOPE_USER_PROFILE)
+    def _do_profile(self, request: Any) -> dict[str, object]:
+        self._check_access(request.token, SCOPE_USER_PROFILE)
         return _SANDBOX_PROFILE
 
-    def _do_api_key(self, request: _SandboxRequest) -> dict[str, object]:
-        self._check_access(request, SCOPE_ORG_CREATE_API_KEY)
+    def _do_api_key(self, request: Any) -> dict[str, object]:
+        self._check_access(request.token, SCOPE_ORG_CREATE_API_KEY)
         key = _sandbox_secret("sk-ant-api03-")
         self._api_keys.add(key)
         return {"raw_key": key}
 
-    def _do_callback(self, request: _SandboxRequest) -> str:
+    def _do_messages(self, request: Any) -> dict[str, object]:
+        if request.token not in self._api_keys:
+            self._check_access(request.token, SCOPE_USER_INFERENCE)
+        return {"echo": request.body.decode("utf-8", "replace")}
+
+    def _do_callback(self, request: Any) -> str:
         from html import escape
 
-        asked = request.query()
+        asked = request.asked
         code = f"{asked.get('code', '')}#{asked.get('state', '')}"
         shown = asked.get("error") or code
         return f"<!doctype html><title>Sandbox</title><p><code>{escape(shown)}</code>"
 
-    def _do_revoke(self, request: _SandboxRequest) -> dict[str, object]:
-        token = request.json().get("token", "")
-        self._end(self._access.get(token, (None,))[0] or self._logins.get(token))
+    def _do_revoke(self, request: Any) -> dict[str, object]:
+        token = request.asked.get("token", "")
+        login = self._access.get(token, (None,))[0] or self._logins.get(token)
+        if login:
+            login.is_alive = False
         return {}  # for an unknown token too: RFC 7009 section 2.2
-
-    def _do_messages(self, request: _SandboxRequest) -> dict[str, object]:
-        # Some clients send a key as a Bearer token, and the API takes it.
-        if not {request.api_key, request.bearer} & self._api_keys:
-            self._check_access(request, SCOPE_USER_INFERENCE)
-        return {"echo": request.body.decode("utf-8", "replace")}
 
 
 def _sandbox_secret(prefix: str) -> str:
@@ -6328,77 +6322,45 @@ def _sandbox_secret(prefix: str) -> str:
     return f"{prefix}sandbox-{secrets.token_urlsafe(18)}"
 
 
-def _sandbox_server(answer: Callable[[_SandboxRequest], Any], port: int) -> Any:
-    """Return a bound server that has every request answered by a function."""
-    import socketserver
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+def _sandbox_parameters(path: str, query: str, body: bytes) -> dict[str, str]:
+    """Return the strings of a JSON body, or the query's parameters, each once.
 
-    class Handler(BaseHTTPRequestHandler):
-        timeout = SANDBOX_PATIENCE
+    Source: RFC 6749 section 3.1.
+    """
+    from urllib.parse import parse_qsl
 
-        def do_GET(self) -> None:
-            length = self.headers.get("Content-Length") or "0"
-            known = length.isdigit() and int(length) <= SANDBOX_BODY_LIMIT
-            request = _SandboxRequest(
-                method=self.command,
-                target=self.path,
-                body=self.rfile.read(int(length)) if known else b"",
-                bearer=(self.headers.get("Authorization") or "").split("Bearer ")[-1],
-                api_key=self.headers.get("x-api-key") or "",
-            )
-            self.wfile.write(_sandbox_bytes(*answer(request)))
-
-        do_POST = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing: the request line may hold a code."""
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # a stampede of processes fits
-
-        def server_bind(self) -> None:
-            # HTTPServer's own asks the resolver for this machine's name.
-            socketserver.TCPServer.server_bind(self)
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """Say nothing: a client went away."""
-
-    return Server(("127.0.0.1", port), Handler)
-
-
-def _sandbox_bytes(
-    status: int, answer: str | dict[str, object], headers: dict[str, str]
-) -> bytes:
-    """Return a whole HTTP/1.0 answer: the connection ends with it, and its thread."""
-    is_page = isinstance(answer, str)
-    body = str(answer) if is_page else dump_json(answer)
-    head = {
-        "Content-Type": "text/html; charset=utf-8" if is_page else "application/json",
-        "Content-Length": str(len(body.encode())),
-        "Cache-Control": "no-store",
-        "Referrer-Policy": "no-referrer",
-        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
-        **headers,
-    }
-    lines = [f"HTTP/1.0 {status} -", *(f"{k}: {v}" for k, v in head.items())]
-    return "\r\n".join([*lines, "", body]).encode()
+    if path.startswith("/v1/oauth/"):
+        found = parse_json_object(body)
+        if found is None or not all(isinstance(value, str) for value in found.values()):
+            raise _SandboxRefusal(400, "oauth_request_parse_error", "not JSON strings")
+        return {name: str(value) for name, value in found.items()}
+    pairs = parse_qsl(query, keep_blank_values=True)
+    if len(pairs) != len(dict(pairs)):
+        raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
+    return dict(pairs)
 
 
 def _visit(url: str) -> None:
     """Fetch a page of this machine as a browser does, two redirects included."""
+    import socket
     from http.client import HTTPConnection, HTTPException
     from urllib.parse import urljoin, urlsplit
 
     for _ in range(3):
-        parts = urlsplit(url)
-        connection = HTTPConnection(parts.netloc, timeout=LOGIN_TIMEOUT)
         try:
-            connection.request("GET", parts._replace(scheme="", netloc="").geturl())
-            location = connection.getresponse().getheader("Location")
-        except (OSError, HTTPException):
+            parts = urlsplit(url)
+            port = parts.port or 80
+            try:  # by address: the name `localhost` does not resolve everywhere
+                sock = socket.create_connection(("127.0.0.1", port), LOGIN_TIMEOUT)
+            except OSError:
+                sock = socket.create_connection(("::1", port), LOGIN_TIMEOUT)
+            with sock:
+                connection = HTTPConnection(parts.netloc)
+                connection.sock = sock
+                connection.request("GET", parts._replace(scheme="", netloc="").geturl())
+                location = connection.getresponse().getheader("Location")
+        except (OSError, ValueError, HTTPException):
             return  # the program is gone; its own test will say so
-        finally:
-            connection.close()
         if not location:
             return
         url = urljoin(url, location)
@@ -6406,18 +6368,13 @@ def _visit(url: str) -> None:
 
 _SANDBOX_PATHS: Final = {
     "/oauth/authorize": "authorize",
-    "/v1/oauth/token": "token",
+    "/oauth/code/callback": "callback",
+    "/v1/oauth/token/revoke": "revoke",
     "/api/oauth/profile": "profile",
     "/api/oauth/claude_cli/create_api_key": "api_key",
-    "/oauth/code/callback": "callback",
-    "/v1/oauth/revoke": "revoke",
     "/v1/messages": "messages",
 }
-_SANDBOX_GRANTS: Final = ("authorization_code", "refresh_token")
-_SANDBOX_ENDPOINTS: Final = (
-    *(name for name in _SANDBOX_PATHS.values() if name != "token"),
-    *_SANDBOX_GRANTS,
-)
+_SANDBOX_GRANTS: Final = ("authorization_code", "refresh_token")  # /v1/oauth/token
 
 _SANDBOX_RULES: Final = {
     "response_type": "code",
@@ -6429,6 +6386,12 @@ _SANDBOX_RULES: Final = {
     "code_challenge_method": "S256",
 }
 """What an authorize request must have, and how each value must look."""
+
+_SANDBOX_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+}
 
 _SANDBOX_PROFILE: Final = {
     "account": {
@@ -6450,7 +6413,6 @@ _SANDBOX_PROFILE: Final = {
 
 _SANDBOX_PAGE: Final = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Sandbox</title>
-<style>body { font: 1.1em sans-serif; max-width: 30em; margin: 4em auto }</style>
 <h1>Sandbox</h1><p>A program asks to sign in. Nothing here is real.</p>
 <form method="post">
 <button id="approve" name="decision" value="approve">Approve</button>
@@ -6469,10 +6431,12 @@ _EXIT_CODES: Final = (
     (Unavailable, 4),
     (StorageError, 5),
     (ClaudeOAuthError, 1),
+    (OSError, 1),
 )
 """What a script can tell by; 2 is also argparse's, and 130 is Ctrl-C."""
 
 
+@hides_locals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -6480,55 +6444,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run_and_flush(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # Python's own at its end is too late for an exit code
     except SystemExit as done:  # argparse: usage, --help, --version
         return done.code if isinstance(done.code, int) else 2
-    except (KeyboardInterrupt, ClaudeOAuthError) as error:
-        return _exit_code_of(error)
-    except OSError as error:
-        return _exit_code_of_os_error(error)
-
-
-def _run_and_flush(argv: list[str]) -> int:
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-    try:
-        return _run(argv)
-    finally:
-        # Python's own flush at its end comes too late for an exit code.
-        sys.stdout.flush()
-
-
-def _exit_code_of(error: BaseException) -> int:
-    """Say what ended the command, and return the code that tells a script."""
-    if isinstance(error.__cause__ or error, KeyboardInterrupt):  # login() wraps it
-        _tell("\nclaude-oauth: interrupted")
-        return 130
-    _tell(f"claude-oauth: {error}")
-    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
-
-
-def _exit_code_of_os_error(error: OSError) -> int:
-    """Say what failed, unless it is that nobody is left to read the answer."""
-    is_lost = sys.stdout is None
-    try:
-        if not is_lost:
-            sys.stdout.flush()
-    except OSError:
-        is_lost = True
-        # What is still in the buffer must not fail once more at Python's end.
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    if not isinstance(error, BrokenPipeError):
-        what = "cannot write the answer: " if is_lost else ""
-        _tell(f"claude-oauth: {what}{_reason(error)}")
-    return 1
+    except (KeyboardInterrupt, ClaudeOAuthError, OSError) as error:
+        return _report(error)
 
 
 def _run(argv: list[str]) -> int:
     # Shell loops run this very line, and argparse would double what it costs.
     if argv == ["token"]:
-        return _print_token(OAuthService(), REFRESH_BUFFER, False)
+        print(OAuthService().api_token())
+        return 0
     options = make_parser().parse_args(argv)
     if options.verbose:
         import logging
@@ -6538,92 +6470,330 @@ def _run(argv: list[str]) -> int:
     return code
 
 
-_EPILOG: Final = """\
-examples:
-  claude-oauth login                      sign in, then use `token` in scripts
-  claude-oauth token | sed 's/^/Authorization: Bearer /' | curl -H @- …
-  claude-oauth --dir ~/work login         another account beside the first
-  claude-oauth demo                       see it at work, without an account
-
-environment:
-  CLAUDE_OAUTH_CLIENT_ID        the client id that your program was issued
-  CLAUDE_OAUTH_SERVER           another server's origin (see `sandbox`)
-  CLAUDE_OAUTH_DIR              folder of the credential and of account.json
-  CLAUDE_OAUTH_STORE            auto, file, keychain or secret-service
-  CLAUDE_OAUTH_TOKEN            a token to use as it is, before any store
-  CLAUDE_OAUTH_PASSPHRASE_FILE  encrypts the file with what is in this one
-  BROWSER, NO_COLOR, HTTPS_PROXY, REQUESTS_CA_BUNDLE
-
-exit codes:
-  0 done                    3 log in (again), or not allowed   130 Ctrl-C
-  1 another error           4 not to be had now: try later
-  2 usage or settings       5 the store cannot be read or written
-"""
+def _report(error: BaseException) -> int:
+    """Say what ended the command, and return its exit code."""
+    if isinstance(error.__cause__ or error, KeyboardInterrupt):  # login() wraps it
+        say("\nclaude-oauth: interrupted")
+        return 130
+    text = str(error)
+    if isinstance(error, OSError):
+        text = (error.strerror or type(error).__name__).lower()
+        if _has_lost_stdout():
+            text = f"cannot write the answer: {text}"
+    if not isinstance(error, BrokenPipeError):  # nobody is left to read the answer
+        say(f"claude-oauth: {text}")
+    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the command line's parser, which shtab makes completions from."""
-    import argparse
+def _has_lost_stdout() -> bool:
+    if sys.stdout is None:
+        return True
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What is still in the buffer must not fail once more at Python's end.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return True
+    return False
 
-    parser = argparse.ArgumentParser(
-        prog="claude-oauth",
-        description="Sign in to Claude, and get tokens that work.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+def _service(options: Any) -> OAuthService:
+    config = OAuthConfig.from_env()
+    if options.client_id:
+        config = config.replace(client_id=options.client_id)
+    if getattr(options, "scope", None):
+        config = config.replace(scopes=tuple(options.scope))
+    return OAuthService(config, make_storage(options.store, options.dir))
+
+
+def _login(options: Any) -> int:
+    """Sign in by browser, or paste the code that the page shows on any machine."""
+    service = _service(options)
+    service.login(
+        console=options.console,
+        open_browser=not options.no_browser,
+        port=options.port,
+        timeout=options.timeout,
+        email=options.email,
     )
-    version = f"%(prog)s {__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    parser.add_argument(
-        "--client-id", metavar="ID", help="the client id that your program was issued"
-    )
-    parser.add_argument(
-        "--dir", metavar="PATH", help="folder of the credential and of account.json"
-    )
-    parser.add_argument(
-        "--store",
-        choices=("auto", "file", "keychain", "secret-service"),
-        help="where the credential is kept (auto: the Keychain on macOS, else a file)",
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="log, without secrets, to stderr"
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (run, short, text) in _COMMANDS.items():
-        command = commands.add_parser(name, help=short, description=text)
-        command.set_defaults(run=run)
-        _add_options(name, command)
-    return parser
+    with _Unset("CLAUDE_OAUTH_TOKEN"):  # it would hide whose login this is
+        who = service.status()["email"] or "an account that gives no name"
+    where = service.storage.describe()
+    say(f"Signed in as {printable(who)}; the login is kept in {where}.")
+    return _print_status(service.status(), options)
 
 
-def _add_options(name: str, command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    if name == "login":
-        add("--console", action="store_true", help="at the Console, for an API key")
-        add("--no-browser", action="store_true", help="open none, print the address")
-        add("--scope", action="append", help="ask for this one (may be repeated)")
-        _add_seconds(command, "--timeout", LOGIN_TIMEOUT, "for signing in")
-    if name in ("login", "sandbox"):
-        text = "a fixed port, as `ssh -L` needs (default: a free one)"
-        add("--port", type=_port, default=0, metavar="N", help=text)
-    if name == "sandbox":
-        _add_seconds(command, "--lifetime", 28800, "that access tokens live")
-    if name == "token":
-        _add_seconds(command, "--min-validity", REFRESH_BUFFER, "that it must live on")
-    if name == "demo":
-        add("--browser", action="store_true", help="sign in with your own browser")
-    if name in ("login", "status", "token", "refresh", "profile"):
-        add("--json", action="store_true", help="print one JSON object")
+def _status(options: Any) -> int:
+    """Show whose login this is, what it may do and when it ends, offline."""
+    service = _service(options)
+    check, text = _check(service) if options.check else ("", "")
+    status = service.status()
+    scopes: Any = status["scopes"]
+    missing = [scope for scope in service.config.scopes if scope not in scopes]
+    is_outside = status["source"] == "environment"
+    rows = (
+        ("logged in", "yes" if status["logged_in"] else "no"),
+        ("check", text),
+        ("source", "CLAUDE_OAUTH_TOKEN, not the store" if is_outside else ""),
+        ("account", status["email"]),
+        ("organization", status["organization"]),
+        ("plan", status["subscription_type"]),
+        ("tier", status["rate_limit_tier"]),
+        ("path", status["method"]),
+        *(("" if index else "scopes", scope) for index, scope in enumerate(scopes)),
+        ("not granted", " ".join(missing) if scopes else ""),
+        ("token ends", _when(status["expires_at"])),
+        ("login ends", _when(status["refresh_token_expires_at"])),
+        ("store", status["storage"]),
+        ("client id", status["client_id"]),
+    )
+    if not options.check:
+        return _print_status(status, options, rows)
+    _print_status({**status, "check": check}, options, rows)
+    return {"works": 0, "refused": 3, "unknown": 4}[check]
 
 
-def _add_seconds(
-    command: argparse.ArgumentParser, option: str, default: float, text: str
-) -> None:
-    command.add_argument(
-        option,
-        type=_seconds,
-        default=default,
-        metavar="SECONDS",
-        help=f"seconds {text} (default: %(default)g)",
+def _check(service: OAuthService) -> tuple[str, str]:
+    """Ask the server with the present token; return its verdict, short and in full."""
+    try:
+        token = service.access_token()
+        if token.startswith("sk-ant-api"):
+            return "unknown", "unknown: an API key cannot ask for the profile"
+        try:
+            OAuthClient(service.config).fetch_profile(token)
+        except TokenRefused as error:
+            if error.status != 403:  # else it is good, but too narrow for the profile
+                raise
+    except (NotLoggedIn, TokenRefused) as error:
+        return "refused", f"refused: {error}"
+    except (Unavailable, BadAnswer) as error:
+        return "unknown", f"unknown: {error}"
+    return "works", "works"
+
+
+def _when(moment: object) -> str:
+    """Return a moment of a status as people count: from now."""
+    import calendar
+
+    if not isinstance(moment, str):
+        return ""
+    try:
+        then = calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:
+        return f"in more than 1000 years ({moment})"
+    left = then - time.time()
+    word = "in" if left > 0 else "over for"
+    return f"{word} {describe_seconds(abs(left))} ({moment})"
+
+
+def _print_status(
+    status: Mapping[str, object], options: Any, rows: Iterable[tuple[str, object]] = ()
+) -> int:
+    """Print a status; return 3 where nobody is logged in."""
+    if options.json:
+        print(dump_json(status))
+    else:
+        for name, value in rows:
+            if value:
+                print(f"{name:14}{printable(value, limit=1000)}")
+        warnings: Any = status["warnings"]
+        if status["source"] == "none":
+            warnings = ["run `claude-oauth login` to sign in"]
+        for warning in warnings:
+            say(f"! {warning}")
+    return 0 if status["logged_in"] else 3
+
+
+def _token(options: Any) -> int:
+    """Print an access token that works; on the Console path, the API key."""
+    service = _service(options)
+    token = service.api_token(min_validity=options.min_validity)
+    if not options.json:
+        print(token)
+        return 0
+    status = service.status()
+    answer = {"access_token": token}
+    ends = {name: status[name] for name in ("expires_at", "expires_in")}
+    if status["method"] == "console":
+        answer, ends = {"api_key": token}, {"expires_at": None}
+    print(dump_json({**answer, **ends, "token": token}))
+    return 0
+
+
+def _refresh(options: Any) -> int:
+    """Ask the server for a new token, however long the present one lives."""
+    service = _service(options)
+    service.refresh()
+    status = service.status()
+    left = status["expires_in"]
+    until = f" for {describe_seconds(left)}" if isinstance(left, int) else ""
+    say(f"Refreshed; the new token is good{until}.")
+    return _print_status(status, options)
+
+
+def _profile(options: Any) -> int:
+    """Ask the server whose login it is."""
+    profile = vars(_service(options).profile(force=True))
+    if options.json:
+        print(dump_json(profile))
+        return 0
+    for name, value in profile.items():
+        if value is not None:
+            text = {True: "yes", False: "no"}.get(value, value)
+            print(f"{name.replace('_', ' '):26}{printable(text)}")
+    return 0
+
+
+def _api_key(options: Any) -> int:
+    """Make one more permanent API key of the Console, store it and print it."""
+    try:
+        print(_service(options).create_api_key())
+    except TokenRefused as error:
+        if error.status == 403:
+            say("Keys are made by a Console login: `claude-oauth login --console`.")
+        raise
+    say("This key is permanent; delete it on the Console's page of API keys.")
+    return 0
+
+
+def _logout(options: Any) -> int:
+    """Revoke the login where the server can, and delete it here."""
+    service = _service(options)
+    found = service.logout()
+    where = service.storage.describe()
+    say(f"Logged out of {where}." if found else f"There was no login in {where}.")
+    for name in SIGNS_IN:
+        if setting(name):
+            say(f"{name} is set, and still signs programs in.")
+    return 0
+
+
+class _Unset:
+    """A block without the environment's settings that begin with a prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._names = [name for name in os.environ if name.startswith(prefix)]
+
+    def __enter__(self) -> None:
+        self._settings = {name: os.environ.pop(name) for name in self._names}
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.environ.update(self._settings)
+
+
+def _settings_for(sandbox: Sandbox, directory: str) -> dict[str, str]:
+    return {
+        "CLAUDE_OAUTH_SERVER": sandbox.origin,
+        "CLAUDE_OAUTH_CLIENT_ID": sandbox.config.client_id,
+        "CLAUDE_OAUTH_DIR": directory,
+        "CLAUDE_OAUTH_STORE": "file",
+    }
+
+
+def _sandbox(options: Any) -> int:
+    """Serve a login to play with; the lines it prints point claude-oauth at it."""
+    import shlex
+    import signal
+    from tempfile import TemporaryDirectory
+
+    sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
+    # Ended in either way, it takes its folder with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
+            for name, value in _settings_for(sandbox, directory).items():
+                print(f"export {name}={shlex.quote(value)}")
+            sys.stdout.flush()
+            say("Paste these lines into another terminal; Ctrl-C ends this one.")
+            while True:
+                time.sleep(3600)  # Windows: Ctrl-C ends a sleep, but not an Event.wait
+    except KeyboardInterrupt:
+        return 0
+
+
+def _demo(options: Any) -> int:
+    """Play a login's whole life against a sandbox, in a temporary folder."""
+    from tempfile import TemporaryDirectory
+
+    temporary = TemporaryDirectory(prefix="claude-oauth-")
+    with _Unset("CLAUDE_"), temporary as directory, Sandbox() as sandbox:
+        storage = make_storage("file", directory)  # as the processes below make theirs
+        service = OAuthService(
+            sandbox.config,
+            storage,
+            flush_telemetry=lambda _: _step("logout", "telemetry is flushed first"),
+        )
+        _step("server", f"a sandbox at {sandbox.origin}; the store is {directory}")
+        opener = True if options.browser else sandbox.approve
+        service.login(open_browser=opener, paste=options.browser)
+        status = service.status()
+        _step("login", f"{status['email']}, plan {status['subscription_type']}")
+        first = service.access_token()
+        _step("token", f"{first[:13]}… from the file, no request")
+        _expire(storage)
+        news = "the same token" if service.access_token() == first else "a new token"
+        _step("expiry", f"{news}, {sandbox.counts['refresh_token']} refresh")
+        _expire(storage)
+        _demo_stampede(sandbox, directory)
+        _demo_early_end(service, sandbox)
+        service.logout()
+        left = "nothing" if storage.load() is None else "something"
+        _step("", f"the grant is revoked; {left} is left in the store")
+    return 0
+
+
+def _step(name: str, text: str) -> None:
+    print(f"{name:10}{text}", flush=True)
+
+
+def _expire(storage: Storage) -> None:
+    """Make the stored token one that has expired, and wait until that is noticed."""
+    with storage.lock(LOCK_TIMEOUT):
+        stored = storage.load() or Credentials("")
+        storage.save(stored.replace(expires_at=time.time() - 1))
+    time.sleep(LOOK_INTERVAL)
+
+
+def _demo_stampede(sandbox: Sandbox, directory: str) -> None:
+    import subprocess
+
+    if getattr(sys, "frozen", False):
+        _step("stampede", "left out: a frozen program would start itself")
+        return
+    before = sandbox.counts["refresh_token"]
+    spec = globals().get("__spec__")  # None where this file is run as a script
+    start = ["-m", spec.name] if spec else [os.path.abspath(__file__)]
+    command = [sys.executable, *start, "token"]
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    settings = _settings_for(sandbox, directory)
+    environ = {**os.environ, **settings, "PYTHONPATH": paths}
+    workers = [  # in a folder where nothing is imported by mistake
+        subprocess.Popen(command, env=environ, cwd=directory, stdout=subprocess.PIPE)
+        for _ in range(8)
+    ]
+    tokens = [worker.communicate()[0].strip() for worker in workers]
+    _step(
+        "stampede",
+        "8 processes find an expired token:"
+        f" {sandbox.counts['refresh_token'] - before} refresh,"
+        f" {sum(map(bool, tokens))} of 8 have a token, {len(set(tokens))} token in all",
+    )
+
+
+def _demo_early_end(service: OAuthService, sandbox: Sandbox) -> None:
+    import requests
+
+    time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
+    sandbox.expire_access_tokens()
+    url = sandbox.origin + "/v1/messages"
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy
+        answer = session.post(url, json={}, auth=BearerAuth(service), timeout=9)
+    codes = [each.status_code for each in (*answer.history, answer)]
+    _step(
+        "401",
+        f"a token that died early is refreshed and the request repeated: {codes}",
     )
 
 
@@ -6647,371 +6817,103 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError("a time is a number of seconds, as in 300")
 
 
-def _service(options: Any) -> OAuthService:
-    config = OAuthConfig.from_env()
-    if options.client_id:
-        config = config.replace(client_id=options.client_id)
-    if getattr(options, "scope", None):
-        config = config.replace(scopes=tuple(options.scope))
-    return OAuthService(config, make_storage(options.store, options.dir))
+def _filled(text: str) -> str:
+    """Refuse what a shell makes of an unset variable: it is not the default."""
+    import argparse
+
+    if text.strip():
+        return text.strip()
+    raise argparse.ArgumentTypeError("it is empty; give it a value or leave it out")
 
 
-def _login(options: Any) -> int:
-    service = _service(options)
-    service.login(
-        console=options.console,
-        open_browser=not options.no_browser,
-        port=options.port,
-        timeout=options.timeout,
-    )
-    who = service.status()["email"] or "an account that gives no name"
-    where = service.storage.describe()
-    _tell(f"Signed in as {printable(who)}; the login is kept in {where}.")
-    return _show_status(service.status(), options.json, quiet=True)
-
-
-def _status(options: Any) -> int:
-    service = _service(options)
-    status = service.status()
-    missing = [s for s in service.config.scopes if s not in _list(status["scopes"])]
-    return _show_status(status, options.json, missing=missing)
-
-
-def _token(options: Any) -> int:
-    return _print_token(_service(options), options.min_validity, options.json)
-
-
-def _print_token(service: OAuthService, min_validity: float, as_json: bool) -> int:
-    key = console_key(service.credentials())
-    if not as_json:
-        print(key or service.access_token(min_validity=min_validity))
-        return 0
-    answer: dict[str, object] = {"api_key": key}
-    if not key:
-        token = service.access_token(min_validity=min_validity)
-        status = service.status()
-        answer = {"access_token": token}
-        answer.update({k: status[k] for k in ("expires_at", "expires_in")})
-    print(dump_json(answer))
-    return 0
-
-
-def _refresh(options: Any) -> int:
-    service = _service(options)
-    service.refresh()
-    status = service.status()
-    left = status["expires_in"]
-    until = f" for {describe_seconds(left)}" if isinstance(left, int) else ""
-    _tell(f"Refreshed; the new token is good{until}.")
-    return _show_status(status, options.json, quiet=True)
-
-
-def _profile(options: Any) -> int:
-    profile = _service(options).profile(force=True)
-    if options.json:
-        print(dump_json(dict(profile.__dict__)))
-        return 0
-    for name, value in profile.__dict__.items():
-        if value is not None:
-            told = {True: "yes", False: "no"}.get(value, value)
-            print(f"{name.replace('_', ' '):26}{printable(told)}")
-    return 0
-
-
-def _api_key(options: Any) -> int:
-    try:
-        print(_service(options).create_api_key())
-    except TokenRefused as error:
-        if error.status == 403:
-            _tell("Keys are made by a Console login: `claude-oauth login --console`.")
-        raise
-    _tell("This key is permanent; delete it on the Console's page of API keys.")
-    return 0
-
-
-def _logout(options: Any) -> int:
-    service = _service(options)
-    found = service.logout()
-    where = service.storage.describe()
-    _tell(f"Logged out of {where}." if found else f"There was no login in {where}.")
-    for name in SIGNS_IN:
-        if os.environ.get(name):
-            _tell(f"{name} is set, and still signs programs in.")
-    return 0
-
-
-def _tell(text: str) -> None:
-    if sys.stderr is not None:  # print would turn to stdout
-        print(text, file=sys.stderr, flush=True)  # before 3.9 a pipe waits for more
-
-
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
-
-
-def _show_status(
-    status: Mapping[str, object],
-    as_json: bool,
-    *,
-    missing: Sequence[str] = (),
-    quiet: bool = False,
-) -> int:
-    """Print a status; return 3 where nobody is logged in."""
-    warnings = _list(status["warnings"])
-    if as_json:
-        print(dump_json(status))
-    elif not quiet:
-        for name, value in _status_rows(status, missing):
-            print(f"{name:14}{value}")
-    if not as_json:
-        if status["source"] == "none":
-            warnings = ["run `claude-oauth login` to sign in"]
-        for warning in warnings:
-            _tell(f"{_coloured('!', '33', sys.stderr)} {warning}")
-    return 0 if status["logged_in"] else 3
-
-
-def _status_rows(
-    status: Mapping[str, object], missing: Sequence[str]
-) -> Iterator[tuple[str, str]]:
-    """Return what a person wants to know first, in words."""
-    is_in = bool(status["logged_in"])
-    scopes = [str(scope) for scope in _list(status["scopes"])]
-    source = "CLAUDE_OAUTH_TOKEN, not the store"
-    rows = (
-        ("source", source if status["source"] == "environment" else ""),
-        ("account", status["email"]),
-        ("organization", status["organization"]),
-        ("plan", status["subscription_type"]),
-        ("tier", status["rate_limit_tier"]),
-        ("path", status["method"]),
-        *(("" if index else "scopes", scope) for index, scope in enumerate(scopes)),
-        ("not granted", " ".join(missing) if scopes else ""),
-        ("token ends", _when(status["expires_at"])),
-        ("login ends", _when(status["refresh_token_expires_at"])),
-        ("store", status["storage"]),
-        ("client id", status["client_id"]),
-    )
-    word, colour = ("yes", "32") if is_in else ("no", "31")
-    yield "logged in", _coloured(word, colour, sys.stdout)
-    yield from ((name, printable(value, limit=1000)) for name, value in rows if value)
-
-
-def _when(moment: object) -> str:
-    """Return a moment of a status as people count: from now."""
-    import calendar
-
-    if not isinstance(moment, str):
-        return ""
-    try:
-        then = calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
-    except ValueError:
-        return f"in more than 1000 years ({moment})"
-    left = then - time.time()
-    span = describe_seconds(abs(left))
-    return f"in {span} ({moment})" if left > 0 else f"over for {span} ({moment})"
-
-
-def _coloured(text: str, code: str, stream: TextIO) -> str:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if plain or stream is None or not stream.isatty():
-        return text
-    return f"\x1b[{code}m{text}\x1b[0m"
-
-
-class _OwnSettings:
-    """Without the CLAUDE_* settings of the person: demo and sandbox have their own."""
-
-    def __enter__(self) -> str:
-        import tempfile
-
-        names = [name for name in os.environ if name.startswith("CLAUDE_")]
-        self._settings = {name: os.environ.pop(name) for name in names}
-        self._directory = tempfile.TemporaryDirectory(prefix="claude-oauth-")
-        return self._directory.name
-
-    def __exit__(self, *exc_info: object) -> None:
-        os.environ.update(self._settings)
-        self._directory.cleanup()
-
-
-def _sandbox(options: Any) -> int:
-    import shlex
-    import signal
-    import threading
-
-    sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
-    # Ended in either way, it takes its folder with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with _OwnSettings() as directory, sandbox:
-            for name, value in _settings_for(sandbox, directory).items():
-                print(f"export {name}={shlex.quote(value)}")
-            sys.stdout.flush()
-            _tell("Paste these lines into another terminal; Ctrl-C ends this one.")
-            while True:
-                threading.Event().wait(3600)
-    except KeyboardInterrupt:
-        return 0
-
-
-def _settings_for(sandbox: Sandbox, directory: str) -> dict[str, str]:
-    return {
-        "CLAUDE_OAUTH_SERVER": sandbox.origin,
-        "CLAUDE_OAUTH_CLIENT_ID": sandbox.config.client_id,
-        "CLAUDE_OAUTH_DIR": directory,
-        "CLAUDE_OAUTH_STORE": "file",
-    }
-
-
-def _demo(options: Any) -> int:
-    """Show a login's whole life; nothing of it touches a store or the network."""
-    with _OwnSettings() as directory, Sandbox() as sandbox:
-        path = os.path.join(directory, "credentials.json")
-        service = OAuthService(
-            sandbox.config,
-            FileStorage(path),
-            flush_telemetry=lambda _: _step("logout", "telemetry is flushed first"),
-        )
-        _step("server", f"a sandbox at {sandbox.origin}; the store is {directory}")
-        opener = True if options.browser else sandbox.approve
-        service.login(open_browser=opener, paste=options.browser)
-        status = service.status()
-        _step("login", f"{status['email']}, plan {status['subscription_type']}")
-        _step("token", f"{service.access_token()[:13]}… from the file, no request")
-        _demo_expiry(service, sandbox)
-        _demo_stampede(service, sandbox, directory)
-        _demo_early_end(service, sandbox)
-        service.logout()
-        left = "nothing" if service.credentials() is None else "something"
-        _step("", f"the grant is revoked; {left} is left in the store")
-    return 0
-
-
-def _step(name: str, text: str) -> None:
-    print(f"{name:10}{text}", flush=True)
-
-
-def _wait_for_a_look() -> None:
-    time.sleep(LOOK_INTERVAL)  # until then, a token is handed out without one
-
-
-def _age(service: OAuthService) -> None:
-    """Make the stored token one that has expired."""
-    with service.storage.lock(LOCK_TIMEOUT):
-        stored = required(service.storage.load())
-        service.storage.save(stored.replace(expires_at=time.time() - 1))
-
-
-def _demo_expiry(service: OAuthService, sandbox: Sandbox) -> None:
-    before = service.access_token()
-    _age(service)
-    _wait_for_a_look()
-    after = service.access_token()
-    changed = "a new token" if after != before else "the same token"
-    _step("expiry", f"{changed}, {sandbox.counts['refresh_token']} refresh")
-
-
-def _demo_stampede(service: OAuthService, sandbox: Sandbox, directory: str) -> None:
-    import subprocess
-
-    _age(service)
-    before = sandbox.counts["refresh_token"]
-    spec = globals().get("__spec__")
-    name = spec.name if spec else os.path.splitext(os.path.basename(__file__))[0]
-    start = f"import runpy; runpy.run_module({name!r}, run_name='__main__')"
-    environ = {
-        **os.environ,
-        **_settings_for(sandbox, directory),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", start, "token"], env=environ, stdout=subprocess.PIPE
-        )
-        for _ in range(8)
-    ]
-    tokens = [worker.communicate(timeout=LOCK_TIMEOUT)[0].strip() for worker in workers]
-    refreshes = sandbox.counts["refresh_token"] - before
-    _step(
-        "stampede",
-        f"8 processes find an expired token: {refreshes} refresh,"
-        f" {sum(map(bool, tokens))} of 8 have a token, {len(set(tokens))} token in all",
-    )
-
-
-def _demo_early_end(service: OAuthService, sandbox: Sandbox) -> None:
-    import requests
-
-    _wait_for_a_look()
-    sandbox.expire_access_tokens()
-    url = f"{sandbox.origin}/v1/messages"
-    auth = BearerAuth(service)
-    answer = requests.post(
-        url, json={"hello": "there"}, auth=auth, timeout=9, proxies=_proxies_for(url)
-    )
-    _step(
-        "401",
-        "a token that died early is refreshed and the request repeated:"
-        f" {[r.status_code for r in (*answer.history, answer)]}",
-    )
-
-
-_COMMANDS: Final[Mapping[str, tuple[Callable[[Any], int], str, str]]] = {
-    "login": (
-        _login,
-        "sign in, by browser or by paste",
-        "Sign in by browser; or open the address on any machine, and paste the code"
-        " that the page shows there.",
-    ),
-    "status": (
-        _status,
-        "show the login, offline",
-        "Show whose login this is, what it may do and when it ends. No server is asked."
-        " Ends with 0 if somebody is signed in, else with 3.",
-    ),
-    "token": (
-        _token,
-        "print an access token that works",
-        "Print an access token, refreshed if that is due; on the Console path, the API"
-        " key. Nothing else goes to stdout.",
-    ),
-    "refresh": (
-        _refresh,
-        "get a new token now",
-        "Ask the server for a new token, however long the present one lives.",
-    ),
-    "profile": (
-        _profile,
-        "show whose login it is",
-        "Ask the server whose login it is.",
-    ),
-    "api-key": (
-        _api_key,
-        "make a permanent Console API key",
-        "Make a permanent API key of the Console, store it and print it. Each call"
-        " makes another one.",
-    ),
-    "logout": (
-        _logout,
-        "end the login here",
-        "Revoke the login where the server can, and delete it here. What other"
-        " programs keep stays.",
-    ),
-    "sandbox": (
-        _sandbox,
-        "serve a login to play with",
-        "Serve an authorization server on this machine until Ctrl-C, and print the"
-        " lines that point claude-oauth at it. Nothing there is real.",
-    ),
-    "demo": (
-        _demo,
-        "show a login's whole life",
-        "Play a login's whole life against a sandbox in a temporary folder. It takes no"
-        " account and no network.",
-    ),
+_OPTIONS: Final = {
+    "--client-id": (_filled, None, "ID", "the client id of your program"),
+    "--dir": (_filled, None, "PATH", "folder of the credential and of account.json"),
+    "--port": (_port, 0, "N", "a fixed one, for `ssh -L` (default: free)"),
+    "--timeout": (_seconds, LOGIN_TIMEOUT, "SECONDS", "to sign in within"),
+    "--email": (_filled, None, "ADDRESS", "the account to suggest on the page"),
+    "--min-validity": (_seconds, REFRESH_BUFFER, "SECONDS", "that it must live on"),
+    "--lifetime": (_seconds, 28800, "SECONDS", "that access tokens live"),
 }
-"""Each command: what runs, its line in the list, and its own description."""
+"""Options with a value: how it is read, the default, its name, and what it is."""
+
+_FLAGS: Final = {
+    "--verbose": "log, without secrets, to stderr",
+    "--console": "at the Console, for an API key",
+    "--no-browser": "open none, print the address",
+    "--browser": "sign in with your own browser",
+    "--check": "ask the server too: ends with 0 (works), 3 (refused) or 4 (unknown)",
+    "--json": "print one JSON object",
+}
+
+_COMMANDS: Final = {
+    "login": (_login, "--console --no-browser --port --timeout --email --json"),
+    "status": (_status, "--check --json"),
+    "token": (_token, "--min-validity --json"),
+    "refresh": (_refresh, "--json"),
+    "profile": (_profile, "--json"),
+    "api-key": (_api_key, ""),
+    "logout": (_logout, ""),
+    "sandbox": (_sandbox, "--port --lifetime"),
+    "demo": (_demo, "--browser"),
+}
+"""Each command: what runs, whose docstring is its help; and its options."""
+
+_EPILOG: Final = """\
+environment:
+  CLAUDE_OAUTH_CLIENT_ID        the client id of your program
+  CLAUDE_OAUTH_SERVER           another server's origin (see `sandbox`)
+  CLAUDE_OAUTH_DIR              folder of the credential and of account.json
+  CLAUDE_OAUTH_STORE            auto, file, keychain or keyring
+  CLAUDE_OAUTH_TOKEN            a token to use as it is, before any store
+  CLAUDE_OAUTH_PASSPHRASE_FILE  encrypts the file with what is in this one
+  BROWSER, HTTPS_PROXY, REQUESTS_CA_BUNDLE
+
+exit codes:
+  0 done                    3 log in (again), or not allowed   130 Ctrl-C
+  1 another error           4 not to be had now: try later
+  2 usage or settings       5 the store cannot be read or written
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser, which shtab makes completions from."""
+    import argparse
+
+    def add(parser: argparse.ArgumentParser, *names: str) -> None:
+        for name in names:
+            if name in _FLAGS:
+                parser.add_argument(name, action="store_true", help=_FLAGS[name])
+            else:
+                read, default, metavar, text = _OPTIONS[name]
+                if read is _seconds:
+                    text += " (default: %(default)g)"
+                parser.add_argument(
+                    name, type=read, default=default, metavar=metavar, help=text
+                )
+
+    parser = argparse.ArgumentParser(
+        prog="claude-oauth",
+        description="Sign in to Claude, and get tokens that work.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"%(prog)s {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    add(parser, "--client-id", "--dir", "--verbose")
+    stores = ("auto", "file", "keychain", "keyring")
+    text = "where the credential is kept (auto: the Keychain on macOS, else a file)"
+    parser.add_argument("--store", choices=stores, help=text)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, options) in _COMMANDS.items():
+        text = run.__doc__ or ""  # python -OO leaves none
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        add(command, *options.split())
+        if name == "login":
+            text = "ask for this one (may be repeated)"
+            command.add_argument("--scope", type=_filled, action="append", help=text)
+    return parser
 
 
 if __name__ == "__main__":

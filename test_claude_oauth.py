@@ -825,7 +825,7 @@ class AuthServer(LoopbackServer):
         "/api/oauth/profile": "profile",
         "/api/oauth/claude_cli/create_api_key": "api_key",
         "/oauth/code/callback": "callback",
-        "/v1/oauth/revoke": "revoke",
+        "/v1/oauth/token/revoke": "revoke",
         "/v1/messages": "api",
     }
 
@@ -11835,6 +11835,15 @@ def test_httpx_takes_no_token_along_when_it_is_redirected(
 # -- Sandbox ---------------------------------------------------------------------------
 
 
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as s:
+            s.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture
 def sandbox():
     with claude_oauth.Sandbox() as sandbox:
@@ -12131,14 +12140,16 @@ def test_a_console_login_at_a_sandbox_makes_keys_that_open_the_api():
 @pytest.mark.parametrize("kind", ["access_token", "refresh_token"])
 def test_a_revoked_token_takes_the_whole_login_with_it(by_hand, kind):
     tokens = by_hand.exchange().json()
-    assert by_hand.post("/v1/oauth/revoke", {"token": tokens[kind]}).status_code == 200
+    answer = by_hand.post("/v1/oauth/token/revoke", {"token": tokens[kind]})
+    assert answer.status_code == 200
 
     assert by_hand.refresh(tokens["refresh_token"]).status_code == 400
     assert by_hand.get("/api/oauth/profile", tokens["access_token"]).status_code == 401
 
 
 def test_revoking_an_unknown_token_is_no_error(by_hand):
-    assert by_hand.post("/v1/oauth/revoke", {"token": "unknown"}).status_code == 200
+    answer = by_hand.post("/v1/oauth/token/revoke", {"token": "unknown"})
+    assert answer.status_code == 200
 
 
 def test_a_sandbox_counts_what_it_was_asked_for(at_sandbox):
@@ -12221,7 +12232,7 @@ def test_the_settings_of_a_sandbox_have_every_endpoint_at_its_origin(sandbox):
     config = sandbox.config
     assert config.client_id
     assert config.token_url == sandbox.origin + "/v1/oauth/token"
-    assert config.revoke_url == sandbox.origin + "/v1/oauth/revoke"
+    assert config.revoke_url == sandbox.origin + "/v1/oauth/token/revoke"
 
 
 def test_the_tokens_of_a_sandbox_look_like_the_real_ones(at_sandbox):
@@ -12230,15 +12241,15 @@ def test_the_tokens_of_a_sandbox_look_like_the_real_ones(at_sandbox):
     assert tokens["refresh_token"].startswith("sk-ant-ort01-sandbox-")
 
 
-def test_no_repr_of_a_sandbox_request_shows_a_secret(at_sandbox):
-    request = claude_oauth._SandboxRequest(
-        "GET",
-        at_sandbox.url(),
-        b'{"refresh_token": "sk-ant-ort01-secret"}',
-        "sk-ant-oat01-secret",
-        "sk-ant-api03-secret",
-    )
-    assert not secrets_in(repr(request))
+def test_a_refused_approval_leaves_no_secret_in_the_frames_of_the_module(at_sandbox):
+    url = at_sandbox.url(code_challenge_method="plain")
+    with pytest.raises(ValueError, match="code_challenge_method") as caught:
+        at_sandbox.server.approve(url)
+
+    frames = [entry.frame.raw for entry in caught.traceback]
+    ours = {f.f_code.co_name: f for f in frames if "Sandbox" in f.f_globals}
+    held = {name: dict(ours[name].f_locals) for name in ours if name != "call"}
+    assert held == {"approve": {}, "_decide": {}}
 
 
 def test_eight_threads_refresh_one_token_and_one_of_them_gets_it(at_sandbox):
@@ -12255,6 +12266,44 @@ def test_eight_threads_refresh_one_token_and_one_of_them_gets_it(at_sandbox):
     for thread in threads:
         thread.join(LIMIT)
     assert sorted(statuses) == [200] + [400] * 7
+
+
+def test_a_decision_is_delivered_where_localhost_does_not_resolve(monkeypatch):
+    resolve = socket.getaddrinfo
+
+    def resolve_addresses_alone(host, *args, **options):
+        if host == "localhost":
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return resolve(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_addresses_alone)
+    with ScriptedServer(Answer(200, "<p>done")) as program:
+        with claude_oauth.Sandbox() as sandbox:
+            callback = f"http://localhost:{program.port}/callback"
+            sandbox.approve(ByHand(sandbox, callback).url())
+        assert program.requests[0].headers["Host"] == f"localhost:{program.port}"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no ::1")
+def test_a_decision_is_delivered_to_a_program_on_ipv6_alone():
+    with socket.socket(socket.AF_INET6) as program, claude_oauth.Sandbox() as sandbox:
+        program.bind(("::1", 0))
+        program.listen()
+        program.settimeout(LIMIT)
+        callback = f"http://localhost:{program.getsockname()[1]}/callback"
+        sandbox.approve(ByHand(sandbox, callback).url())
+        connection, _ = program.accept()
+        with connection:
+            assert connection.recv(4096).startswith(b"GET /callback?code=authcode-")
+
+
+def test_a_port_that_cannot_be_is_no_traceback_of_a_thread(sandbox):
+    at_sandbox = ByHand(sandbox, "http://localhost:70000/callback")
+    assert "code=" in sandbox.approve(at_sandbox.url())
+
+
+def test_a_sandbox_takes_a_suggested_account(at_sandbox):
+    assert "code=" in at_sandbox.server.approve(at_sandbox.url(login_hint="a@b"))
 
 
 def test_a_page_that_redirects_for_ever_is_left():
@@ -12380,8 +12429,8 @@ def test_on_the_console_path_the_key_is_what_token_prints(console_member, comman
 def test_token_with_json(member, command):
     answer = json.loads(command("token", "--json").out)
 
-    assert list(answer) == ["access_token", "expires_at", "expires_in"]
-    assert answer["access_token"] == member.access_token()
+    assert list(answer) == ["access_token", "expires_at", "expires_in", "token"]
+    assert answer["access_token"] == answer["token"] == member.access_token()
     assert 28700 < answer["expires_in"] <= 28800
     assert answer["expires_at"] == member.status()["expires_at"]
 
@@ -12389,7 +12438,34 @@ def test_token_with_json(member, command):
 def test_token_with_json_on_the_console_path(console_member, command):
     answer = json.loads(command("token", "--json").out)
 
-    assert answer == {"api_key": console_member.credentials().api_key}
+    key = console_member.credentials().api_key
+    assert answer == {"api_key": key, "expires_at": None, "token": key}
+
+
+def test_on_the_console_path_token_makes_the_key_that_is_missing(
+    settings, auth_server, browser, command
+):
+    auth_server.fail_next("api_key", 403, failure("permission_error", "ask an admin"))
+    sign_in_at_console(claude_oauth.OAuthService(), auth_server, browser)
+    assert auth_server.api_keys == []
+    said = command("token")
+
+    assert (said.code, said.out) == (0, auth_server.api_keys[0] + "\n")
+    assert command("token", "--min-validity", 9).out == said.out
+
+
+@pytest.mark.parametrize("args", [["token"], ["token", "--json"]], ids=str)
+def test_on_the_console_path_a_key_that_cannot_be_made_is_no_token(
+    settings, auth_server, browser, command, args
+):
+    refused = 403, failure("permission_error", "ask an admin")
+    auth_server.fail_next("api_key", *refused)
+    sign_in_at_console(claude_oauth.OAuthService(), auth_server, browser)
+    auth_server.fail_next("api_key", *refused)
+    said = command(*args)
+
+    assert (said.code, said.out) == (3, "")
+    assert "ask an admin" in said.err
 
 
 @pytest.mark.parametrize(("seconds", "refreshes"), [(3600, 0), (28900, 1)])
@@ -12411,6 +12487,7 @@ def test_the_environments_token_is_printed_without_its_blanks(command, monkeypat
         "access_token": "sk-ant-oat01-x",
         "expires_at": None,
         "expires_in": None,
+        "token": "sk-ant-oat01-x",
     }
 
 
@@ -12488,10 +12565,6 @@ def test_the_columns_of_a_status_are_aligned(member, command):
     assert len({re.match(r"(\S+ )*\S* +", line).end() for line in lines}) == 1
 
 
-def test_a_status_that_goes_into_a_file_has_no_colour(member, command):
-    assert "\x1b" not in command("status").out
-
-
 def test_the_status_of_nobody_says_how_to_log_in(settings, command):
     said = command("status")
 
@@ -12521,6 +12594,15 @@ def test_what_the_server_says_is_harmless_on_a_terminal(
     assert "\x07" not in out
     assert "\u202e" not in out
     assert len([li for li in out.splitlines() if li.startswith("logged in")]) == 1
+
+
+@pytest.mark.parametrize("args", [["status"], ["status", "--check"], ["token"]])
+def test_a_value_that_is_no_token_does_not_sign_in(member, command, monkeypatch, args):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "two words")
+    said = command(*args)
+
+    assert (said.code, said.out) == (2, "")
+    assert re.fullmatch("claude-oauth: CLAUDE_OAUTH_TOKEN .*\n", said.err)
 
 
 def test_refresh_asks_the_server_even_if_the_token_is_good(
@@ -12689,6 +12771,15 @@ def test_a_console_login_that_gets_no_key_says_why(
     assert "Signed in as person@example.com" in done.stderr
 
 
+def test_a_login_can_suggest_an_account(login_in_terminal):
+    child = login_in_terminal("--no-browser", "--email", "person@example.com")
+    query = urllib.parse.urlsplit(child.url).query
+    child.sendintr()
+
+    assert end_of(child)[1] == 130
+    assert ("login_hint", "person@example.com") in urllib.parse.parse_qsl(query)
+
+
 def test_a_login_that_is_denied_ends_with_3(settings, browser_program):
     browser_program("deny")
     done = login_cli()
@@ -12762,6 +12853,92 @@ def test_a_failure_is_one_line_and_its_exit_code(
     assert not secrets_in(said.err)
 
 
+def keep_as_it_is(member, server, monkeypatch):
+    pass
+
+
+def forbid_the_profile(member, server, monkeypatch):
+    server.fail_next("profile", 403, failure("permission_error", "too narrow"))
+
+
+def expire_the_token(member, server, monkeypatch):
+    server.expire_access_tokens()
+
+
+def end_the_login_that_is_due(member, server, monkeypatch):
+    change_stored(member, expires_at=time.time() - 1)
+    server.end_logins()
+
+
+def let_the_token_be_due(member, server, monkeypatch):
+    change_stored(member, expires_at=time.time() - 1)
+
+
+def refuse_the_profile_for_now(member, server, monkeypatch):
+    server.fail_next("profile", 503, "later")
+
+
+def answer_with_half_a_profile(member, server, monkeypatch):
+    server.fail_next("profile", 200, {"account": {}})
+
+
+def set_a_token_that_works(member, server, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", member.access_token())
+
+
+def set_a_dead_token(member, server, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-oat01-dead")
+
+
+def set_an_api_key(member, server, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-api03-x")
+
+
+def log_out(member, server, monkeypatch):
+    member.logout()
+
+
+CHECKS = {
+    "good": (keep_as_it_is, "works", 0),
+    "due": (let_the_token_be_due, "works", 0),
+    "narrow": (forbid_the_profile, "works", 0),
+    "from-outside": (set_a_token_that_works, "works", 0),
+    "token-ended": (expire_the_token, "refused", 3),
+    "login-ended": (end_the_login_that_is_due, "refused", 3),
+    "dead-from-outside": (set_a_dead_token, "refused", 3),
+    "nobody": (log_out, "refused", 3),
+    "out-of-order": (refuse_the_profile_for_now, "unknown", 4),
+    "gone": (be_gone, "unknown", 4),
+    "wrong-answer": (answer_with_half_a_profile, "unknown", 4),
+    "a-key": (set_an_api_key, "unknown", 4),
+}
+
+
+@pytest.mark.parametrize(("happen", "word", "code"), CHECKS.values(), ids=CHECKS)
+def test_status_with_check_asks_the_server_once(
+    member, auth_server, command, monkeypatch, happen, word, code
+):
+    happen(member, auth_server, monkeypatch)
+    before = auth_server.counts["profile"]
+    said = command("status", "--check", "--json")
+    answer = json.loads(said.out)
+
+    assert (said.code, said.err, answer.pop("check")) == (code, "", word)
+    assert list(answer) == list(member.status())
+    assert auth_server.counts["profile"] - before <= 1
+    assert not secrets_in(said.out)
+
+
+def test_a_check_is_shown_to_people_with_its_reason(member, auth_server, command):
+    assert rows_of(command("status", "--check"))["check"] == "works"
+
+    auth_server.expire_access_tokens()
+    said = command("status", "--check")
+    assert said.code == 3
+    assert rows_of(said)["check"].startswith("refused: the server refused the login")
+    assert "check" not in rows_of(command("status"))
+
+
 def test_a_status_of_a_damaged_store_ends_with_5(member, command):
     Path(member.storage.path).write_text("{")
 
@@ -12796,6 +12973,19 @@ BAD_USAGE = {
     "validity-is-a-word": (["token", "--min-validity", "long"], "--min-validity"),
     "lifetime-is-a-word": (["sandbox", "--lifetime", "long"], "--lifetime"),
     "option-without-its-value": (["--dir"], "--dir"),
+    "empty-dir": (["--dir", "", "logout"], "--dir"),
+    "blank-dir": (["--dir", " \t", "logout"], "--dir"),
+    "empty-dir-with-equals": (["--dir=", "logout"], "--dir"),
+    "empty-store": (["--store", "", "status"], "--store"),
+    "empty-client-id": (["--client-id", "", "login"], "--client-id"),
+    "blank-client-id": (["--client-id", "\r\n", "login"], "--client-id"),
+    "empty-scope": (["login", "--scope", ""], "--scope"),
+    "empty-email": (["login", "--email", ""], "--email"),
+    "empty-port": (["login", "--port", ""], "--port"),
+    "empty-timeout": (["login", "--timeout", ""], "--timeout"),
+    "empty-validity": (["token", "--min-validity", " "], "--min-validity"),
+    "empty-lifetime": (["sandbox", "--lifetime", ""], "--lifetime"),
+    "store-of-old": (["--store", "secret-service", "status"], "--store"),
 }
 
 
@@ -12810,14 +13000,22 @@ def test_bad_usage_ends_with_2_and_names_the_mistake(command, home, args, named)
     assert not list(home.iterdir())
 
 
+def test_options_lose_the_blanks_and_line_ends_around_them(command, tmp_path):
+    options = ["--dir", f"{tmp_path}/d\r", "--client-id", "me\n"]
+    answer = json.loads(command(*options, "status", "--json").out)
+
+    assert answer["storage"] == str(tmp_path / "d" / "credentials.json")
+    assert answer["client_id"] == "me"
+
+
 def test_a_number_that_is_refused_is_explained(command):
     assert "0 to 65535" in command("login", "--port", "x").err
     assert "seconds" in command("login", "--timeout", "x").err.splitlines()[-1]
 
 
 HELP = {
-    "login": "--console --no-browser --port --timeout --scope --json",
-    "status": "--json",
+    "login": "--console --no-browser --port --timeout --scope --email --json",
+    "status": "--check --json",
     "token": "--min-validity --json",
     "refresh": "--json",
     "profile": "--json",
@@ -13045,22 +13243,6 @@ def test_when_the_browser_wins_the_next_line_is_the_shells(
     child.expect_exact("next 'mine'")
 
     assert end_of(child)[1] == 0
-
-
-def test_a_status_is_coloured_on_a_terminal_unless_NO_COLOR_is_set(member, spawn_cli):
-    coloured, _ = end_of(spawn_cli("status", env={"TERM": "xterm"}))
-    plain, _ = end_of(spawn_cli("status", env={"TERM": "xterm", "NO_COLOR": "1"}))
-
-    assert "\x1b[32m" in coloured
-    assert coloured.count("\x1b[0m") >= 1
-    assert "\x1b" not in plain
-    assert re.sub(r"\x1b\[\d+m", "", coloured).splitlines()[0] == plain.splitlines()[0]
-
-
-def test_a_dumb_terminal_gets_no_colour(member, spawn_cli):
-    rest, code = end_of(spawn_cli("status", env={"TERM": "dumb"}))
-
-    assert (code, "\x1b" in rest) == (0, False)
 
 
 def test_a_code_can_come_through_a_pipe(settings, auth_server):
@@ -13330,6 +13512,37 @@ def test_the_demo_shows_a_whole_life_and_touches_nothing(home, monkeypatch):
         assert shown in done.stdout
     assert not secrets_in(done.stdout.replace("sk-ant-oat01-…", ""))
     assert not list(home.iterdir())
+
+
+DEMO_STARTS = {
+    "in-a-package": ("pkg/oauth.py", ["-m", "pkg.oauth"]),
+    "under-another-name": ("claude-login", ["claude-login"]),
+    "as-a-module": ("claude_oauth.py", ["-m", "claude_oauth"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "start"), DEMO_STARTS.values(), ids=DEMO_STARTS)
+def test_the_demo_starts_its_processes_however_it_was_started(home, name, start):
+    (home / name).parent.mkdir(exist_ok=True)
+    shutil.copy(MODULE, home / name)
+    done = subprocess.run(
+        [sys.executable, *start, "demo"],
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=True,
+        timeout=2 * LIMIT,
+    )
+
+    assert "1 refresh, 8 of 8 have a token, 1 token in all" in done.stdout
+
+
+def test_the_demo_gives_the_settings_back(command, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-oat01-from-outside")
+    before = dict(os.environ)
+
+    assert command("demo").code == 0
+    assert dict(os.environ) == before
 
 
 @pytest.mark.slow
