@@ -13050,6 +13050,7 @@ TO_REACH_PACKAGES = {n: os.environ[n] for n in NETWORK if n in os.environ}
 RUN_ELSEWHERE = {
     "class RedisStorage": "by the tests of the stores",
     "force_flush": "by the tests of the logout",
+    "/bin/pytest": "by .ci/run; it is what runs this",
     "/bin/tox": "by .ci/run; it is what runs this",
 }
 
@@ -13258,7 +13259,7 @@ def free_port():
 
 
 def test_the_readme_has_the_test_command_that_ci_runs():
-    found = re.findall(r"^python3 -m venv .*/tox(?: .*)?$", README_TEXT, re.M)
+    found = re.findall(r"^python3 -m venv .*/pytest(?: .*)?$", README_TEXT, re.M)
 
     assert len(found) == 1
 
@@ -13744,7 +13745,7 @@ def test_the_demo_runs_with_the_oldest_requests(tmp_path, packages, monkeypatch)
 
 PROJECT = (
     *("claude_oauth.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"),
-    *("CHANGELOG.md", "tox.ini", "test_claude_oauth.py"),
+    *("CHANGELOG.md", "tox.ini", "test_claude_oauth.py", "conftest.py"),
 )
 
 
