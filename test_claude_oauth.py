@@ -103,6 +103,8 @@ def home(tmp_path, monkeypatch):
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
+    if os.name == "nt":  # a pipe there has the code page of the machine
+        monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
     monkeypatch.chdir(home)
     return home
 
