@@ -12,8 +12,8 @@ from functools import lru_cache
 import pytest
 
 ELSEWHERE = {
-    "slow": "the slow proofs (.venv/bin/tox -e coverage)",
-    "browser": "Chromium (.venv/bin/tox -e browser)",
+    "slow": "the slow proofs (tox -e coverage)",
+    "browser": "Chromium (tox -e browser)",
 }
 
 
@@ -31,13 +31,13 @@ def closing_line(config, stats):
     """What this run left out: by marker, by platform, and for want of something."""
     left_out = config.option.markexpr
     parts = [how for name, how in ELSEWHERE.items() if f"not {name}" in left_out]
-    if not os.environ.get("TOX_ENV_NAME"):
-        parts.append("Windows under Wine (.venv/bin/tox -e windows)")
-        parts.append("the other Pythons (.venv/bin/tox)")
+    if os.name != "nt" and not os.environ.get("TOX_ENV_NAME"):
+        parts.append("Windows under Wine (tox -e windows)")
+        parts.append("the other Pythons (tox)")
     skipped = len(stats.get("skipped", ()))
     if skipped:
         parts.append(f"{skipped} skipped for the reasons above (.ci/run installs all)")
-    return f"Not run here: {'; '.join(parts) or 'nothing'}."
+    return f"Not run here: {'; '.join(parts) or 'nothing'}. (pip install tox)"
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -79,6 +79,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "posix(reason): cannot run on Windows")
 
 
+@pytest.hookimpl(tryfirst=True)  # before what skips for a missing program
 def pytest_runtest_setup(item):
     """Skip a test that uses what Windows does not have."""
     if os.name == "nt":
