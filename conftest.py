@@ -37,7 +37,9 @@ def closing_line(config, stats):
     skipped = len(stats.get("skipped", ()))
     if skipped:
         parts.append(f"{skipped} skipped for the reasons above (.ci/run installs all)")
-    return f"Not run here: {'; '.join(parts) or 'nothing'}. (pip install tox)"
+    parts = parts or ["nothing"]
+    get_tox = " To get tox: .venv/bin/pip install tox" if "(tox" in str(parts) else ""
+    return f"Not run here: {'; '.join(parts)}.{get_tox}"
 
 
 def pytest_terminal_summary(terminalreporter):
