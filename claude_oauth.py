@@ -17,14 +17,14 @@
 Copy this file into your tree, unchanged; it needs `requests`, and that only when it
 talks to a server.  Every section uses only the sections above it:
 
-    Constants     endpoints, scopes, lifetimes and limits
-    Errors        ClaudeOAuthError and what is under it
+    Constants     endpoints, scopes, lifetimes and limits, each with its unit and source
+    Errors        ClaudeOAuthError and its subclasses
     Values        OAuthConfig, Credentials, Profile: frozen, and silent about secrets
     PKCE          code verifier, code challenge, state
-    Messages      build and check what goes over the wire and what a person pastes; pure
+    Messages      build and parse what goes over the wire and what a person pastes; pure
     Client        OAuthClient: the HTTP requests
-    Storage       where a credential waits, and the lock that processes share
-    Sign-in       the loopback listener, the paste prompt, and the race between them
+    Storage       where a credential is kept; the lock that processes share
+    Sign-in       AuthCodeListener, the paste prompt, and the race between them
     Refresh       the one place that spends a refresh token
     Service       OAuthService: login, access_token, profile, logout, status; BearerAuth
     Sandbox       a loopback authorization server, for demos and for tests
@@ -33,13 +33,13 @@ talks to a server.  Every section uses only the sections above it:
 What a caller can do about an error decides its class:
 
     ClaudeOAuthError
-    +-- ConfigError       a setting is missing or unsafe: mend the call
+    +-- ConfigError       a setting is missing or unsafe: fix the call
     +-- NotLoggedIn       there is no credential: log in
     +-- LoginError        this attempt failed: try again
     |   +-- LoginDenied      the server answered the callback with an error
     |   +-- LoginTimeout     nobody finished in time
     |   +-- LoginCancelled   the person gave up, or no way to answer is left
-    +-- TokenRefused      the grant is dead: log in again
+    +-- TokenRefused      the server refused the grant: log in again
     +-- Unavailable       network, TLS, 429, 5xx: try later
     +-- BadAnswer         the server's answer is not what it should be
     +-- StorageError      the credential could not be read or written
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     import socket
     import subprocess
     import threading
+    from contextlib import ExitStack
     from types import FrameType
     from typing import (
         Any,
@@ -86,8 +87,6 @@ if TYPE_CHECKING:
         TextIO,
         TypeVar,
     )
-
-    from contextlib import ExitStack
 
     import requests
     from typing_extensions import Self, dataclass_transform
@@ -152,7 +151,7 @@ __all__ = [
     "merge_record",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 # -- Constants -------------------------------------------------------------------------
@@ -166,6 +165,10 @@ CONSOLE_AUTHORIZE_URL: Final = "https://platform.claude.com/oauth/authorize"
 TOKEN_URL: Final = "https://platform.claude.com/v1/oauth/token"
 PROFILE_URL: Final = "https://api.anthropic.com/api/oauth/profile"
 API_KEY_URL: Final = "https://api.anthropic.com/api/oauth/claude_cli/create_api_key"
+
+REVOKE_URL: Final = "https://platform.claude.com/v1/oauth/token/revoke"
+"""Not documented.  Source: six independent public programs, one of them a capture of
+the public client's traffic at logout."""
 
 MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
 """The page that shows ``code#state`` to copy, for who cannot reach the loopback."""
@@ -225,6 +228,9 @@ LOGIN_TIMEOUT: Final = 300.0
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
 
+MAX_REQUEST_TIMEOUT: Final = 86400.0
+"""Seconds; what is far longer does not fit the system's own limits."""
+
 LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
 
@@ -277,7 +283,7 @@ class ClaudeOAuthError(Exception):
 
 
 class ConfigError(ClaudeOAuthError):
-    """A setting is missing or unsafe: mend the call."""
+    """A setting is missing or unsafe: fix the call."""
 
 
 class NotLoggedIn(ClaudeOAuthError):
@@ -306,8 +312,8 @@ class LoginDenied(LoginError):
         self.description = description
 
     def __str__(self) -> str:
-        because = _because(self.code, self.description)
-        return f"the login was denied ({because}); try again"
+        reason = ": ".join(filter(None, (self.code, self.description)))
+        return f"the login was denied ({reason}); try again"
 
 
 class LoginTimeout(LoginError):
@@ -334,10 +340,10 @@ class TokenRefused(ClaudeOAuthError):
         self.status = status
 
     def __str__(self) -> str:
-        because = _because(self.code, self.description)
+        reason = ": ".join(filter(None, (self.code, self.description)))
         if self.status == 403:
-            return f"this is not allowed ({because}); it takes another scope or account"
-        return f"the server refused the login ({because}); log in again"
+            return f"this is not allowed ({reason}); it takes another scope or account"
+        return f"the server refused the login ({reason}); log in again"
 
 
 class Unavailable(ClaudeOAuthError):
@@ -385,50 +391,73 @@ class StorageCorrupt(StorageError):
     """The stored record is unreadable; it is left as it was."""
 
 
-def _because(code: str, description: str | None) -> str:
-    return f"{code}: {description}" if description else code
-
-
 def hides_locals(subject: _T) -> _T:
     """Decorate a function, or a class with public methods: no exception shows a secret.
 
     Error trackers record the local variables of each frame of a traceback.  When an
     exception leaves, the frames below the call are cleared; each keeps its function's
-    name and its line.  The chain of the exception is treated alike.
+    name and its line.  The chain of the exception is treated alike, except for what the
+    caller was handling already: those frames are the caller's.
     """
     function: Any = subject
     if isinstance(function, type):
-        for name, member in list(vars(function).items()):
-            if name[0] != "_" or name in ("__init__", "__enter__", "__call__"):
-                if isinstance(member, classmethod):
-                    setattr(function, name, classmethod(hides_locals(member.__func__)))
-                elif isinstance(member, types.FunctionType):
-                    setattr(function, name, hides_locals(member))
+        _guard_methods(function)
         return subject
 
     def call(*args: Any, **options: Any) -> Any:
+        handled = sys.exc_info()[1]
         try:
             return function(*args, **options)
-        except BaseException as error:
-            _clear_frames(error)
-            raise
+        finally:
+            if sys.exc_info()[1] is not handled:
+                _clear_frames(handled)
 
+    def generate(*args: Any, **options: Any) -> Any:
+        handled, is_leaving = sys.exc_info()[1], True
+        try:
+            result = yield from function(*args, **options)
+            is_leaving = False
+            return result
+        finally:
+            if is_leaving:
+                _clear_frames(handled)
+
+    wrapper: Any = generate if function.__code__.co_flags & _CO_GENERATOR else call
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(call, name, getattr(function, name))
-    vars(call)["__wrapped__"] = function
-    wrapper: Any = call
+        setattr(wrapper, name, getattr(function, name))
+    wrapper.__wrapped__ = function
     decorated: _T = wrapper
     return decorated
 
 
-def _clear_frames(error: BaseException) -> None:
-    import traceback
+_CO_GENERATOR: Final = 0x20
+"""The flag of a generator function's code.  `inspect` has it, and is slow to import."""
 
-    found: list[BaseException | None] = [error]
-    for each in found:  # grows meanwhile
-        if each is not None:
-            traceback.clear_frames(each.__traceback__)
-            found += [e for e in (each.__cause__, each.__context__) if e not in found]
+
+def _guard_methods(cls: type) -> None:
+    for name, member in list(vars(cls).items()):
+        if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
+            continue
+        if isinstance(member, types.FunctionType):
+            setattr(cls, name, hides_locals(member))
+        elif isinstance(member, (classmethod, staticmethod)):
+            setattr(cls, name, type(member)(hides_locals(member.__func__)))
+
+
+def _clear_frames(handled: BaseException | None) -> None:
+    # Not traceback.clear_frames: where no file can be opened, its import would fail.
+    chain = [sys.exc_info()[1]]
+    for error in chain:  # it grows meanwhile
+        step = error.__traceback__ if error else None
+        while step:
+            try:
+                step.tb_frame.clear()
+            except RuntimeError:
+                pass  # it still runs: the public function's wrapper, and its callers
+            step = step.tb_next
+        for other in (error and error.__cause__, error and error.__context__):
+            if other is not handled and other not in chain:
+                chain.append(other)
 
 
 # -- Values ----------------------------------------------------------------------------
@@ -442,6 +471,7 @@ def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
     return (os.environ if environ is None else environ).get(name, "").strip()
 
 
+@hides_locals
 @dataclass_transform(frozen_default=True)
 class _Value:
     """A frozen record: its annotations are its fields, in order.
@@ -495,6 +525,7 @@ class _Value:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
+@hides_locals
 class OAuthConfig(_Value):
     """Who asks, and where: the client id, the endpoints, the scopes.
 
@@ -512,8 +543,8 @@ class OAuthConfig(_Value):
     profile_url: str = PROFILE_URL
     api_key_url: str = API_KEY_URL
     manual_redirect_uri: str = MANUAL_REDIRECT_URI
-    revoke_url: str | None = None
-    """None: nothing is revoked at logout.  The service documents no such endpoint."""
+    revoke_url: str | None = REVOKE_URL
+    """None: nothing is revoked at logout."""
     scopes: tuple[str, ...] = ALL_SCOPES
     user_agent: str = USER_AGENT
     """A program may name itself in front; this module's own name stays in it."""
@@ -543,7 +574,7 @@ class OAuthConfig(_Value):
             "profile_url": origin + "/api/oauth/profile",
             "api_key_url": origin + "/api/oauth/claude_cli/create_api_key",
             "manual_redirect_uri": origin + "/oauth/code/callback",
-            "revoke_url": origin + "/v1/oauth/revoke",
+            "revoke_url": origin + "/v1/oauth/token/revoke",
         }
         return cls(client_id, **{**endpoints, **settings})
 
@@ -554,17 +585,19 @@ class OAuthConfig(_Value):
         Raises:
             ConfigError: CLAUDE_OAUTH_SERVER is not a usable origin.
         """
-        environ = os.environ if environ is None else environ
-        client_id = environ.get("CLAUDE_OAUTH_CLIENT_ID", "").strip()
-        server = environ.get("CLAUDE_OAUTH_SERVER", "").strip()
+        client_id = setting("CLAUDE_OAUTH_CLIENT_ID", environ)
+        server = setting("CLAUDE_OAUTH_SERVER", environ)
         return cls.for_server(server, client_id=client_id) if server else cls(client_id)
 
     def _validate(self) -> None:
         if isinstance(self.scopes, str):
             raise ConfigError("scopes must be a list of strings, not one string")
         self.__dict__["scopes"] = tuple(self.scopes)
-        if not self.timeout > 0:
-            raise ConfigError("the time limit of a request must be above 0 seconds")
+        self.__dict__["client_id"] = (self.client_id or "").strip()
+        if not 0 < self.timeout <= MAX_REQUEST_TIMEOUT:
+            raise ConfigError(
+                "the time limit of a request must be above 0 seconds and at most a day"
+            )
         if not self.user_agent.isprintable() or not self.user_agent.isascii():
             raise ConfigError("a User-Agent must be printable ASCII")
         if USER_AGENT not in self.user_agent:
@@ -578,30 +611,137 @@ class OAuthConfig(_Value):
 def _check_endpoint(name: str, url: str) -> None:
     from urllib.parse import urlsplit
 
+    if name == "revoke_url" and not url:
+        return
     try:
         parts = urlsplit(url if is_header_safe(url) else "")
-        port = parts.port
+        is_usable = parts.hostname and parts.port != 0
     except ValueError:  # a port that is no number, brackets that do not match
-        parts, port = urlsplit(""), None
-    host = parts.hostname
-    if not host or port == 0:
+        is_usable = False
+    if not is_usable:
         raise ConfigError(f"{name} is not a usable URL; give it as https://host/path")
     if parts.username is not None:
         raise ConfigError(f"{name} must not carry a name or password; leave them out")
-    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
+    if not may_carry_token(url):
         raise ConfigError(f"{name} must be https (plain http is for loopback alone)")
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address can only mean this machine."""
-    octets = host.split(".")
-    return host.lower() in ("localhost", "::1") or (
-        len(octets) == 4
-        and octets[0] == "127"
-        and all(octet.isdigit() and int(octet) < 256 for octet in octets)
+def may_carry_token(url: str) -> bool:
+    """Tell whether a token may go to a URL: https, or plain http on this machine."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        return False
+    return bool(host) and (
+        parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or ""))
     )
 
 
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address can only mean this machine.
+
+    A name with a dot at its end goes to the resolver, which may know another one.
+    """
+    import ipaddress
+
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_header_safe(token: str) -> bool:
+    """Tell whether a token can stand in a header: printable ASCII without a blank."""
+    return bool(token) and token.isascii() and token.isprintable() and " " not in token
+
+
+# Readers of one field.  What another program wrote oddly is unknown: it is None.
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _header_text(value: object) -> str | None:
+    return value if isinstance(value, str) and is_header_safe(value) else None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = float(value[:400])
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if abs(value) < 1e15 else None  # NaN is not less either
+
+
+def _moment(value: object) -> float | None:
+    milliseconds = _number(value)
+    return None if milliseconds is None else max(milliseconds, 0) / 1000
+
+
+def _lifetime(value: object) -> float | None:
+    seconds = _number(value)
+    return seconds if seconds and 0 < seconds <= MAX_LIFETIME else None
+
+
+def _scopes(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = value.split()
+    return tuple(filter(_text, value)) if isinstance(value, (list, tuple)) else ()
+
+
+RECORD_KEYS: Final = ("claudeAiOauth", "consoleApiKey")
+"""The keys of a stored record that are this module's."""
+
+_RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any]]]] = {
+    "access_token": ("accessToken", _header_text),
+    "refresh_token": ("refreshToken", _text),
+    "api_key": ("consoleApiKey", _header_text),
+    "expires_at": ("expiresAt", _moment),
+    "refresh_token_expires_at": ("refreshTokenExpiresAt", _moment),
+    "scopes": ("scopes", _scopes),
+    "subscription_type": ("subscriptionType", _text),
+    "rate_limit_tier": ("rateLimitTier", _text),
+    "client_id": ("clientId", _text),
+}
+"""The credential's fields: the key in the stored record, and its reader."""
+
+_PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]]]] = {
+    "account_uuid": ("account", "uuid", "accountUuid", _text),
+    "email": ("account", "email", "emailAddress", _text),
+    "display_name": ("account", "display_name", "displayName", _text),
+    "account_created_at": ("account", "created_at", "accountCreatedAt", _text),
+    "organization_uuid": ("organization", "uuid", "organizationUuid", _text),
+    "organization_name": ("organization", "name", "organizationName", _text),
+    "subscription_type": (
+        "organization",
+        "organization_type",
+        "",
+        lambda value: SUBSCRIPTION_TYPES.get(_text(value) or ""),
+    ),
+    "rate_limit_tier": ("organization", "rate_limit_tier", "", _text),
+    "billing_type": ("organization", "billing_type", "billingType", _text),
+    "subscription_created_at": (
+        "organization",
+        "subscription_created_at",
+        "subscriptionCreatedAt",
+        _text,
+    ),
+    "has_extra_usage_enabled": (
+        "organization",
+        "has_extra_usage_enabled",
+        "hasExtraUsageEnabled",
+        lambda value: value if isinstance(value, bool) else None,
+    ),
+}
+"""The profile's fields: part and key in the server's answer, the key in account.json
+("" for what stays with the credential), and the reader."""
+
+
+@hides_locals
 class Credentials(_Value):
     """What a login gave, with lifetimes turned into moments of this machine's clock."""
 
@@ -633,50 +773,34 @@ class Credentials(_Value):
 
     def to_record(self) -> dict[str, object]:
         """Return the JSON object to store; what is None is left out."""
-        tokens = {
-            "accessToken": self.access_token,
-            "refreshToken": self.refresh_token,
-            "expiresAt": _to_ms(self.expires_at),
-            "refreshTokenExpiresAt": _to_ms(self.refresh_token_expires_at),
-            "scopes": list(self.scopes),
-            "subscriptionType": self.subscription_type,
-            "rateLimitTier": self.rate_limit_tier,
-            "clientId": self.client_id,
-        }
-        record: dict[str, object] = {
-            "claudeAiOauth": {k: v for k, v in tokens.items() if v is not None}
-        }
-        if self.api_key is not None:
-            record["consoleApiKey"] = self.api_key
-        return record
+        tokens = {}
+        for name, (key, read) in _RECORD_FIELDS.items():
+            value = getattr(self, name)
+            if value is not None:
+                tokens[key] = int(value * 1000) if read is _moment else value
+        tokens["scopes"] = list(self.scopes)
+        top = {k: tokens.pop(k) for k in RECORD_KEYS if k in tokens}
+        return {"claudeAiOauth": tokens, **top}
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> Credentials:
-        """Read a stored JSON object.
+        """Read a stored JSON object.  Other fields than the tokens may be of any type.
 
         Raises:
-            StorageCorrupt: A field has the wrong type; the text names it.
+            StorageCorrupt: A token has the wrong type, or no header can carry it; the
+                text names the field.
         """
         tokens = record.get("claudeAiOauth")
         if not isinstance(tokens, dict):
             raise _corrupt("claudeAiOauth")
-        scopes = tokens.get("scopes") or []
-        if not isinstance(scopes, list) or not all(isinstance(s, str) for s in scopes):
-            raise _corrupt("scopes")
-        access_token = _token_of(tokens, "accessToken")
-        if access_token is None:
-            raise _corrupt("accessToken")
-        return cls(
-            access_token=access_token,
-            refresh_token=_text_of(tokens, "refreshToken") or None,
-            expires_at=_moment_of(tokens, "expiresAt"),
-            scopes=tuple(scopes),
-            subscription_type=_text_of(tokens, "subscriptionType"),
-            rate_limit_tier=_text_of(tokens, "rateLimitTier"),
-            refresh_token_expires_at=_moment_of(tokens, "refreshTokenExpiresAt"),
-            client_id=_text_of(tokens, "clientId"),
-            api_key=_token_of(record, "consoleApiKey"),
-        )
+        stored = {**tokens, "consoleApiKey": record.get("consoleApiKey")}
+        found = {n: read(stored.get(key)) for n, (key, read) in _RECORD_FIELDS.items()}
+        for name in cls._secret:
+            key = _RECORD_FIELDS[name][0]
+            is_needed = name == "access_token" or stored.get(key) not in (None, "")
+            if is_needed and found[name] is None:
+                raise _corrupt(key)
+        return cls(**found)
 
     @classmethod
     def from_answer(
@@ -699,20 +823,32 @@ class Credentials(_Value):
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
-        access_token = _bearer_token_of(answer)
+        access_token = _header_text(answer.get("access_token"))
+        if access_token is None:
+            raise BadAnswer("access_token")
+        if str(answer.get("token_type") or "bearer").strip().lower() != "bearer":
+            raise BadAnswer("token_type", "is not bearer")
         base = previous or cls(access_token)
-        lifetime = _lifetime_of(answer.get("expires_in")) or DEFAULT_LIFETIME
-        login_lifetime = _lifetime_of(answer.get("refresh_token_expires_in"))
-        ends_at = received_at + login_lifetime if login_lifetime else None
+        lifetime = _lifetime(answer.get("expires_in")) or DEFAULT_LIFETIME
+        login_lifetime = _lifetime(answer.get("refresh_token_expires_in"))
+        if login_lifetime:
+            base = base.replace(refresh_token_expires_at=received_at + login_lifetime)
         return base.replace(
             access_token=access_token,
             refresh_token=_text(answer.get("refresh_token")) or base.refresh_token,
             expires_at=received_at + lifetime,
-            scopes=_scopes_of(answer.get("scope")) or base.scopes,
-            refresh_token_expires_at=ends_at or base.refresh_token_expires_at,
+            scopes=_scopes(answer.get("scope")) or base.scopes,
         )
 
 
+def _corrupt(field: str) -> StorageCorrupt:
+    return StorageCorrupt(
+        f"the stored record is damaged: {field} is missing or malformed;"
+        " move it away and log in again"
+    )
+
+
+@hides_locals
 class Profile(_Value):
     """Whose login it is.  Times are as the server writes them (ISO 8601)."""
 
@@ -739,132 +875,35 @@ class Profile(_Value):
         account = answer.get("account")
         if not isinstance(account, dict):
             raise BadAnswer("account")
-        if not isinstance(account.get("uuid"), str) or not account["uuid"]:
+        organization = answer.get("organization")
+        parts: dict[str, dict[str, object]] = {
+            "account": account,
+            "organization": organization if isinstance(organization, dict) else {},
+        }
+        found = {
+            name: read(parts[part].get(key))
+            for name, (part, key, _stored, read) in _PROFILE_FIELDS.items()
+        }
+        if not found["account_uuid"]:
             raise BadAnswer("account.uuid")
-        found = answer.get("organization")
-        organization = found if isinstance(found, dict) else {}
-        kind = _text(organization.get("organization_type"))
-        extra = organization.get("has_extra_usage_enabled")
-        return cls(
-            account_uuid=account["uuid"],
-            email=_text(account.get("email")),
-            display_name=_text(account.get("display_name"))
-            or _text(account.get("full_name")),
-            account_created_at=_text(account.get("created_at")),
-            organization_uuid=_text(organization.get("uuid")),
-            organization_name=_text(organization.get("name")),
-            subscription_type=SUBSCRIPTION_TYPES.get(kind or ""),
-            rate_limit_tier=_text(organization.get("rate_limit_tier")),
-            billing_type=_text(organization.get("billing_type")),
-            subscription_created_at=_text(organization.get("subscription_created_at")),
-            has_extra_usage_enabled=extra if isinstance(extra, bool) else None,
-        )
+        found["display_name"] = found["display_name"] or _text(account.get("full_name"))
+        return cls(**found)
 
     def to_record(self) -> dict[str, object]:
         """Return what account.json keeps; plan and tier stay with the credential."""
-        return {key: getattr(self, name) for name, key in _ACCOUNT_KEYS.items()}
+        fields = ((name, row[2]) for name, row in _PROFILE_FIELDS.items())
+        return {key: getattr(self, name) for name, key in fields if key}
 
     @classmethod
     def from_record(
         cls, record: Mapping[str, object], credentials: Credentials | None = None
     ) -> Profile | None:
         """Read what account.json keeps, with plan and tier from the credential."""
-        known = {name: record.get(key) for name, key in _ACCOUNT_KEYS.items()}
-        extra = known.pop("has_extra_usage_enabled")
-        texts = {name: _text(value) for name, value in known.items()}
-        account_uuid = texts.pop("account_uuid")
-        if not account_uuid:
-            return None
-        return cls(
-            account_uuid,
-            **texts,
-            subscription_type=credentials.subscription_type if credentials else None,
-            rate_limit_tier=credentials.rate_limit_tier if credentials else None,
-            has_extra_usage_enabled=extra if isinstance(extra, bool) else None,
-        )
-
-
-_ACCOUNT_KEYS: Final = {
-    "account_uuid": "accountUuid",
-    "email": "emailAddress",
-    "display_name": "displayName",
-    "account_created_at": "accountCreatedAt",
-    "organization_uuid": "organizationUuid",
-    "organization_name": "organizationName",
-    "billing_type": "billingType",
-    "subscription_created_at": "subscriptionCreatedAt",
-    "has_extra_usage_enabled": "hasExtraUsageEnabled",
-}
-"""The profile's fields, and what account.json calls them."""
-
-
-def is_header_safe(token: str) -> bool:
-    """Tell whether a token can stand in a header: printable ASCII without a blank."""
-    return bool(token) and token.isascii() and token.isprintable() and " " not in token
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _to_ms(moment: float | None) -> int | None:
-    return None if moment is None else int(moment * 1000)
-
-
-def _corrupt(field: str) -> StorageCorrupt:
-    return StorageCorrupt(
-        f"the stored record is damaged: {field} is missing or malformed;"
-        " move it away and log in again"
-    )
-
-
-def _text_of(record: Mapping[str, object], field: str) -> str | None:
-    value = record.get(field)
-    if value is not None and not isinstance(value, str):
-        raise _corrupt(field)
-    return value
-
-
-def _token_of(record: Mapping[str, object], field: str) -> str | None:
-    token = _text_of(record, field) or None
-    if token and not is_header_safe(token):
-        raise _corrupt(field)  # http.client would quote it in its error
-    return token
-
-
-def _moment_of(record: Mapping[str, object], field: str) -> float | None:
-    value = record.get(field)
-    if value is None:
-        return None
-    # Up to the year 33658 in ms: a longer number is not a time, and NaN is not less.
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _corrupt(field)
-    if not 0 <= value < 1e15:
-        raise _corrupt(field)
-    return value / 1000
-
-
-def _bearer_token_of(answer: Mapping[str, object]) -> str:
-    token = _text(answer.get("access_token"))
-    if token is None or not is_header_safe(token):
-        raise BadAnswer("access_token")
-    if str(answer.get("token_type") or "bearer").lower() != "bearer":
-        raise BadAnswer("token_type", "is not bearer")
-    return token
-
-
-def _lifetime_of(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if 0 < value <= MAX_LIFETIME else None
-
-
-def _scopes_of(value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return tuple(value.split())
-    if isinstance(value, list) and all(isinstance(scope, str) for scope in value):
-        return tuple(value)
-    return ()
+        found: dict[str, Any] = {
+            name: read(record.get(key)) if key else getattr(credentials, name, None)
+            for name, (_part, _key, key, read) in _PROFILE_FIELDS.items()
+        }
+        return cls(**found) if found["account_uuid"] else None
 
 
 # -- PKCE ------------------------------------------------------------------------------
@@ -904,13 +943,22 @@ def generate_state() -> str:
 # Pure: what goes over the wire and what comes back, without I/O.
 
 
-def parse_json_object(data: bytes | str) -> dict[str, object] | None:
-    """Return the JSON object in data, or None if it holds anything else."""
+def parse_json_object(
+    data: bytes | str, *, lenient: bool = False
+) -> dict[str, object] | None:
+    """Return the JSON object in data, or None if it holds anything else.
+
+    Args:
+        lenient: Replace broken characters, and take raw control characters.
+    """
     import json
 
     # A JSONDecodeError carries the whole text, tokens included: it ends here.
     try:
-        found = json.loads(data)
+        if isinstance(data, bytes):
+            errors = "replace" if lenient else "surrogatepass"
+            data = data.decode(json.detect_encoding(data), errors)
+        found = json.loads(data, strict=not lenient)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -939,82 +987,49 @@ def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) ->
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def authorize_url(
-    endpoint: str,
-    *,
-    client_id: str,
-    redirect_uri: str,
-    scopes: Iterable[str],
-    challenge: str,
-    state: str,
-    extra: Mapping[str, str] | None = None,
-) -> str:
-    """Return the address where a person allows the login.
+def read_answer(
+    status: int, content: bytes, *, field: str, secrets: Iterable[str] = ()
+) -> dict[str, object]:
+    """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    Source: RFC 6749 section 4.1.1 and RFC 7636 section 4.3; ``code=true`` makes the
-    service's manual page show the code (seen in the public client's traffic).
+    The grant behind it is spent, so nothing beside the tokens may cost them: not a
+    broken character, nor what follows them.
+
+    Args:
+        field: What the answer is for.  An ``error`` without it is a refusal.
+
+    Raises:
+        BadAnswer: It is JSON, but no object.
+        Unavailable: It is not the service's.
+        TokenRefused: It is a refusal, whatever its status.
     """
-    from urllib.parse import urlencode
-
-    query = {
-        "code": "true",
-        "client_id": client_id,
-        "response_type": "code",
-        "redirect_uri": redirect_uri,
-        "scope": " ".join(scopes),
-        "code_challenge": challenge,
-        "code_challenge_method": "S256",
-        "state": state,
-        **(extra or {}),
-    }
-    return f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}"
+    answer = parse_json_object(content, lenient=True)
+    if answer is None:
+        answer = _fields_of(content)
+    if answer is None:
+        if parse_json_object(b'{"answer":' + content + b"}", lenient=True):
+            raise BadAnswer("the answer", "is not a JSON object")
+        raise Unavailable(_unavailable_text(status, ""), None, status)
+    found = answer.get(field)
+    if answer.get("error") and not (isinstance(found, dict) or _header_text(found)):
+        raise error_of_answer(status, content, secrets=secrets)
+    return answer
 
 
-def exchange_body(
-    code: str, *, client_id: str, verifier: str, redirect_uri: str, state: str
-) -> dict[str, str]:
-    """Return the request that trades an authorization code for tokens.
+def _fields_of(content: bytes) -> dict[str, object] | None:
+    """Return what a JSON object that is cut or damaged says of the tokens."""
+    import re
 
-    Source: RFC 6749 section 4.1.3, RFC 7636 section 4.5.  ``state`` is in neither, and
-    the service refuses the request without it.
-    """
-    return {
-        "grant_type": "authorization_code",
-        "code": code,
-        "redirect_uri": redirect_uri,
-        "client_id": client_id,
-        "code_verifier": verifier,
-        "state": state,
-    }
-
-
-def refresh_body(
-    refresh_token: str, *, client_id: str, scopes: Iterable[str] = ()
-) -> dict[str, str]:
-    """Return the request that spends a refresh token.
-
-    Without scopes the server keeps those granted.  Source: RFC 6749 section 6.
-    """
-    body = {
-        "grant_type": "refresh_token",
-        "refresh_token": refresh_token,
-        "client_id": client_id,
-    }
-    scope = " ".join(scopes)
-    return {**body, "scope": scope} if scope else body
-
-
-def revoke_body(token: str, *, client_id: str) -> dict[str, str]:
-    """Return the request that ends a grant.  Source: RFC 7009 section 2.1."""
-    return {
-        "token": token,
-        "token_type_hint": "refresh_token",
-        "client_id": client_id,
-    }
-
-
-SECRET_FIELDS: Final = ("code", "code_verifier", "refresh_token", "state", "token")
-"""What in the bodies above nobody else may read."""
+    if not content.lstrip().startswith(b"{"):
+        return None
+    names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
+    value = rb'"(?:[ !#-\[\]-~]|\\["/\\])*"|\d{1,9}(?=[\s,}])'
+    fields = re.findall(rb'"(?:%s)"\s*:\s*(?:%s)' % (names, value), content)
+    found = parse_json_object(b"{" + b",".join(fields) + b"}") or {}
+    # What is cut may have lost its refresh token: half a login is none.
+    is_cut = not content.rstrip().endswith(b"}")
+    is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
+    return found if is_whole or "raw_key" in found else None
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
@@ -1069,7 +1084,7 @@ def error_of_answer(
     request_id: str | None = None,
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
-    """Return the error that an answer other than 200 stands for.
+    """Return the error that an answer stands for.
 
     Both envelopes are read: RFC 6749 section 5.2's, and the API's
     ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
@@ -1082,15 +1097,20 @@ def error_of_answer(
             "the service's edge refuses this User-Agent; set user_agent to name your"
             " program"
         )
-    code, description = _read_error(parse_json_object(body) or {})
-    code = printable(code, secrets=secrets, limit=60)
+    answer = parse_json_object(body, lenient=True) or {}
+    found = answer.get("error")
+    inner = found if isinstance(found, dict) else {}
+    codes = (found, inner.get("type"), inner.get("code"))
+    code = printable(next(filter(_text, codes), ""), secrets=secrets, limit=60)
+    texts = (answer.get("error_description"), inner.get("message"))
+    description = next(filter(_text, (*texts, answer.get("message"))), "")
     notes = [printable(description, secrets=secrets)]
     if request_id:
         notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
-    told = "; ".join(filter(None, notes))
+    details = "; ".join(filter(None, notes))
     if status == 429 or status >= 500 or code in _PASSING_CODES:
-        return Unavailable(_unavailable_text(status, told), retry_after, status)
-    return TokenRefused(code, told or None, status)
+        return Unavailable(_unavailable_text(status, details), retry_after, status)
+    return TokenRefused(code, details or None, status)
 
 
 _PASSING_CODES: Final = frozenset(
@@ -1107,28 +1127,16 @@ _PASSING_CODES: Final = frozenset(
 """Error codes that say nothing about the grant, whatever the status beside them."""
 
 
-def _read_error(answer: Mapping[str, object]) -> tuple[str, str]:
-    found = answer.get("error")
-    inner = found if isinstance(found, dict) else {}
-    code = _text(found) or _text(inner.get("type")) or _text(inner.get("code"))
-    description = (
-        _text(answer.get("error_description"))
-        or _text(inner.get("message"))
-        or _text(answer.get("message"))
-    )
-    return code or "", description or ""
-
-
-def _unavailable_text(status: int, told: str) -> str:
+def _unavailable_text(status: int, details: str) -> str:
     if status == 429:
-        what = "the server is limiting requests"
+        text = "the server is limiting requests"
     elif 300 <= status < 400:
-        what = f"the server redirects the request ({status}), which is not followed"
+        text = f"the server redirects the request ({status}), which is not followed"
     elif status >= 500:
-        what = f"the server is out of order ({status})"
+        text = f"the server is out of order ({status})"
     else:
-        what = f"the answer ({status}) is not the service's; a proxy may stand between"
-    return f"{what}{f' ({told})' if told else ''}; try again later"
+        text = f"the answer ({status}) is not the service's; a proxy may stand between"
+    return f"{text}{f' ({details})' if details else ''}; try again later"
 
 
 def merge_record(
@@ -1139,40 +1147,31 @@ def merge_record(
     Keys that are not this module's stay, at the top and inside: another program put
     them there.
     """
-    found = stored.get("claudeAiOauth")
-    inner = found if isinstance(found, dict) else {}
-    foreign = {k: v for k, v in inner.items() if k not in _TOKEN_KEYS}
-    tokens = ours["claudeAiOauth"]
+    own_keys = {key for key, _read in _RECORD_FIELDS.values()}
+    stored_tokens, tokens = stored.get("claudeAiOauth"), ours["claudeAiOauth"]
     assert isinstance(tokens, dict)
-    merged = {k: v for k, v in stored.items() if k not in RECORD_KEYS}
-    return {**merged, **ours, "claudeAiOauth": {**foreign, **tokens}}
+    if isinstance(stored_tokens, dict):
+        foreign = {k: v for k, v in stored_tokens.items() if k not in own_keys}
+        tokens = {**foreign, **tokens}
+    kept = {k: v for k, v in stored.items() if k not in RECORD_KEYS}
+    return {**kept, **ours, "claudeAiOauth": tokens}
 
 
-RECORD_KEYS: Final = ("claudeAiOauth", "consoleApiKey")
-"""The keys of a stored record that are this module's."""
-
-_TOKEN_KEYS: Final = frozenset(
-    (
-        "accessToken",
-        "refreshToken",
-        "expiresAt",
-        "refreshTokenExpiresAt",
-        "scopes",
-        "subscriptionType",
-        "rateLimitTier",
-        "clientId",
-    )
-)
-
-
+@hides_locals
 def clean_token(value: str) -> str:
     """Return a token from the environment without the blanks that secrets arrive with.
 
     Raises:
-        ConfigError: It holds something that a header cannot.
+        ConfigError: It is no token, but a quoted one, an assignment, JSON, a
+            placeholder.
+
+    Source: RFC 6750 section 2.1, ``b64token``.
     """
     token = value.strip()
-    if not is_header_safe(token):
+    characters = token.rstrip("=")
+    if not characters.isascii() or not all(
+        c.isalnum() or c in "-._~+/" for c in characters or "="
+    ):
         raise ConfigError(
             "CLAUDE_OAUTH_TOKEN holds something that no token has;"
             " set it to the token alone"
@@ -1547,6 +1546,11 @@ def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
     return results.pop()
 
 
+class _ConnectionDropped(Unavailable):
+    """The connection ended before an answer began."""
+
+
+@hides_locals
 class OAuthClient:
     """The requests to the service, each with a time limit and a size limit.
 
@@ -1569,6 +1573,33 @@ class OAuthClient:
         self._session = session
         self._clock = clock
 
+    def check(self) -> None:
+        """Look for what no request will ever get past, without sending one.
+
+        Raises:
+            ConfigError: There is no client id; `requests` is missing or broken; the
+                proxy's URL or the file of trusted certificates is unusable.
+        """
+        self.client_id_for(None)
+        session = self._session or import_requests().Session()
+        for url in (self.config.token_url, self.config.profile_url):
+            proxy_address(url, session)
+            check_ca_bundle(url, session)
+
+    def client_id_for(self, credentials: Credentials | None) -> str:
+        """Return the program that a grant belongs to: the one that it was issued to.
+
+        Raises:
+            ConfigError: Neither the credential nor the settings name one.
+        """
+        client_id = (credentials and credentials.client_id) or self.config.client_id
+        if not client_id:
+            raise ConfigError(
+                "no client id: pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
+                " (the one that your program was issued)"
+            )
+        return client_id
+
     def authorize_url(
         self,
         *,
@@ -1580,42 +1611,56 @@ class OAuthClient:
     ) -> str:
         """Return the address where a person allows the login.
 
+        Source: RFC 6749 section 4.1.1 and RFC 7636 section 4.3; ``code=true`` makes the
+        service's manual page show the code (seen in the public client's traffic).
+
         Raises:
             ConfigError: There is no client id.
         """
+        from urllib.parse import urlencode
+
         config = self.config
-        endpoint = (
+        page = (
             config.console_authorize_url if console else config.claude_ai_authorize_url
         )
-        return authorize_url(
-            endpoint,
-            client_id=self._client_id(None),
-            redirect_uri=redirect_uri,
-            scopes=config.scopes,
-            challenge=challenge,
-            state=state,
-            extra=extra,
-        )
+        query = {
+            "code": "true",
+            "client_id": self.client_id_for(None),
+            "response_type": "code",
+            "redirect_uri": redirect_uri,
+            "scope": " ".join(config.scopes),
+            "code_challenge": challenge,
+            "code_challenge_method": "S256",
+            "state": state,
+            **(extra or {}),
+        }
+        return f"{page}{'&' if '?' in page else '?'}{urlencode(query)}"
 
     def exchange_code(
         self, code: str, *, verifier: str, redirect_uri: str, state: str
     ) -> Credentials:
         """Trade an authorization code for tokens.  A code works once.
 
+        Source: RFC 6749 section 4.1.3, RFC 7636 section 4.5.  ``state`` is in neither,
+        and the service refuses the request without it.
+
         Raises:
             TokenRefused: The code is wrong, used or too old; log in again.
             Unavailable: No usable answer; the code may be spent all the same.
             BadAnswer: There is no usable token in the answer.
         """
-        client_id = self._client_id(None)
-        body = exchange_body(
-            code,
-            client_id=client_id,
-            verifier=verifier,
-            redirect_uri=redirect_uri,
-            state=state,
-        )
-        answer = _read_answer(*self._send("POST", self.config.token_url, body))
+        client_id = self.client_id_for(None)
+        body = {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": redirect_uri,
+            "client_id": client_id,
+            "code_verifier": verifier,
+            "state": state,
+        }
+        secrets = (code, verifier, state)
+        sent = self._send("POST", self.config.token_url, body, secrets=secrets)
+        answer = read_answer(*sent, field="access_token", secrets=secrets)
         granted = Credentials.from_answer(answer, received_at=self._clock())
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
         scopes = granted.scopes or self.config.scopes
@@ -1633,32 +1678,38 @@ class OAuthClient:
             TokenRefused: The token is dead, or a scope is not to be had; log in again.
             Unavailable: No usable answer; the token may be spent all the same.
         """
-        answer = self._ask_to_refresh(credentials, scopes or ())
-        return self._merge(answer, credentials)
+        answer = self.request_refresh(credentials, scopes or ())
+        renewed = Credentials.from_answer(
+            answer, received_at=self._clock(), previous=credentials
+        )
+        return renewed.replace(client_id=self.client_id_for(credentials))
 
-    def _ask_to_refresh(
-        self, credentials: Credentials, scopes: Iterable[str]
+    def request_refresh(
+        self, credentials: Credentials, scopes: Iterable[str] = ()
     ) -> dict[str, object]:
-        if not credentials.refresh_token:
+        """Spend the refresh token, and return the answer as the server gave it.
+
+        Without scopes the server keeps those granted.  Raises what `refresh` does.
+        Source: RFC 6749 section 6.
+        """
+        token = credentials.refresh_token
+        if not token:
             raise NotLoggedIn(
                 "the login has no refresh token; run `claude-oauth login`"
             )
-        client_id = self._client_id(credentials)
-        body = refresh_body(
-            credentials.refresh_token, client_id=client_id, scopes=scopes
-        )
+        body = {
+            "grant_type": "refresh_token",
+            "refresh_token": token,
+            "client_id": self.client_id_for(credentials),
+        }
+        scope = " ".join(scopes)
+        if scope:
+            body["scope"] = scope
         # Repeated if the connection drops before an answer begins: if the token was
         # spent by then, its successor is lost, and whoever tries later sends it again.
-        sent = self._send("POST", self.config.token_url, body, repeatable=True)
-        return _read_answer(*sent)
-
-    def _merge(
-        self, answer: Mapping[str, object], previous: Credentials
-    ) -> Credentials:
-        renewed = Credentials.from_answer(
-            answer, received_at=self._clock(), previous=previous
-        )
-        return renewed.replace(client_id=self._client_id(previous))
+        url = self.config.token_url
+        sent = self._send("POST", url, body, secrets=[token], repeatable=True)
+        return read_answer(*sent, field="access_token", secrets=[token])
 
     def fetch_profile(self, access_token: str) -> Profile:
         """Ask whose login it is; needs the scope user:profile.
@@ -1668,7 +1719,8 @@ class OAuthClient:
         """
         url = self.config.profile_url
         sent = self._send("GET", url, None, bearer=access_token, repeatable=True)
-        return Profile.from_answer(_read_answer(*sent))
+        answer = read_answer(*sent, field="account", secrets=[access_token])
+        return Profile.from_answer(answer)
 
     def create_api_key(self, access_token: str) -> str:
         """Make a permanent Console API key; each call makes another one.
@@ -1676,33 +1728,27 @@ class OAuthClient:
         Raises:
             TokenRefused: The account may not make keys (403), or the token is dead.
         """
-        url = self.config.api_key_url
-        answer = _read_answer(*self._send("POST", url, {}, bearer=access_token))
-        key = answer.get("raw_key")
-        if not isinstance(key, str) or not is_header_safe(key):
+        sent = self._send("POST", self.config.api_key_url, {}, bearer=access_token)
+        answer = read_answer(*sent, field="raw_key", secrets=[access_token])
+        key = _header_text(answer.get("raw_key"))
+        if key is None:
             raise BadAnswer("raw_key")
         return key
 
     def revoke(self, token: str) -> None:
-        """End the grant behind a refresh token, where the server has a way to.
+        """End the grant behind a refresh token.  Source: RFC 7009 section 2.1.
 
         Raises:
             ConfigError: No revoke_url is set.
         """
         if not self.config.revoke_url:
             raise ConfigError("no revoke_url is set; set one, or log out without it")
-        body = revoke_body(token, client_id=self._client_id(None))
-        self._send("POST", self.config.revoke_url, body)
-
-    def _client_id(self, credentials: Credentials | None) -> str:
-        # The grant belongs to the program that it was issued to.
-        client_id = (credentials and credentials.client_id) or self.config.client_id
-        if not client_id:
-            raise ConfigError(
-                "no client id: pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
-                " (the one that your program was issued)"
-            )
-        return client_id
+        body = {
+            "token": token,
+            "token_type_hint": "refresh_token",
+            "client_id": self.client_id_for(None),
+        }
+        self._send("POST", self.config.revoke_url, body, secrets=[token])
 
     def _send(
         self,
@@ -1710,76 +1756,60 @@ class OAuthClient:
         url: str,
         body: Mapping[str, str] | None,
         *,
-        bearer: str | None = None,
+        bearer: str = "",
+        secrets: Iterable[str] = (),
         repeatable: bool = False,
     ) -> tuple[int, bytes]:
         """Send a request; return status and content of an answer that is no error."""
-        try:
-            status, headers, content = self._exchange(method, url, body, bearer)
-        except _ConnectionDropped:
-            if not repeatable:
-                raise
-            status, headers, content = self._exchange(method, url, body, bearer)
-        if 200 <= status < 300:
-            return status, content
-        asked_for = parse_retry_after(headers.get("Retry-After"), now=self._clock())
-        raise error_of_answer(
-            status,
-            content,
-            retry_after=asked_for,
-            request_id=headers.get("request-id"),
-            secrets=_secrets_of(body or {}, bearer),
-        )
 
-    def _exchange(
-        self,
-        method: str,
-        url: str,
-        body: Mapping[str, str] | None,
-        bearer: str | None,
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Send one request; return status, headers and content."""
-        import threading
-
-        _import_requests()
-        outcome: list[ClaudeOAuthError | tuple[int, Mapping[str, str], bytes]] = []
-
-        def attempt() -> None:
-            outcome.append(self._attempt(method, url, body, bearer))
+        def attempt() -> tuple[int, Mapping[str, str], bytes]:
+            return self._attempt(method, url, body, bearer)
 
         # The time limit of `requests` is one for each packet, and none for a name to be
         # looked up: headers that drip would hold the lock for ever.
-        thread = threading.Thread(target=attempt, daemon=True, name="claude-oauth-http")
+        limit = 3 * self.config.timeout
         try:
-            thread.start()
-        except RuntimeError:  # no thread is to be had: then without that limit
-            attempt()
-        else:
-            thread.join(3 * self.config.timeout)
-        if not outcome:
-            raise Unavailable("no whole answer in time; try again later")
-        if isinstance(outcome[0], ClaudeOAuthError):
-            raise outcome[0]
-        return outcome[0]
+            try:
+                status, headers, content = call_with_limit(attempt, limit)
+            except _ConnectionDropped:
+                if not repeatable:
+                    raise
+                status, headers, content = call_with_limit(attempt, limit)
+        except TimeoutError:
+            raise Unavailable("no whole answer in time; try again later") from None
+        if 200 <= status < 300:
+            return status, content
+        raise error_of_answer(
+            status,
+            content,
+            retry_after=parse_retry_after(
+                headers.get("Retry-After"), now=self._clock()
+            ),
+            request_id=headers.get("request-id"),
+            secrets=(*secrets, bearer),
+        )
 
     def _attempt(
-        self,
-        method: str,
-        url: str,
-        body: Mapping[str, str] | None,
-        bearer: str | None,
-    ) -> ClaudeOAuthError | tuple[int, Mapping[str, str], bytes]:
-        session = self._session or _import_requests().Session()
+        self, method: str, url: str, body: Mapping[str, str] | None, bearer: str
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Send a request once; return status, headers and content of any answer."""
+        headers = {"Accept": "application/json", "User-Agent": self.config.user_agent}
+        if bearer:
+            headers["Authorization"] = f"Bearer {bearer}"
+            headers["anthropic-beta"] = OAUTH_BETA
+        session = self._session or import_requests().Session()
+        proxy_address(url, session)
+        check_ca_bundle(url, session)
         response = None
         try:
             with session.request(
                 method,
                 url,
                 json=body,
-                headers=self._headers(bearer),
+                headers=headers,
                 # Without an auth= of ours, a netrc entry would replace the token.
                 auth=lambda request: request,
-                proxies=_proxies_for(url),
+                proxies=proxies_for(url),
                 timeout=self.config.timeout,
                 # A token must not follow a redirect to wherever it points.
                 allow_redirects=False,
@@ -1787,56 +1817,120 @@ class OAuthClient:
             ) as response:
                 content = _read_limited(response, Deadline(self.config.timeout))
             return response.status_code, response.headers, content
-        except Exception as error:
-            # Whatever a session raises may hold the request, and that the tokens: only
-            # a sentence leaves this block, so that no chain leads back to them.
-            failure = _describe_failure(error, url, session)
-            if response is not None and isinstance(failure, _ConnectionDropped):
-                return Unavailable(*failure.args)  # what was sent is spent: no repeat
-            return failure
+        except Exception as failure:
+            error = failure
         finally:
             if session is not self._session:
                 session.close()
-
-    def _headers(self, bearer: str | None) -> dict[str, str]:
-        headers = {"Accept": "application/json", "User-Agent": self.config.user_agent}
-        if bearer is not None:
-            headers["Authorization"] = f"Bearer {bearer}"
-            headers["anthropic-beta"] = OAUTH_BETA
-        return headers
+        # Whatever a session raises may hold the request, and that the tokens: only a
+        # sentence is raised, and outside that block, so that no chain leads back.
+        raise _error_of_failure(error, url, session, has_begun=response is not None)
 
 
-def _proxies_for(url: str) -> dict[str, str]:
-    """Keep plain http on this machine: it is for loopback, whatever HTTP_PROXY says."""
-    return {"no_proxy": "*"} if url.startswith("http:") else {}
+def import_requests() -> Any:
+    """Return the package `requests`.
 
-
-def _secrets_of(body: Mapping[str, str], bearer: str | None) -> list[str]:
-    return [body[name] for name in SECRET_FIELDS if name in body] + [bearer or ""]
-
-
-class _ConnectionDropped(Unavailable):
-    """The connection ended before an answer began."""
-
-
-def _read_answer(status: int, content: bytes) -> dict[str, object]:
-    answer = parse_json_object(content)
-    if answer is not None:
-        return answer
-    if parse_json_object(b'{"answer":' + content + b"}") is not None:
-        raise BadAnswer("the answer", "is not a JSON object")
-    raise Unavailable(_unavailable_text(status, ""), None, status)
-
-
-def _import_requests() -> Any:
+    Raises:
+        ConfigError: It is missing, or it is there and cannot be imported.
+    """
     try:
         import requests
+
+        requests.Session, requests.exceptions.InvalidSchema  # noqa: B018 - is it it?
+    except (ImportError, AttributeError, SyntaxError, OSError, ValueError) as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "requests"
+        problem = "is missing" if is_missing else f"is broken: {printable(error)}"
+    else:
+        return requests
+    raise ConfigError(
+        f"the package `requests` {problem}; get it by `pip install requests`,"
+        " `apt install python3-requests` or `dnf install python3-requests`"
+    )
+
+
+def proxies_for(url: str) -> dict[str, str]:
+    """Keep plain http on this machine, whatever HTTP_PROXY or a session says.
+
+    `requests` prefers the key with the host to every other one.
+    """
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    return {f"http://{parts.hostname}": ""} if parts.scheme == "http" else {}
+
+
+def proxy_address(url: str, session: requests.Session) -> str:
+    """Return host and port of the proxy for a URL, "" if there is none.
+
+    Raises:
+        ConfigError: The proxy's setting is no URL that `requests` can use; the text
+            does not show it, since a password may be in it.
+    """
+    requests = import_requests()
+    # A session may be of another make that has none of these attributes.
+    proxies = {**getattr(session, "proxies", {}), **proxies_for(url)}
+    if getattr(session, "trust_env", False):
+        proxies = {**requests.utils.get_environ_proxies(url), **proxies}
+    proxy = requests.utils.select_proxy(url, proxies)
+    if not proxy:
+        return ""
+    name = "the proxy of the session or the system"
+    for variable, value in os.environ.items():
+        if value == proxy and variable.lower() in ("https_proxy", "all_proxy"):
+            name = variable
+    return _check_proxy(proxy if "://" in proxy else f"http://{proxy}", name)
+
+
+def _check_proxy(proxy: str, name: str) -> str:
+    from urllib.parse import urlsplit
+
+    requests = import_requests()
+    problem = (
+        f"{name} is no usable proxy URL; give it as http://host:port, and write"
+        " characters like # ? / [ @ of a password as %23 %3F %2F %5B %40"
+    )
+    try:
+        parts = urlsplit(proxy)
+        rest = parts.path.strip("/") or parts.query or parts.fragment
+        is_usable = bool(parts.hostname and proxy.split() == [proxy])
+        is_usable = is_usable and parts.port != 0 and not rest
+        if is_usable:
+            requests.adapters.HTTPAdapter().proxy_manager_for(proxy)
+    except requests.exceptions.InvalidSchema:
+        problem = f"{name} names a SOCKS proxy; get PySocks: pip install PySocks"
+        is_usable = False
+    except (ValueError, AssertionError):
+        is_usable = False
+    if not is_usable:
+        raise ConfigError(problem)
+    return parts.netloc.rpartition("@")[2]
+
+
+def check_ca_bundle(url: str, session: requests.Session) -> None:
+    """Look whether the certificates that a session is to trust for a URL can be read.
+
+    Raises:
+        ConfigError: They cannot, or this Python has no TLS.
+    """
+    name = "the session's verify"
+    path: Any = getattr(session, "verify", True) or True
+    for variable in ("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        if getattr(session, "trust_env", False) and os.environ.get(variable):
+            name, path = variable, os.environ[variable]
+    try:
+        import ssl
+
+        if path is not True and not os.path.isdir(path) and not proxies_for(url):
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        return
     except ImportError:
-        raise ConfigError(
-            "the package `requests` is missing; get it by `pip install requests`,"
-            " `apt install python3-requests` or `dnf install python3-requests`"
-        ) from None
-    return requests
+        problem = "this Python has no TLS (no module ssl); install one that has"
+    except (OSError, ValueError):
+        problem = (
+            f"{name} names {printable(path)}, which is no readable file of"
+            " certificates; correct or unset it"
+        )
+    raise ConfigError(problem)
 
 
 def _read_limited(response: requests.Response, limit: Deadline) -> bytes:
@@ -1854,59 +1948,49 @@ def _read_limited(response: requests.Response, limit: Deadline) -> bytes:
         content += piece
         if len(content) > MAX_ANSWER_BYTES or limit.passed():
             raise ValueError("the answer is too long or too slow")
+    if getattr(response.raw, "length_remaining", 0):  # urllib3 1 says nothing of it
+        raise ValueError("the answer is cut short")
     return bytes(content)
 
 
-def _describe_failure(
-    error: Exception, url: str, session: requests.Session
+def _error_of_failure(
+    error: Exception, url: str, session: requests.Session, *, has_begun: bool
 ) -> ClaudeOAuthError:
     """Return what went wrong on the way, naming the host, the proxy and the cure."""
     from urllib.parse import urlsplit
 
-    requests = _import_requests()
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE")
-    if type(error) is OSError and bundle and not os.path.exists(bundle):
-        return ConfigError(
-            f"REQUESTS_CA_BUNDLE names {bundle}, which is not there; mend or unset it"
-        )
-    host = urlsplit(url).netloc
-    proxy = _proxy_in_use(url, session)
+    requests = import_requests()
+    exceptions, urllib3 = requests.exceptions, requests.packages.urllib3.exceptions
+    host, proxy = urlsplit(url).netloc, proxy_address(url, session)
     way = f"{host} through the proxy {proxy}" if proxy else host
-    if isinstance(error, requests.exceptions.SSLError):
-        return Unavailable(
-            f"TLS to {way} failed, or its certificate is not trusted; if a proxy"
-            " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file"
+    unusable = (exceptions.InvalidURL, urllib3.LocationValueError, UnicodeError)
+    # What `requests` itself says of a file is an OSError without a number.
+    if isinstance(error, unusable) or (type(error) is OSError and not error.errno):
+        kind = type(error).__name__
+        return ConfigError(
+            f"no request to {way} can be made ({kind}); check the address, the proxy"
+            " and the files of certificates"
         )
-    if isinstance(error, requests.exceptions.ProxyError):
-        return Unavailable(
-            f"the way to {way} is closed: the proxy refused or did not answer;"
-            " check HTTPS_PROXY with its name and password"
-        )
-    # A response that is read piecemeal lets urllib3's own errors out.
-    slow = (requests.Timeout, requests.packages.urllib3.exceptions.TimeoutError)
-    if isinstance(error, slow):
-        return Unavailable(f"no answer from {way} in time; try again later")
-    if _is_drop(error):
-        return _ConnectionDropped(f"{way} dropped the connection; try again later")
-    if isinstance(error, requests.ConnectionError):
-        return Unavailable(f"no connection to {way}; check the network and try again")
-    kind = type(error).__name__
-    return Unavailable(f"no usable answer from {way} ({kind}); try again later")
-
-
-def _proxy_in_use(url: str, session: requests.Session) -> str | None:
-    """Return host and port of the proxy for a URL, without its name and password."""
-    from urllib.parse import urlsplit
-
-    utils = _import_requests().utils
-    proxies = dict(session.proxies)
-    if session.trust_env:
-        no_proxy = _proxies_for(url).get("no_proxy")
-        proxies = {**utils.get_environ_proxies(url, no_proxy), **proxies}
-    proxy = utils.select_proxy(url, proxies)
-    if not proxy:
-        return None
-    return urlsplit(proxy if "//" in proxy else f"//{proxy}").netloc.rpartition("@")[2]
+    is_way_closed = isinstance(error, (exceptions.SSLError, exceptions.ProxyError))
+    if _is_drop(error) and not is_way_closed:
+        dropped = Unavailable if has_begun else _ConnectionDropped
+        return dropped(f"{way} dropped the connection; try again later")
+    # The first kind that fits counts.  A response that is read piecemeal lets urllib3's
+    # own errors out.
+    texts = {
+        exceptions.SSLError: "TLS to {way} failed, or its certificate is not trusted;"
+        " if a proxy inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's"
+        " file",
+        exceptions.ProxyError: "the way to {way} is closed: the proxy refused or did"
+        " not answer; check HTTPS_PROXY with its name and password",
+        exceptions.Timeout: "no answer from {way} in time; try again later",
+        urllib3.TimeoutError: "no answer from {way} in time; try again later",
+        exceptions.ConnectionError: "no connection to {way}; check the network and try"
+        " again",
+        Exception: "no usable answer from {way} ({kind}); try again later",
+    }
+    text = next(text for kind, text in texts.items() if isinstance(error, kind))
+    return Unavailable(text.format(way=way, kind=type(error).__name__))
 
 
 def _is_drop(error: BaseException) -> bool:
@@ -4449,15 +4533,6 @@ def _is_terminal(stream: Any) -> bool:
 # -- Refresh ---------------------------------------------------------------------------
 
 # SHIM-BEGIN
-def may_carry_token(url: str) -> bool:
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(url)
-    return parts.scheme == "https" or (
-        parts.scheme == "http" and is_loopback(parts.hostname or "")
-    )
-
-
 def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]:
     try:
         return AuthCodeListener(state, port=port).__enter__(), ""
@@ -4479,9 +4554,6 @@ def obtain_code(listener: Any, *, url_for: Any, problem: str, manual_redirect_ur
 
 
 AuthCodeListener.close = lambda self: self.__exit__()  # type: ignore[attr-defined]
-OAuthClient.request_refresh = lambda self, credentials, scopes=(): self._ask_to_refresh(credentials, scopes)  # type: ignore[attr-defined]
-OAuthClient.client_id_for = lambda self, credentials: self._client_id(credentials)  # type: ignore[attr-defined]
-OAuthClient.check = lambda self: (self._client_id(None), _import_requests())  # type: ignore[attr-defined]
 # SHIM-END
 
 

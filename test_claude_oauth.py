@@ -1143,6 +1143,235 @@ def test_an_error_hangs_where_the_contract_says(name, parent):
     assert parent.__mro__[-3] is Exception
 
 
+# No exception shows a secret: what an error tracker records
+
+
+def frames_of(error, seen=()):
+    """(function, local variables) of each frame that an error leads to."""
+    if error is None or error in seen:
+        return []
+    found, step = [], error.__traceback__
+    while step:
+        found.append((step.tb_frame.f_code.co_name, dict(step.tb_frame.f_locals)))
+        step = step.tb_next
+    for other in (error.__cause__, error.__context__):
+        found += frames_of(other, (*seen, error))
+    return found
+
+
+def exposed(error, allowed=()):
+    """The functions below the caller whose frames have local variables still."""
+    return [name for name, found in frames_of(error) if found and name not in allowed]
+
+
+def spend(secret):
+    copied = [secret.encode()]
+    raise ValueError(len(copied))
+
+
+def spend_in_vain(secret):
+    try:
+        spend(secret)
+    except ValueError as error:
+        kept = {"token": secret}
+        raise RuntimeError(len(kept)) from error
+
+
+def spend_while_handling(secret):
+    try:
+        spend(secret)
+    except ValueError:
+        spend(secret)
+
+
+def spend_in_a_thread(secret):
+    return claude_oauth.call_with_limit(lambda: spend(secret), LIMIT)
+
+
+def spend_in_a_generator(secret):
+    def values():
+        inner = secret
+        yield 1
+        spend(inner)
+
+    return list(values())
+
+
+LEAKS = [
+    spend,
+    spend_in_vain,
+    spend_while_handling,
+    spend_in_a_thread,
+    spend_in_a_generator,
+]
+WRAPPER = ("call", "generate")
+
+
+@pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)
+def test_no_frame_below_a_guarded_call_has_variables(leak):
+    guarded = claude_oauth.hides_locals(leak)
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        guarded("sesame")
+    here = "test_no_frame_below_a_guarded_call_has_variables"
+    assert not exposed(caught.value, allowed=(here, *WRAPPER))
+    assert leak.__name__ in [name for name, _ in frames_of(caught.value)]
+
+
+def test_a_guarded_call_holds_what_its_caller_passed_and_no_more():
+    with pytest.raises(ValueError, match="1") as caught:
+        claude_oauth.hides_locals(spend)("sesame")
+    (own,) = [found for name, found in frames_of(caught.value) if name == "call"]
+    assert (own["args"], own["options"]) == (("sesame",), {})
+    assert set(own) == {"args", "options", "handled", "function"}
+
+
+def test_the_errors_that_a_caller_handles_are_left_alone():
+    def fail():
+        kept = "the caller's own"
+        raise OSError(kept)
+
+    try:
+        fail()
+    except OSError as handled:
+        with pytest.raises(ValueError, match="1") as caught:
+            claude_oauth.hides_locals(spend)("sesame")
+        assert caught.value.__context__ is handled
+        assert ("fail", {"kept": "the caller's own"}) in frames_of(handled)
+
+
+def test_a_call_that_succeeds_while_its_caller_handles_an_error_clears_nothing():
+    def fail():
+        kept = "the caller's own"
+        raise OSError(kept)
+
+    def generate():
+        yield 1
+
+    try:
+        fail()
+    except OSError as handled:
+        assert list(claude_oauth.hides_locals(generate)()) == [1]
+        assert claude_oauth.hides_locals(lambda: 2)() == 2
+        assert ("fail", {"kept": "the caller's own"}) in frames_of(handled)
+
+
+def test_a_guarded_generator_shows_nothing_either():
+    @claude_oauth.hides_locals
+    def exchange(secret):
+        answer = yield "first"
+        spend(answer + secret)
+
+    running = exchange("sesame")
+    assert next(running) == "first"
+    with pytest.raises(ValueError, match="1") as caught:
+        running.send("open")
+    here = "test_a_guarded_generator_shows_nothing_either"
+    assert not exposed(caught.value, allowed=(here, *WRAPPER))
+    assert "exchange" in [name for name, _ in frames_of(caught.value)]
+
+
+def test_a_guarded_generator_takes_what_is_thrown_and_returns_its_value():
+    @claude_oauth.hides_locals
+    def exchange():
+        try:
+            yield 1
+        except KeyError:
+            yield 2
+        return 3
+
+    running = exchange()
+    assert (next(running), running.throw(KeyError("x"))) == (1, 2)
+    with pytest.raises(StopIteration) as caught:
+        next(running)
+    assert caught.value.value == 3
+
+
+@claude_oauth.hides_locals
+class Guarded:
+    """A class with every kind of method."""
+
+    def __init__(self, secret=""):
+        if secret:
+            spend(secret)
+
+    def method(self, secret):
+        """Spend it."""
+        spend(secret)
+
+    @classmethod
+    def of_class(cls, secret):
+        assert cls is Guarded
+        spend(secret)
+
+    @staticmethod
+    def of_nobody(secret):
+        spend(secret)
+
+    def __call__(self, secret):
+        spend(secret)
+
+    def __enter__(self):
+        spend("sesame")
+
+    def __exit__(self, *exc_info):
+        pass
+
+    def _inner(self):
+        return "unguarded"
+
+
+def enter_it():
+    with Guarded():
+        pass
+
+
+METHODS = {
+    "init": lambda: Guarded("sesame"),
+    "method": lambda: Guarded().method("sesame"),
+    "classmethod": lambda: Guarded.of_class("sesame"),
+    "staticmethod": lambda: Guarded.of_nobody("sesame"),
+    "call": lambda: Guarded()("sesame"),
+    "enter": enter_it,
+}
+
+
+@pytest.mark.parametrize("use", METHODS.values(), ids=METHODS)
+def test_every_public_method_of_a_guarded_class_is_guarded(use):
+    with pytest.raises(ValueError, match="1") as caught:
+        use()
+    shown = [found for name, found in frames_of(caught.value) if name == "spend"]
+    assert shown == [{}]
+
+
+def test_a_guarded_method_is_still_itself():
+    assert Guarded.method.__name__ == "method"
+    assert Guarded.method.__qualname__ == "Guarded.method"
+    assert Guarded.method.__doc__ == "Spend it."
+    assert Guarded.method.__wrapped__.__code__.co_name == "method"
+    assert not hasattr(Guarded._inner, "__wrapped__")
+
+
+def test_an_error_that_is_its_own_context_ends_too():
+    @claude_oauth.hides_locals
+    def turn():
+        one, other = ValueError("one"), ValueError("other")
+        one.__cause__, other.__cause__ = other, one
+        raise one
+
+    with pytest.raises(ValueError, match="one"):
+        turn()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=repr)
+def test_an_interrupt_shows_nothing_either(error):
+    def wait(secret):
+        raise error
+
+    with pytest.raises(error) as caught:
+        claude_oauth.hides_locals(wait)("sesame")
+    assert ("wait", {}) in frames_of(caught.value)
+
+
 # -- Values ----------------------------------------------------------------------------
 
 CREDENTIALS = claude_oauth.Credentials(
@@ -1256,7 +1485,8 @@ def test_the_production_endpoints_are_the_ones_that_were_seen():
     assert config.console_authorize_url == "https://platform.claude.com/oauth/authorize"
     assert config.token_url == "https://platform.claude.com/v1/oauth/token"
     assert config.profile_url == "https://api.anthropic.com/api/oauth/profile"
-    assert config.revoke_url is None
+    revoke_url = "https://platform.claude.com/v1/oauth/token/revoke"
+    assert config.revoke_url == revoke_url
     assert config.scopes == claude_oauth.ALL_SCOPES
     assert config.timeout == 30.0
 
@@ -1272,7 +1502,7 @@ def test_a_server_of_ones_own_has_the_usual_paths():
     assert config.profile_url == origin + "/api/oauth/profile"
     assert config.api_key_url == origin + "/api/oauth/claude_cli/create_api_key"
     assert config.manual_redirect_uri == origin + "/oauth/code/callback"
-    assert config.revoke_url == origin + "/v1/oauth/revoke"
+    assert config.revoke_url == origin + "/v1/oauth/token/revoke"
     assert config.timeout == 5
 
 
@@ -1303,7 +1533,7 @@ def test_a_server_that_is_not_safe_is_refused(origin):
     assert "secret" not in str(caught.value)
 
 
-LOOPBACKS = ["localhost", "127.0.0.1", "127.9.9.9", "[::1]", "LOCALHOST"]
+LOOPBACKS = ["localhost", "127.0.0.1", "127.9.9.9", "[::1]", "LOCALHOST", "[0:0::1]"]
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
@@ -1321,6 +1551,11 @@ NO_LOOPBACKS = [
     "127.a.0.1",
     "::",
     "",
+    "localhost.",
+    "localhost.example.com",
+    "127.0.0.1.",
+    "127.0.0.²",
+    "0.0.0.0",
 ]
 
 
@@ -1329,7 +1564,42 @@ def test_what_may_be_another_machine_is_no_loopback(host):
     assert not claude_oauth.is_loopback(host)
 
 
+CARRIERS = {
+    "https": ("https://api.example.com/x", True),
+    "https-in-capitals": ("HTTPS://API.EXAMPLE.COM", True),
+    "loopback": ("http://127.0.0.1:8000/x", True),
+    "loopback-in-capitals": ("HTTP://LocalHost:8000", True),
+    "loopback-6": ("http://[::1]/", True),
+    "http": ("http://api.example.com", False),
+    "http-in-capitals": ("HTTP://API.EXAMPLE.COM", False),
+    "looks-like-loopback": ("http://127.0.0.1.example.com", False),
+    "hides-behind-loopback": ("http://127.0.0.1@example.com", False),
+    "a-dot-at-the-end": ("http://localhost.", False),
+    "another-scheme": ("ws://127.0.0.1", False),
+    "no-host": ("https:///x", False),
+    "no-url": ("[", False),
+    "open-bracket": ("https://[::1", False),
+    "empty": ("", False),
+}
+
+
+@pytest.mark.parametrize(("url", "expected"), CARRIERS.values(), ids=CARRIERS)
+def test_a_token_goes_over_tls_or_stays_on_this_machine(url, expected):
+    assert claude_oauth.may_carry_token(url) is expected
+
+
+@pytest.mark.parametrize("client_id", [None, "", "  ", "\r\n"], ids=repr)
+def test_an_empty_client_id_is_none(client_id):
+    client = claude_oauth.OAuthClient(claude_oauth.OAuthConfig(client_id))
+    with pytest.raises(claude_oauth.ConfigError, match="no client id"):
+        client.client_id_for(None)
+
+
 BAD_SETTINGS = {
+    "time-without-end": {"timeout": 1e20},
+    "no-token-url": {"token_url": None},
+    "empty-profile-url": {"profile_url": ""},
+    "http-in-capitals": {"token_url": "HTTP://EXAMPLE.COM/token"},
     "one-string-of-scopes": {"scopes": "user:profile"},
     "no-time": {"timeout": 0},
     "time-is-nan": {"timeout": float("nan")},
@@ -1358,7 +1628,10 @@ def test_a_program_may_name_itself_and_the_module_stays_named():
 
 def test_settings_come_from_the_environment():
     config = claude_oauth.OAuthConfig.from_env(
-        {"CLAUDE_OAUTH_CLIENT_ID": " me\n", "CLAUDE_OAUTH_SERVER": "http://[::1]:80 "}
+        {
+            "CLAUDE_OAUTH_CLIENT_ID": " me\r\n",
+            "CLAUDE_OAUTH_SERVER": "http://[::1]:80\r",
+        }
     )
     assert config.client_id == "me"
     assert config.token_url == "http://[::1]:80/v1/oauth/token"
@@ -1391,18 +1664,7 @@ BAD_RECORDS = {
     "an-access-token-with-a-newline": ({"accessToken": "a\nb"}, "accessToken"),
     "an-access-token-with-a-letter": ({"accessToken": "sk-ä"}, "accessToken"),
     "a-number-as-refresh-token": ({"refreshToken": 1}, "refreshToken"),
-    "expiry-is-text": ({"expiresAt": "soon"}, "expiresAt"),
-    "expiry-is-true": ({"expiresAt": True}, "expiresAt"),
-    "expiry-is-nan": ({"expiresAt": float("nan")}, "expiresAt"),
-    "expiry-is-infinite": ({"expiresAt": float("inf")}, "expiresAt"),
-    "expiry-before-the-epoch": ({"expiresAt": -1}, "expiresAt"),
-    "expiry-too-long": ({"expiresAt": 10**400}, "expiresAt"),
-    "login-end-is-text": ({"refreshTokenExpiresAt": "x"}, "refreshTokenExpiresAt"),
-    "scopes-are-text": ({"scopes": "user:profile"}, "scopes"),
-    "a-scope-is-a-number": ({"scopes": [1]}, "scopes"),
-    "plan-is-a-number": ({"subscriptionType": 1}, "subscriptionType"),
-    "tier-is-a-list": ({"rateLimitTier": []}, "rateLimitTier"),
-    "client-is-a-number": ({"clientId": 1}, "clientId"),
+    "a-list-as-refresh-token": ({"refreshToken": ["sk-ant-ort01-x"]}, "refreshToken"),
 }
 
 
@@ -1413,6 +1675,42 @@ def test_a_damaged_record_is_refused_by_naming_the_field(changes, named):
     with pytest.raises(claude_oauth.StorageCorrupt, match=named) as caught:
         claude_oauth.Credentials.from_record(record)
     assert not secrets_in(chain_text(caught.value))
+
+
+ODD_FIELDS = {
+    "expiry-is-text": ({"expiresAt": "soon"}, {"expires_at": None}),
+    "expiry-is-digits": ({"expiresAt": "1000500"}, {}),
+    "expiry-is-true": ({"expiresAt": True}, {"expires_at": None}),
+    "expiry-is-nan": ({"expiresAt": float("nan")}, {"expires_at": None}),
+    "expiry-is-infinite": ({"expiresAt": float("inf")}, {"expires_at": None}),
+    "expiry-before-the-epoch": ({"expiresAt": -1}, {"expires_at": 0}),
+    "expiry-too-long": ({"expiresAt": 10**400}, {"expires_at": None}),
+    "login-end": ({"refreshTokenExpiresAt": {}}, {"refresh_token_expires_at": None}),
+    "scopes-are-text": ({"scopes": "user:profile user:inference"}, {}),
+    "a-scope-is-a-number": ({"scopes": [1, "a"]}, {"scopes": ("a",)}),
+    "scopes-are-a-number": ({"scopes": 7}, {"scopes": ()}),
+    "plan-is-a-number": ({"subscriptionType": 1}, {"subscription_type": None}),
+    "plan-is-empty": ({"subscriptionType": ""}, {"subscription_type": None}),
+    "tier-is-a-list": ({"rateLimitTier": []}, {"rate_limit_tier": None}),
+    "client-is-a-number": ({"clientId": 1}, {"client_id": None}),
+    "no-key": ({"consoleApiKey": "not ours: it is in the wrong place"}, {}),
+}
+
+
+@pytest.mark.parametrize(("changes", "read"), ODD_FIELDS.values(), ids=ODD_FIELDS)
+def test_an_odd_field_beside_good_tokens_is_unknown(changes, read):
+    tokens = {**RECORD["claudeAiOauth"], **changes}
+    found = claude_oauth.Credentials.from_record({**RECORD, "claudeAiOauth": tokens})
+    assert found == CREDENTIALS.replace(**read)
+    assert claude_oauth.Credentials.from_record(found.to_record()) == found
+
+
+@pytest.mark.parametrize("token", ["a'b", 'x"y', "sk~ant/+=", "a:b"], ids=repr)
+def test_a_stored_token_is_whatever_a_header_can_carry(token):
+    found = claude_oauth.Credentials.from_record(
+        {"claudeAiOauth": {"accessToken": token}}
+    )
+    assert found.access_token == token
 
 
 def test_a_damaged_key_in_a_record_is_named():
@@ -1497,8 +1795,18 @@ def test_what_an_answer_leaves_out_stays_as_it_was(field, kept, value):
     assert found.api_key == CREDENTIALS.api_key
 
 
+@pytest.mark.parametrize("lifetime", [28800, 28800.0, "28800"], ids=repr)
+def test_a_lifetime_may_be_written_as_a_text(lifetime):
+    answer = {**ANSWER, "expires_in": lifetime}
+    found = claude_oauth.Credentials.from_answer(answer, received_at=100.0)
+    assert found.expires_at == 28900.0
+
+
 BAD_LIFETIMES = {
-    "text": "28800",
+    "text": "soon",
+    "blank": " ",
+    "a-long-text": "9" * 5000,
+    "digits-of-others": "²",
     "true": True,
     "zero": 0,
     "negative": -5,
@@ -1678,78 +1986,6 @@ FOREIGN_TEXTS = {
 @pytest.mark.parametrize(("text", "shown"), FOREIGN_TEXTS.values(), ids=FOREIGN_TEXTS)
 def test_text_of_others_is_made_fit_for_a_terminal(text, shown):
     assert claude_oauth.printable(text, secrets=["sesame", "a"]) == shown
-
-
-def test_an_authorize_address_has_what_the_service_wants():
-    url = claude_oauth.authorize_url(
-        "https://claude.com/cai/oauth/authorize",
-        client_id="me & you",
-        redirect_uri="http://localhost:1/callback",
-        scopes=("user:profile", "user:inference"),
-        challenge="c",
-        state="s",
-        extra={"login_hint": "a@b"},
-    )
-    address, _, query = url.partition("?")
-    assert address == "https://claude.com/cai/oauth/authorize"
-    assert urllib.parse.parse_qsl(query) == [
-        ("code", "true"),
-        ("client_id", "me & you"),
-        ("response_type", "code"),
-        ("redirect_uri", "http://localhost:1/callback"),
-        ("scope", "user:profile user:inference"),
-        ("code_challenge", "c"),
-        ("code_challenge_method", "S256"),
-        ("state", "s"),
-        ("login_hint", "a@b"),
-    ]
-
-
-def test_an_endpoint_that_has_a_query_keeps_it():
-    url = claude_oauth.authorize_url(
-        "https://a/b?x=1",
-        client_id="c",
-        redirect_uri="r",
-        scopes=(),
-        challenge="c",
-        state="s",
-    )
-    assert url.startswith("https://a/b?x=1&code=true&")
-
-
-def test_an_exchange_repeats_redirect_and_state():
-    body = claude_oauth.exchange_body(
-        "code-1", client_id="me", verifier="v", redirect_uri="r", state="s"
-    )
-    assert body == {
-        "grant_type": "authorization_code",
-        "code": "code-1",
-        "redirect_uri": "r",
-        "client_id": "me",
-        "code_verifier": "v",
-        "state": "s",
-    }
-
-
-@pytest.mark.parametrize(
-    ("scopes", "more"), [((), {}), (("a", "b"), {"scope": "a b"})], ids=["no", "two"]
-)
-def test_a_refresh_names_scopes_only_if_there_are_any(scopes, more):
-    body = claude_oauth.refresh_body("token-1", client_id="me", scopes=scopes)
-    assert body == {
-        "grant_type": "refresh_token",
-        "refresh_token": "token-1",
-        "client_id": "me",
-        **more,
-    }
-
-
-def test_a_revocation_says_which_token_and_whose():
-    assert claude_oauth.revoke_body("token-1", client_id="me") == {
-        "token": "token-1",
-        "token_type_hint": "refresh_token",
-        "client_id": "me",
-    }
 
 
 SCOPES_TO_REFRESH = {
@@ -2027,6 +2263,11 @@ def test_a_token_from_outside_is_stripped(token):
     assert claude_oauth.clean_token(token) == "sk-1"
 
 
+@pytest.mark.parametrize("token", ["a", "mF_9.B5f-4.1JqM", "a~b+c/d=="])
+def test_a_token_of_rfc_6750_is_taken_as_it_is(token):
+    assert claude_oauth.clean_token(token) == token
+
+
 BAD_TOKENS = {
     "empty": "",
     "blank": " \n",
@@ -2034,13 +2275,28 @@ BAD_TOKENS = {
     "two-lines": "sk-ant-oat01-secret\nX: y",
     "not-ascii": "sk-ant-oat01-secrét",
     "control": "sk-ant-oat01-secret\x7f",
-    "quotes-are-fine-but-nul-is-not": "sk-ant-oat01-secret\0",
+    "nul": "sk-ant-oat01-secret\0",
+    "double-quotes": '"sk-ant-oat01-secret"',
+    "quotes": "'sk-ant-oat01-secret'",
+    "assignment": "CLAUDE_OAUTH_TOKEN=sk-ant-oat01-secret",
+    "json": '{"accessToken":"sk-ant-oat01-secret"}',
+    "json-text": '"sk-ant-oat01-secret',
+    "placeholder": "${TOKEN}",
+    "variable": "$TOKEN",
+    "masked": "***",
+    "half-masked": "sk-ant-***",
+    "with-its-scheme": "Bearer sk-ant-oat01-secret",
+    "colon": "Bearer:sk-ant-oat01-secret",
+    "padding-alone": "==",
+    "padding-inside": "sk-ant=oat01-secret",
+    "byte-order-mark": "\ufeffsk-ant-oat01-secret",
+    "full-width": "ｓｋ-ant-oat01-secret",
 }
 
 
 @pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS)
-def test_a_token_that_no_header_can_hold_is_refused_without_echo(token):
-    with pytest.raises(claude_oauth.ConfigError, match="CLAUDE_OAUTH_TOKEN") as caught:
+def test_what_is_no_token_is_refused_without_echo(token):
+    with pytest.raises(claude_oauth.ConfigError, match="set it to the token") as caught:
         claude_oauth.clean_token(token)
     assert not secrets_in(chain_text(caught.value))
 
@@ -2713,7 +2969,8 @@ def test_a_stored_client_id_is_enough_to_refresh(scripted_server):
 
 
 def test_nothing_is_revoked_without_an_endpoint():
-    client = claude_oauth.OAuthClient(claude_oauth.OAuthConfig(CLIENT_ID))
+    config = claude_oauth.OAuthConfig(CLIENT_ID, revoke_url=None)
+    client = claude_oauth.OAuthClient(config)
     with pytest.raises(claude_oauth.ConfigError, match="revoke_url"):
         client.revoke("sk-ant-ort01-x")
 
@@ -2749,7 +3006,13 @@ def test_an_api_key_that_cannot_be_one_is_refused(scripted_server, answer):
 def test_a_revocation_needs_no_answer(scripted_server, status):
     scripted_server.add(status)
     assert CALLS["revoke"](client_for(scripted_server)) is None
-    assert scripted_server.requests[0].json["token"] == CREDENTIALS.refresh_token
+    (request,) = scripted_server.requests
+    assert (request.method, request.target) == ("POST", "/v1/oauth/token/revoke")
+    assert request.json == {
+        "token": CREDENTIALS.refresh_token,
+        "token_type_hint": "refresh_token",
+        "client_id": CLIENT_ID,
+    }
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -3128,6 +3391,18 @@ def test_whatever_a_session_raises_tells_no_secret(scripted_server, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_session_of_another_make_works_too(scripted_server):
+    class Wrapped:
+        """It has nothing but what sends a request."""
+
+        def request(self, method, url, **options):
+            return requests.request(method, url, **options)
+
+    scripted_server.add(200, ANSWER)
+    found = CALLS["refresh"](client_for(scripted_server, session=Wrapped()))
+    assert found.access_token == "sk-ant-oat01-new"
+
+
 def test_a_session_that_looks_into_no_environment_names_no_proxy(monkeypatch):
     requests = pytest.importorskip("requests")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
@@ -3272,6 +3547,37 @@ def test_a_revoked_login_is_over(login, auth_server):
         login.client.refresh(credentials)
 
 
+def test_an_authorize_address_has_what_the_service_wants():
+    config = claude_oauth.OAuthConfig("me & you", scopes=("user:profile", "a:b"))
+    url = claude_oauth.OAuthClient(config).authorize_url(
+        redirect_uri="http://localhost:1/callback",
+        challenge="c",
+        state="s",
+        extra={"login_hint": "a@b"},
+    )
+    address, _, query = url.partition("?")
+    assert address == "https://claude.com/cai/oauth/authorize"
+    assert urllib.parse.parse_qsl(query) == [
+        ("code", "true"),
+        ("client_id", "me & you"),
+        ("response_type", "code"),
+        ("redirect_uri", "http://localhost:1/callback"),
+        ("scope", "user:profile a:b"),
+        ("code_challenge", "c"),
+        ("code_challenge_method", "S256"),
+        ("state", "s"),
+        ("login_hint", "a@b"),
+    ]
+
+
+def test_an_endpoint_that_has_a_query_keeps_it():
+    config = claude_oauth.OAuthConfig("c", claude_ai_authorize_url="https://a/b?x=1")
+    url = claude_oauth.OAuthClient(config).authorize_url(
+        redirect_uri="r", challenge="c", state="s"
+    )
+    assert url.startswith("https://a/b?x=1&code=true&")
+
+
 def test_no_authorize_address_is_made_without_a_client_id():
     client = claude_oauth.OAuthClient(claude_oauth.OAuthConfig(""))
     with pytest.raises(claude_oauth.ConfigError, match="--client-id"):
@@ -3288,11 +3594,401 @@ def test_each_path_has_its_own_page(console):
     assert url.startswith(page + "?") and "scope=user%3Aprofile&" in url
 
 
-def test_a_ca_bundle_that_is_not_there_is_a_setting_to_mend(monkeypatch, tmp_path):
+def test_a_ca_bundle_that_is_not_there_is_a_setting_to_fix(monkeypatch, tmp_path):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
     config = claude_oauth.OAuthConfig.for_server("https://127.0.0.1:9", client_id="c")
     with pytest.raises(claude_oauth.ConfigError, match="REQUESTS_CA_BUNDLE names"):
         claude_oauth.OAuthClient(config).fetch_profile("token")
+
+
+# What nobody may see
+
+
+def own_frames(error):
+    """The local variables of every frame of the module, but for a call's arguments."""
+    found, seen = [], [error]
+    for each in seen:
+        step = each.__traceback__
+        while step:
+            if step.tb_frame.f_code.co_filename == claude_oauth.__file__:
+                shown = dict(step.tb_frame.f_locals)
+                if step.tb_frame.f_code.co_name == "call":
+                    own = ("args", "options", "handled", "function")
+                    shown = {k: v for k, v in shown.items() if k not in own}
+                found.append((step.tb_frame.f_code.co_name, shown))
+            step = step.tb_next
+        others = (each.__cause__, each.__context__)
+        seen += [e for e in others if e is not None and e not in seen]
+    return found
+
+
+TELLING = {
+    "400": Answer(400, {"error": "invalid_grant"}),
+    "429": Answer(429),
+    "500": Answer(500, "oops"),
+    "page": Answer(200, "<html>"),
+    "list": Answer(200, []),
+    "refused-in-200": Answer(200, {"error": "invalid_grant"}),
+    "cut": Answer(200, {"access_token": "x" * 99}, fault="truncated"),
+    "closed": Answer(fault="close"),
+}
+
+
+@pytest.mark.parametrize("call", [c for c in CALLS if c != "revoke"])
+@pytest.mark.parametrize("answer", TELLING.values(), ids=TELLING)
+def test_no_frame_of_an_error_has_a_secret(scripted_server, call, answer):
+    scripted_server.script += [answer] * 2
+    error = failure_of(call, client_for(scripted_server))
+    frames = own_frames(error)
+    names = {"exchange": "exchange_code", "profile": "fetch_profile"}
+    names["api_key"] = "create_api_key"
+    assert names.get(call, call) in [name for name, _ in frames]
+    assert not [shown for _, shown in frames if shown]
+
+
+def test_no_frame_has_a_secret_when_nobody_is_there(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    error = failure_of("refresh", claude_oauth.OAuthClient(VALUES["OAuthConfig"]))
+    assert own_frames(error)
+    assert not [shown for _, shown in own_frames(error) if shown]
+
+
+VALUE_ERRORS = {
+    "record": lambda: claude_oauth.Credentials.from_record(
+        {"claudeAiOauth": {"accessToken": "sk-ant-oat01-x", "refreshToken": 1}}
+    ),
+    "answer": lambda: claude_oauth.Credentials.from_answer(
+        {**ANSWER, "token_type": "mac"}, received_at=0.0
+    ),
+    "profile": lambda: claude_oauth.Profile.from_answer({"account": {"email": "a@b"}}),
+    "arguments": lambda: claude_oauth.Credentials("sk-ant-oat01-x", colour=1),
+    "config": lambda: claude_oauth.OAuthConfig("c", token_url="https://a:sesame@b/c"),
+    "token": lambda: claude_oauth.clean_token(" 'sk-ant-oat01-x' "),
+}
+
+
+@pytest.mark.parametrize("fail", VALUE_ERRORS.values(), ids=VALUE_ERRORS)
+def test_no_frame_of_a_refused_value_has_its_secrets(fail):
+    with pytest.raises((claude_oauth.ClaudeOAuthError, TypeError)) as caught:
+        fail()
+    frames = own_frames(caught.value)
+    assert frames and not [shown for _, shown in frames if shown]
+
+
+# Good tokens in bad company
+
+
+COMPANY = {
+    "cut-character": b'{"access_token": "new", "refresh_token": "next", "n": "J\xc3"}',
+    "latin-1": b'{"n": "Ren\xe9", "access_token": "new", "refresh_token": "next"}',
+    "control": b'{"n": "a\x01\n\tb", "access_token": "new", "refresh_token": "next"}',
+    "nul": b'{"n": "a\x00", "access_token": "new", "refresh_token": "next"}',
+    "cut-later": b'{"access_token": "new", "refresh_token": "next", "n": {"m": "J',
+    "cut-at-a-key": b'{"access_token": "new", "refresh_token": "next", "n',
+    "cut-and-broken": b'{"access_token":"new","refresh_token":"next","n":"\xe9',
+    "byte-order-mark": b'\xef\xbb\xbf{"access_token": "new", "refresh_token": "next"}',
+    "utf-16": '{"access_token": "new", "refresh_token": "next"}'.encode("utf-16"),
+    "trailing": b'{"access_token": "new", "refresh_token": "next"}\n<!-- x -->',
+    "two-objects": b'{"access_token": "new", "refresh_token": "next"}{}',
+    "nan": b'{"access_token": "new", "refresh_token": "next", "n": NaN}',
+    "twice": b'{"n": 1, "n": 2, "access_token": "new", "refresh_token": "next"}',
+    "deep": b'{"n": %s, "access_token": "new", "refresh_token": "next"}'
+    % (b"[" * 50_000 + b"]" * 50_000),
+    "long-number": b'{"n": %s, "access_token": "new", "refresh_token": "next"}'
+    % (b"9" * 9000),
+    "bad-escape": b'{"n": "C:\\x", "access_token": "new", "refresh_token": "next"}',
+    "comma": b'{"access_token": "new", "refresh_token": "next",}',
+    "half-a-pair": b'{"n": "\\ud800", "access_token":"new","refresh_token":"next"}',
+    "odd-neighbours": b'{"access_token": "new", "refresh_token": "next",'
+    b' "expires_in": [], "scope": 7, "token_type": " Bearer", "account": "x"}',
+    "error-beside": b'{"access_token": "new", "refresh_token": "next",'
+    b' "error": "invalid_scope"}',
+}
+
+
+@pytest.mark.parametrize("call", GRANTS)
+@pytest.mark.parametrize("body", COMPANY.values(), ids=COMPANY)
+def test_nothing_beside_the_tokens_costs_them(scripted_server, call, body):
+    scripted_server.add(200, body)
+    found = CALLS[call](client_for(scripted_server))
+    assert (found.access_token, found.refresh_token) == ("new", "next")
+
+
+def test_what_else_a_damaged_answer_says_is_kept(scripted_server, clock):
+    scripted_server.add(
+        200,
+        b'{"account": {"name": [[[, "access_token": "new", "refresh_token" : "a\\/b",'
+        b'"expires_in": 60, "scope": "user:profile a:b", "n": "\xff"}',
+    )
+    found = CALLS["refresh"](client_for(scripted_server, clock=clock))
+    assert (found.refresh_token, found.expires_at) == ("a/b", clock() + 60)
+    assert found.scopes == ("user:profile", "a:b")
+
+
+def test_a_damaged_answer_without_a_new_refresh_token_keeps_the_old(scripted_server):
+    scripted_server.add(200, b'{"access_token": "new", "n": "\xe9" "m"}')
+    found = CALLS["refresh"](client_for(scripted_server))
+    assert found.access_token == "new"
+    assert found.refresh_token == CREDENTIALS.refresh_token
+
+
+HALVES = {
+    "before-the-refresh-token": b'{"access_token": "new", "refresh_tok',
+    "in-the-refresh-token": b'{"access_token": "new", "refresh_token": "nex',
+    "in-the-access-token": b'{"refresh_token": "next", "access_token": "ne',
+    "in-a-page": b'<html>{"access_token": "new", "refresh_token": "next"}',
+}
+
+
+@pytest.mark.parametrize("call", GRANTS)
+@pytest.mark.parametrize("body", HALVES.values(), ids=HALVES)
+def test_half_a_login_is_none(scripted_server, call, body):
+    scripted_server.add(200, body)
+    error = failure_of(call, client_for(scripted_server))
+    assert type(error) is claude_oauth.Unavailable
+    assert "try again later" in str(error)
+
+
+def test_a_made_key_is_not_lost_to_what_stands_beside_it(scripted_server):
+    scripted_server.add(200, b'{"raw_key": "sk-ant-api03-new", "name": "\xe9", "x"')
+    assert CALLS["api_key"](client_for(scripted_server)) == "sk-ant-api03-new"
+
+
+def test_a_profile_with_a_broken_name_is_one(scripted_server):
+    scripted_server.add(200, b'{"account": {"uuid": "a", "display_name": "Ren\xe9"}}')
+    found = CALLS["profile"](client_for(scripted_server))
+    assert (found.account_uuid, found.display_name) == ("a", "Ren�")
+
+
+# A refusal is one, whatever its status
+
+REFUSAL_BODIES = {
+    "rfc": {"error": "invalid_grant", "error_description": "it is spent"},
+    "own": failure("invalid_request_error", "no"),
+    "token-is-null": {"error": "invalid_grant", "access_token": None},
+    "token-is-empty": {"error": "invalid_scope", "access_token": ""},
+    "token-is-none": {"error": "invalid_grant", "access_token": "a b"},
+    "passing": {"error": "temporarily_unavailable"},
+    "own-passing": failure("overloaded_error", "busy"),
+    "latin-1": b'{"error": "invalid_grant", "error_description": "pass\xe9"}',
+}
+
+
+@pytest.mark.parametrize("call", GRANTS)
+@pytest.mark.parametrize("body", REFUSAL_BODIES.values(), ids=REFUSAL_BODIES)
+def test_an_error_in_a_200_is_what_it_is_in_a_400(scripted_server, call, body):
+    scripted_server.script += [Answer(200, body), Answer(400, body)]
+    client = client_for(scripted_server)
+    found, expected = failure_of(call, client), failure_of(call, client)
+    assert type(found) is type(expected)
+    assert vars(found) == {**vars(expected), "status": 200}
+    assert len(scripted_server.requests) == 2
+
+
+@pytest.mark.parametrize("call", ["profile", "api_key"])
+def test_an_error_in_a_200_is_one_for_every_request(scripted_server, call):
+    scripted_server.add(200, failure("permission_error", "no"))
+    error = failure_of(call, client_for(scripted_server))
+    assert (type(error), error.code) == (claude_oauth.TokenRefused, "permission_error")
+
+
+# What never passes
+
+PASSWORDS = ["ses#ame", "ses?ame", "ses/ame", "ses[ame", "ses]ame", "12#sesame", "#[/?"]
+PROXY_VARIABLES = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
+
+
+@pytest.fixture
+def outside():
+    """A client of a server that is not on this machine."""
+    return claude_oauth.OAuthClient(claude_oauth.OAuthConfig(CLIENT_ID))
+
+
+@pytest.mark.parametrize("call", ["check", *CALLS])
+@pytest.mark.parametrize("password", PASSWORDS)
+def test_a_proxys_password_is_shown_nowhere(
+    outside, monkeypatch, capfd, caplog, call, password
+):
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:{password}@proxy:3128")
+    with pytest.raises(claude_oauth.ConfigError, match="HTTPS_PROXY is no") as caught:
+        outside.check() if call == "check" else CALLS[call](outside)
+    shown = chain_text(caught.value) + repr(own_frames(caught.value)) + caplog.text
+    assert not re.search("user|ses|ame@", shown)
+    assert capfd.readouterr() == ("", "")
+
+
+PROXIES = {
+    "a-brackets-mate": "http://user:ses[ame@proxy:3128",
+    "without-scheme": "user:ses#ame@proxy:3128",
+    "no-host": "http://",
+    "port-is-a-word": "http://proxy:port",
+    "port-0": "http://proxy:0",
+    "port-too-high": "http://proxy:99999",
+    "ftp": "ftp://proxy:21",
+    "no-scheme-of-a-proxy": "carrier-pigeon://proxy",
+    "unknown-socks": "socks9://proxy:1080",
+    "with-a-path": "http://proxy:3128/x",
+    "line-end": "http://proxy:3128\r",
+    "blank": "http://pro xy:3128",
+    "not-latin-1": "http://user:%E2%82%AC@proxy:3128",
+}
+
+
+@pytest.mark.parametrize("variable", PROXY_VARIABLES)
+@pytest.mark.parametrize("proxy", PROXIES.values(), ids=PROXIES)
+def test_a_proxy_that_cannot_be_one_is_a_setting_to_fix(
+    outside, monkeypatch, variable, proxy
+):
+    monkeypatch.setenv(variable, proxy)
+    for attempt in (outside.check, lambda: CALLS["refresh"](outside)):
+        with pytest.raises(claude_oauth.ConfigError, match=variable) as caught:
+            attempt()
+        assert "http://host:port" in str(caught.value) or "PySocks" in str(caught.value)
+
+
+def test_a_proxy_of_a_session_is_looked_at_too(outside):
+    with requests.Session() as session:
+        session.proxies["https"] = "http://user:ses#ame@proxy:3128"
+        client = claude_oauth.OAuthClient(outside.config, session=session)
+        with pytest.raises(claude_oauth.ConfigError, match="the session") as caught:
+            client.check()
+    assert "ame@" not in chain_text(caught.value)
+
+
+USABLE = ["http://127.0.0.1:1", "HTTP://127.0.0.1:1/", "127.0.0.1:1", "https://[::1]:1"]
+
+
+@pytest.mark.parametrize("proxy", [*USABLE, "http://me:p%23%5B@127.0.0.1:1"])
+def test_a_proxy_that_can_be_one_is_let_be(outside, monkeypatch, proxy):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    outside.check()
+    assert isinstance(failure_of("refresh", outside), claude_oauth.Unavailable)
+
+
+WITHOUT_SOCKS = """
+import sys
+sys.modules["socks"] = None  # as if it were not installed
+import claude_oauth
+client = claude_oauth.OAuthClient(claude_oauth.OAuthConfig("it"))
+spent = claude_oauth.Credentials("old", "spent")
+for attempt in (client.check, lambda: client.refresh(spent)):
+    try:
+        attempt()
+    except claude_oauth.ConfigError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("variable", PROXY_VARIABLES)
+def test_socks_without_its_package_says_what_to_install(monkeypatch, variable):
+    monkeypatch.setenv(variable, "socks5h://127.0.0.1:1080")
+    lines = run_python(WITHOUT_SOCKS).stdout.splitlines()
+    text = f"{variable} names a SOCKS proxy; get PySocks: pip install PySocks"
+    assert lines == [text, text]
+
+
+BUNDLES = {"missing": None, "empty": b"", "no-certificate": b"hello", "binary": b"\0"}
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+@pytest.mark.parametrize("content", BUNDLES.values(), ids=BUNDLES)
+def test_a_ca_bundle_that_is_none_is_a_setting_to_fix(
+    tls_server, monkeypatch, home, variable, content
+):
+    if content is not None:
+        (home / "ca.pem").write_bytes(content)
+    monkeypatch.setenv(variable, str(home / "ca.pem"))
+    client = client_for(tls_server)
+    for attempt in (client.check, lambda: CALLS["refresh"](client)):
+        with pytest.raises(claude_oauth.ConfigError, match=f"{variable} names") as e:
+            attempt()
+        assert "ca.pem" in str(e.value) and "unset it" in str(e.value)
+
+
+def test_a_ca_bundle_of_a_session_is_looked_at_too(outside):
+    with requests.Session() as session:
+        session.verify = "/nowhere/ca.pem"
+        client = claude_oauth.OAuthClient(outside.config, session=session)
+        with pytest.raises(claude_oauth.ConfigError, match="the session's verify"):
+            client.check()
+
+
+def test_a_good_setting_passes_the_check(tls_server, trusted, scripted_server):
+    client_for(tls_server).check()
+    client_for(scripted_server).check()
+    assert not tls_server.requests and not scripted_server.requests
+
+
+def test_what_is_for_this_machine_needs_no_certificates(scripted_server, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
+    monkeypatch.setenv("HTTP_PROXY", "http://user:ses#ame@proxy:3128")
+    scripted_server.add(200, ANSWER)
+    client_for(scripted_server).check()
+    assert CALLS["refresh"](client_for(scripted_server)).access_token
+
+
+BROKEN = {
+    "import-error": "raise ImportError('cannot import name DEFAULT_CIPHERS')",
+    "missing-part": "import urllib3_that_is_not_there",
+    "attribute-error": "raise AttributeError('DEFAULT_CIPHERS')",
+    "syntax-error": "def (DEFAULT_CIPHERS",
+    "another-file": "DEFAULT_CIPHERS = 'a script of mine'",
+}
+
+
+@pytest.mark.parametrize("source", BROKEN.values(), ids=BROKEN)
+def test_a_broken_requests_is_not_called_missing(monkeypatch, tmp_path, source):
+    (tmp_path / "requests.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [n for n in sys.modules if n.split(".")[0] == "requests"]:
+        monkeypatch.delitem(sys.modules, name)
+    client = claude_oauth.OAuthClient(VALUES["OAuthConfig"])
+    for attempt in (client.check, lambda: CALLS["refresh"](client)):
+        with pytest.raises(claude_oauth.ConfigError, match="is broken: ") as caught:
+            attempt()
+        assert "pip install" in str(caught.value)
+    monkeypatch.delitem(sys.modules, "requests", raising=False)
+
+
+def test_the_check_wants_a_client_id_and_requests(monkeypatch):
+    with pytest.raises(claude_oauth.ConfigError, match="no client id"):
+        claude_oauth.OAuthClient(claude_oauth.OAuthConfig("")).check()
+    monkeypatch.setitem(sys.modules, "requests", None)
+    with pytest.raises(claude_oauth.ConfigError, match="is missing"):
+        claude_oauth.OAuthClient(VALUES["OAuthConfig"]).check()
+
+
+def test_a_server_whose_name_is_none_is_a_setting_to_fix():
+    config = claude_oauth.OAuthConfig.for_server("https://a..b", client_id=CLIENT_ID)
+    error = failure_of("refresh", claude_oauth.OAuthClient(config))
+    assert type(error) is claude_oauth.ConfigError
+    assert "a..b" in str(error)
+
+
+# Schemes have no case
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize("scheme", ["http", "HTTP", "Http"])
+def test_no_proxy_gets_a_token_in_clear(scripted_server, monkeypatch, name, scheme):
+    scripted_server.add(200, ANSWER)
+    with ScriptedServer() as proxy:
+        monkeypatch.setenv(name, proxy.origin)
+        origin = scripted_server.origin.replace("http", scheme)
+        monkeypatch.setenv("CLAUDE_OAUTH_SERVER", origin)
+        client = claude_oauth.OAuthClient(claude_oauth.OAuthConfig.from_env())
+        assert CALLS["refresh"](client).access_token == "sk-ant-oat01-new"
+    assert not proxy.requests
+
+
+@pytest.mark.parametrize("key", ["http", "all", "http://127.0.0.1", "all://127.0.0.1"])
+def test_no_proxy_of_a_session_gets_a_token_in_clear(scripted_server, key):
+    scripted_server.add(200, ANSWER)
+    with ScriptedServer() as proxy, requests.Session() as session:
+        session.proxies[key] = proxy.origin
+        assert CALLS["refresh"](client_for(scripted_server, session=session))
+    assert not proxy.requests
 
 
 # -- Storage ---------------------------------------------------------------------------
