@@ -72,7 +72,6 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import (
         Any,
-        BinaryIO,
         Callable,
         ClassVar,
         ContextManager,
@@ -115,6 +114,7 @@ __all__ = [
     "FernetCipher",
     "FileStorage",
     "KeychainStorage",
+    "KeyringStorage",
     "LoginCancelled",
     "LoginDenied",
     "LoginError",
@@ -135,7 +135,6 @@ __all__ = [
     "SECURITY",
     "SUBSCRIPTION_TYPES",
     "Sandbox",
-    "SecretServiceStorage",
     "Storage",
     "StorageCorrupt",
     "StorageError",
@@ -2007,18 +2006,13 @@ def _is_drop(error: BaseException) -> bool:
 class Storage(Protocol):
     """Where a credential waits between runs.  Safe to share between threads.
 
-    Two more attributes are looked at if they are there: ``read_only`` (True: another
-    program owns the credential, so its refresh token is never spent) and
-    ``account_file`` (the path of account.json; None: it is kept in memory alone).
+    Two attributes are optional: ``read_only`` (True: another program owns the
+    credential, so its refresh token is never spent) and ``account_file`` (the path
+    where the account is cached; None: in memory alone).
     """
 
     def load(self) -> Credentials | None:
-        """Return the stored credential, or None if there is none.
-
-        Raises:
-            StorageError: It cannot be known whether there is one.
-        """
-        ...
+        """Return the stored credential, or None if it is certain that there is none."""
 
     def save(self, credentials: Credentials) -> None:
         """Write a credential so that a crash leaves the old one or the new one, whole.
@@ -2026,19 +2020,12 @@ class Storage(Protocol):
         Raises:
             StorageError: It is not written; what was there still is.
         """
-        ...
 
     def delete(self) -> bool:
         """Remove this module's own keys; return whether there were any."""
-        ...
 
     def check(self) -> None:
-        """Make sure that a save would succeed now.
-
-        Raises:
-            StorageError: It would not.
-        """
-        ...
+        """Raise StorageError if a save could not succeed now, under the same lock."""
 
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a context that one thread of one process is in at a time.
@@ -2046,27 +2033,30 @@ class Storage(Protocol):
         Raises:
             Unavailable: On entering, when the seconds are over; 0 tries once.
         """
-        ...
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the stored record may have changed.
 
         None if that is not known: then the record is read.
         """
-        ...
 
     def describe(self) -> str:
         """Say for people where the credential is."""
-        ...
 
 
 def absolute_path(path: str | os.PathLike[str]) -> str:
     """Return a path from the root, with ``~`` filled in.
 
     Raises:
-        ConfigError: Nobody knows the home; else it would be a folder named ``~``.
+        ConfigError: It is empty, is not expanded, or needs a home that nobody knows:
+            never a folder of such a name below the current one.
     """
-    found = os.path.expanduser(os.fspath(path))
+    found = os.path.expanduser(os.fsdecode(path))
+    if not found.strip() or found[0] in "\"'$%" or "\0" in found:
+        raise ConfigError(
+            f"{printable(found)!r} is no path: it is empty, or begins with a quote or a"
+            " variable that nothing has expanded; set the path itself"
+        )
     if found.startswith("~"):
         raise ConfigError(
             f"no home directory is known for {found}; set HOME or CLAUDE_OAUTH_DIR"
@@ -2076,10 +2066,9 @@ def absolute_path(path: str | os.PathLike[str]) -> str:
 
 def default_directory(environ: Mapping[str, str] | None = None) -> str:
     """Return where files go: CLAUDE_OAUTH_DIR, or beside Claude's own settings."""
-    environ = os.environ if environ is None else environ
-    chosen = environ.get("CLAUDE_OAUTH_DIR")
+    chosen = setting("CLAUDE_OAUTH_DIR", environ)
     if not chosen:
-        settings = environ.get("CLAUDE_CONFIG_DIR") or os.path.join("~", ".claude")
+        settings = setting("CLAUDE_CONFIG_DIR", environ) or os.path.join("~", ".claude")
         chosen = os.path.join(settings, "claude-oauth")
     return absolute_path(chosen)
 
@@ -2091,20 +2080,39 @@ def warn(message: str) -> None:
     logging.getLogger("claude_oauth").warning(message)
 
 
+def _warn_once(subject: str, problem: str) -> None:
+    if (subject, problem) not in _WARNED:
+        _WARNED.add((subject, problem))
+        warn(f"{subject}: {problem}")
+
+
+_WARNED: Final[set[tuple[str, str]]] = set()
+"""What this process has complained about."""
+
+_NO_MODES: Final = "others can read this, by its mode; set its mode to 0600 if you can"
+_NO_SYNC: Final = "this file system refuses fsync; a power cut may cost the login"
+
+
 def make_private_directory(path: str) -> None:
     """Create a directory and those above it, 0700 each; leave existing ones alone."""
     # os.makedirs would apply the mode to the last level only.
-    if not os.path.isdir(path):
-        if os.path.dirname(path) != path:
-            make_private_directory(os.path.dirname(path))
-        try:
-            os.mkdir(path, 0o700)
-            os.chmod(path, 0o700)  # a umask of 0777 would have left 0000
-        except FileExistsError:
-            pass
+    if os.path.isdir(path):
+        return
+    if os.path.dirname(path) != path:
+        make_private_directory(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    try:
+        os.chmod(path, 0o700)  # a umask of 0777 would have left 0000
+    except OSError:
+        _warn_once(path, _NO_MODES)
 
 
-def read_private(path: str, *, is_ours: bool = True) -> bytes | None:
+def read_private(
+    path: str, *, is_ours: bool = True, any_owner: bool = False
+) -> bytes | None:
     """Return a private file's content, None if there is no file.
 
     A file of ours that others can read is set to 0600 with a warning.
@@ -2117,7 +2125,7 @@ def read_private(path: str, *, is_ours: bool = True) -> bytes | None:
     try:
         fd = os.open(path, flags)
         try:
-            _check_owner_and_mode(fd, path, is_ours)
+            _check_owner_and_mode(fd, path, is_ours, any_owner)
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         finally:
@@ -2131,7 +2139,7 @@ def read_private(path: str, *, is_ours: bool = True) -> bytes | None:
     return data
 
 
-def _check_owner_and_mode(fd: int, path: str, is_ours: bool) -> None:
+def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) -> None:
     import stat
 
     found = os.fstat(fd)
@@ -2139,194 +2147,178 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool) -> None:
         raise StorageError(f"{path} is not a regular file; move it away")
     if sys.platform == "win32":
         return  # the mode is invented there, and access follows from the folder's ACL
-    if found.st_uid not in (os.geteuid(), 0):
+    if found.st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    if not found.st_mode & 0o077:
-        return
-    try:
-        if is_ours:
-            os.fchmod(fd, 0o600)
+    if found.st_mode & 0o077:
+        if not is_ours:
+            _warn_once(path, _NO_MODES)
+        elif _make_private(fd, path):
             warn(f"others could read {path}; it is set to 0600 now")
-            return
-    except OSError:
-        pass  # some file systems have no modes
-    if path not in _READABLE:
-        _READABLE.add(path)
-        warn(f"others can read {path}; set its mode to 0600 if that can be done")
 
 
-_READABLE: Final[set[str]] = set()
-"""Files whose mode could not be mended, and was complained about once."""
+def _make_private(fd: int, path: str) -> bool:
+    """Set a file's mode to 0600; warn once where the file system does not do that."""
+    if sys.platform != "win32":
+        try:
+            os.fchmod(fd, 0o600)
+            if not os.fstat(fd).st_mode & 0o077:
+                return True
+        except OSError:
+            pass
+        _warn_once(os.path.dirname(path), _NO_MODES)
+    return False
 
 
 def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
     """Replace a private file whole: 0600, and on the disk when this returns.
 
-    A symbolic link is followed.  Hold the lock: two writers would not damage the file,
-    but one of them would lose its change.  A cache is not worth the wait for the disk.
+    Hold the lock: two writers would not damage the file, but one of them would lose its
+    change.  A cache is not worth the wait for the disk.
 
     Raises:
         StorageError: The file is as it was.
     """
-    # os.replace onto a link would replace the link, and leave the old token behind it.
-    real = os.path.realpath(path)
-    directory = os.path.dirname(real)
-    try:
-        make_private_directory(directory)
-        _remove_leftovers(real)
-        temporary = _temporary_name(real)
-        try:
-            _write_new(temporary, data, sync=not is_cache)
-            _replace(temporary, real, data)
-        finally:
-            _unlink_quietly(temporary)
-        if not is_cache:
-            _sync_directory(directory)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {_reason(error)}") from None
+    _AtomicFile(path).commit(data, sync=not is_cache)
 
 
-def check_writable(path: str) -> None:
-    """Make sure that there is room and permission to replace a private file.
+class _AtomicFile:
+    """The successor of a private file: made beside it, and renamed over it once whole.
+
+    It can be made before a refresh token is spent, with room on the disk for what comes
+    back: then neither a disk that fills meanwhile nor a mode can cost the answer.  A
+    symbolic link is followed.
 
     Raises:
-        StorageError: There is not.
+        StorageError: The file cannot be replaced, or there is no room.
     """
-    real = os.path.realpath(path)
-    try:
-        make_private_directory(os.path.dirname(real))
-        temporary = _temporary_name(real)
+
+    def __init__(self, path: str, *, reserve: int = 0) -> None:
+        # os.replace onto a link would replace the link, and leave the old token there.
+        self._path, self._real = path, os.path.realpath(path)
+        directory, name = os.path.split(self._real)
+        unique = f".{name}.{os.urandom(8).hex()}{_TEMPORARY_SUFFIX}"
+        self._temporary = os.path.join(directory, unique)
+        self._file: io.FileIO | None = None
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
         try:
-            _write_new(temporary, b"", reserve=_size_of(real) + _RESERVED_BYTES)
+            make_private_directory(directory)
+            self._file = io.FileIO(os.open(self._temporary, flags, 0o600), "r+")
+            _make_private(self._file.fileno(), self._real)
+            if reserve:
+                reserve += _check_replaceable(self._real)
+                _write_all(self._file, b" " * reserve)
+                _sync(self._file, directory)
+        except OSError as error:
+            self.discard()
+            raise StorageError(f"cannot write {path}: {_reason(error)}") from None
+
+    def commit(self, data: bytes, *, sync: bool = True) -> None:
+        """Put the data in the file's place, through the descriptor that has room."""
+        directory = os.path.dirname(self._real)
+        try:
+            assert self._file is not None
+            self._file.seek(0)
+            _write_all(self._file, data)
+            self._file.truncate()
+            if sync:
+                _sync(self._file, directory)
+            self._file.close()
+            _replace(self._temporary, self._real, data)
+            if sync:
+                _sync_directory(directory)
+        except OSError as error:
+            raise StorageError(f"cannot write {self._path}: {_reason(error)}") from None
         finally:
-            _unlink_quietly(temporary)
-        _check_replaceable(real)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {_reason(error)}") from None
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what was not committed."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            _unlink_quietly(self._temporary)
 
 
-def _check_replaceable(real: str) -> None:
-    """Raise an OSError where a rename onto the file would fail."""
+RESERVED_BYTES: Final = 16384
+"""Room for what a credential's successor may be longer."""
+
+_TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
+
+
+def _check_replaceable(real: str) -> int:
+    """Return a file's size, 0 if there is none; raise where a rename onto it fails."""
     import stat
 
     try:
         os.close(os.open(real, os.O_WRONLY))
     except FileNotFoundError:
-        return
+        return 0
     except OSError as error:
         # EROFS is a mount of its own that cannot be written, EPERM one that is
         # immutable; EACCES is a mode, and a rename does not ask for it.
         if error.errno != errno.EACCES:
             raise
-    if sys.platform != "win32":
-        folder, file = os.stat(os.path.dirname(real)), os.stat(real)
-        owners = (0, folder.st_uid, file.st_uid)
-        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
+    file, folder = os.stat(real), os.stat(os.path.dirname(real))
+    if sys.platform != "win32" and folder.st_mode & stat.S_ISVTX:
+        if os.geteuid() not in (0, folder.st_uid, file.st_uid):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-
-_RESERVED_BYTES: Final = 16384
-"""Room for what a credential's successor may be longer."""
-
-_TEMPORARY_SUFFIX: Final = ".tmp"
-
-_LEFTOVER_AGE: Final = 60.0
-"""Seconds after which a temporary file is a dead process's, not one in use."""
+    return file.st_size
 
 
 def _reason(error: OSError) -> str:
     return f"{error.strerror or type(error).__name__}".lower()
 
 
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
-def _temporary_name(real: str) -> str:
-    directory, name = os.path.split(real)
-    unique = f".{name}.{os.urandom(8).hex()}{_TEMPORARY_SUFFIX}"
-    return os.path.join(directory, unique)
-
-
-def _write_new(path: str, data: bytes, *, reserve: int = 0, sync: bool = True) -> None:
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    fd = os.open(path, flags, 0o600)
-    try:
-        if sys.platform != "win32":
-            os.fchmod(fd, 0o600)  # a umask of 0777 would have left 0000
-        _reserve(fd, reserve)
-        _write_all(fd, data)
-        if sync:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Take room on the disk: a full one lets a file be made, and fails its write."""
-    allocate = getattr(os, "posix_fallocate", None)  # macOS and Windows have none
-    try:
-        if size and allocate:
-            allocate(fd, 0, size)
-            if os.fstat(fd).st_size >= size:  # PyPy's does not raise
-                return
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-    _write_all(fd, bytes(size))
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    # os.write may take a part only, on a disk that is nearly full.
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    # A write may take a part only, on a disk that is nearly full.
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        view = view[file.write(view) :]
+
+
+def _sync(file: io.FileIO, directory: str) -> None:
+    """Put a file on the disk; warn once where the file system cannot be asked to."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        # Not EIO, ENOSPC and the like: those say that it is not on the disk.
+        refusals = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+        if error.errno not in (*refusals, errno.EPERM, errno.EACCES, errno.ENOTTY):
+            raise
+        _warn_once(directory, _NO_SYNC)
 
 
 def _replace(temporary: str, real: str, data: bytes) -> None:
-    try:
-        _rename(temporary, real)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        # The file is a mount of its own, as containers have it: only its content can
-        # be replaced.  Blanks, which JSON allows, hide the end of the longer old
-        # record from readers until it is cut off.
-        fd = os.open(real, os.O_WRONLY)
-        try:
-            _write_all(fd, data.ljust(_size_of(real)))
-            os.ftruncate(fd, len(data))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _rename(source: str, target: str) -> None:
-    """Rename over a file; on Windows wait out whoever has it open (untried there)."""
+    """Rename over a file, or rewrite one that is a mount of its own."""
+    # On Windows, scanners and indexers open files without sharing their deletion.
     pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
-    for pause in pauses:
+    for pause in (*pauses, None):
         try:
-            os.replace(source, target)
+            os.replace(temporary, real)
             return
         except OSError as error:
-            # Virus scanners and indexers open files without sharing their deletion.
-            if getattr(error, "winerror", None) not in (5, 32, 33):
+            if error.errno == errno.EBUSY:
+                break
+            if pause is None or getattr(error, "winerror", None) not in (5, 32, 33):
                 raise
         time.sleep(pause)
-    os.replace(source, target)
+    # A file that is mounted on its own, as in containers: only its content can be
+    # replaced.  Blanks, which JSON allows, first take the room for a longer record, and
+    # then hide the end of a longer old one until it is cut off.
+    with io.FileIO(real, "r+") as file:
+        size = file.seek(0, os.SEEK_END)
+        _write_all(file, b" " * (len(data) - size))
+        file.seek(0)
+        _write_all(file, data.ljust(size))
+        file.truncate(len(data))
+        _sync(file, os.path.dirname(real))
 
 
 def _sync_directory(directory: str) -> None:
-    if os.name == "nt":
-        return  # a directory cannot be opened there
     try:
         fd = os.open(directory, os.O_RDONLY)
     except OSError:
-        return  # one that may be written but not read
+        return  # on Windows, or one that may be written but not read
     try:
         os.fsync(fd)
     except OSError:
@@ -2342,80 +2334,93 @@ def _unlink_quietly(path: str) -> None:
         pass
 
 
-def _remove_leftovers(real: str, older_than: float = _LEFTOVER_AGE) -> None:
-    """Remove the temporary files of processes that died between write and rename."""
-    directory, name = os.path.split(real)
-    try:
-        for found in os.listdir(directory):
-            leftover = os.path.join(directory, found)
-            ours = found.startswith(f".{name}.") and found.endswith(_TEMPORARY_SUFFIX)
-            if ours and abs(time.time() - os.lstat(leftover).st_mtime) >= older_than:
-                _unlink_quietly(leftover)
-    except OSError:
-        pass  # tidying must not fail a save; another process may tidy as well
-
-
 class FileLock:
     """A lock that processes share, held while its context lasts.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
-    processes hold locks on two files of one name.
+    processes hold locks on two files of one name.  Whoever holds it is alone, and
+    removes the temporary files of processes that died.
+
+    Args:
+        on_change: Called with True when the lock is taken, False before it is released.
     """
 
-    def __init__(self, path: str, timeout: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        timeout: float,
+        *,
+        on_change: Callable[[bool], None] = lambda is_held: None,
+    ) -> None:
         self.path = path
         self._timeout = timeout
-        self._holder = path  # what a holder holds: this, or a directory in its place
-        self._release: Callable[[], None] | None = None
+        self._on_change = on_change
+        self._file: io.FileIO | None = None
+        self._pid = 0
 
     def __enter__(self) -> None:
         deadline = Deadline(self._timeout)
         pause = 0.002
-        # The kernel's lock has no time limit to wait with, so this knocks: a signal
-        # gets through at once, and nothing is left behind when the time is over.
-        while True:
-            try:
-                self._release = self._try()
-            except OSError as error:
-                text = f"cannot lock {self.path}: {_reason(error)}"
-                raise StorageError(text) from None
-            if self._release:
-                return
+        # The kernel's lock has no time limit to wait with, so this tries again: a
+        # signal gets through at once, and nothing is left behind when the time is over.
+        while not self._acquire():
             if deadline.passed():
                 raise Unavailable(
-                    f"another process holds the lock {self._holder}; try again later"
+                    f"another process holds the lock {self.path}; try again later"
                 )
             time.sleep(min(pause, deadline.left()))
             pause = min(pause * 1.5, 0.01)
+        self._pid = os.getpid()
+        self._on_change(True)
 
     def __exit__(self, *exc_info: object) -> None:
-        release, self._release = self._release, None
-        if release:
-            release()
+        file, self._file = self._file, None
+        if file is None:
+            return
+        with file:
+            # A child that was forked under the lock does not hold it: its parent does.
+            if self._pid == os.getpid():
+                try:
+                    self._on_change(False)
+                    self._remove_leftovers()
+                finally:
+                    _unlock(file.fileno())
 
-    def _try(self) -> Callable[[], None] | None:
-        """Take the lock if it is free; return how to release it, None if it is not."""
-        make_private_directory(os.path.dirname(self.path))
+    def _acquire(self) -> bool:
+        """Take the lock if it is free."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        # A file object, which closes itself if Ctrl-C comes before this returns.
-        fd = os.open(self.path, flags, 0o600)
-        file = open(fd, "rb", buffering=0)  # noqa: SIM115 - held as long as the lock
         try:
-            is_locked = _lock_file(file.fileno())
+            make_private_directory(os.path.dirname(self.path))
+            # A file object, which closes itself if Ctrl-C comes before this returns.
+            file = io.FileIO(os.open(self.path, flags, 0o600), "r+")
+            try:
+                is_locked = _lock(file.fileno())
+                # Locked, but removed by somebody meanwhile: others lock another file.
+                if is_locked and (os.name == "nt" or os.fstat(file.fileno()).st_nlink):
+                    self._file = file
+                    return True
+            finally:
+                if self._file is None:
+                    file.close()
         except OSError as error:
-            file.close()
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-            self._holder = f"{self.path}.d"
-            return _lock_by_directory(self._holder)
-        # Locked, but removed by somebody meanwhile: then others lock another file.
-        if is_locked and (os.name == "nt" or os.fstat(file.fileno()).st_nlink):
-            return lambda: _unlock_file(file)
-        file.close()
-        return None
+            raise StorageError(
+                f"cannot lock {self.path}: {_reason(error)}; choose another directory,"
+                " as with CLAUDE_OAUTH_DIR"
+            ) from None
+        return False
+
+    def _remove_leftovers(self) -> None:
+        directory = os.path.dirname(self.path)
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            return  # one that may be written but not read
+        for name in names:
+            if name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX):
+                _unlink_quietly(os.path.join(directory, name))
 
 
-def _lock_file(fd: int) -> bool:
+def _lock(fd: int) -> bool:
     if sys.platform == "win32":
         import msvcrt
 
@@ -2438,53 +2443,39 @@ def _lock_file(fd: int) -> bool:
     return True
 
 
-def _unlock_file(file: BinaryIO) -> None:
+def _unlock(fd: int) -> None:
     # A child that was forked meanwhile has the file open too: to close it here would
     # leave it locked for as long as the child lives.
-    with file:
-        if sys.platform != "win32":
-            import fcntl
+    if sys.platform != "win32":
+        import fcntl
 
-            fcntl.flock(file.fileno(), fcntl.LOCK_UN)
-
-
-def _lock_by_directory(path: str) -> Callable[[], None] | None:
-    """Lock where the file system has no locks: a directory can be made only once.
-
-    One that a crash left is never taken over: a rule for that could rob a process that
-    was only suspended.  The error names it, for a person to remove.
-    """
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        return None
-    return lambda: os.rmdir(path)
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-def credentials_of(record: Mapping[str, object] | None) -> Credentials | None:
+def credentials_of(record: Mapping[str, object]) -> Credentials | None:
     """Return the credential in a stored record, None if there is none in it.
 
     Raises:
         StorageCorrupt: There is one, and it is damaged.
     """
-    tokens = record.get("claudeAiOauth") if record else None
-    if not record or not tokens:
-        return None
-    has_been_emptied = isinstance(tokens, dict) and not (
+    tokens = record.get("claudeAiOauth")
+    if isinstance(tokens, dict) and not (
         tokens.get("accessToken") or tokens.get("refreshToken")
-    )
-    if has_been_emptied:  # by another program's logout
-        return None
-    return Credentials.from_record(record)
+    ):
+        return None  # emptied by another program's logout
+    return Credentials.from_record(record) if tokens else None
 
 
+@hides_locals
 class FileStorage:
     """A credential in a file that only this user can read, encrypted if you like.
 
     Args:
         path: Default: credentials.json in the default directory.  A file of Claude
             Code's own layout will do.
-        cipher: Has ``encrypt(bytes) -> bytes`` and ``decrypt(bytes) -> bytes``.
+        cipher: Has ``encrypt(bytes) -> bytes`` and ``decrypt(bytes) -> bytes``.  On
+            Windows, a file that another process encrypted with DPAPI needs none, and
+            stays encrypted.
         read_only: Another program owns the file: hand out what is there, write nothing
             and never spend its refresh token.
     """
@@ -2496,37 +2487,47 @@ class FileStorage:
         cipher: Cipher | None = None,
         read_only: bool = False,
     ) -> None:
-        chosen = path or os.path.join(default_directory(), "credentials.json")
-        self.path = absolute_path(chosen)
+        if path is None:
+            path = os.path.join(default_directory(), "credentials.json")
+        self.path = absolute_path(path)
         self.read_only = read_only
-        self.account_file = None if read_only else _account_file_for(self.path)
         self._cipher = cipher
+        self._holder: object = None
+        """The process and thread that hold the lock, and may use what it reserved."""
+        self._reserved: _AtomicFile | None = None
+        """What check() made for the next save under the same lock."""
+
+    @property
+    def account_file(self) -> str | None:
+        """Where the account of this file is cached: beside the real file, by its name.
+
+        None for another program's file, whose login may change at any time.
+        """
+        if self.read_only:
+            return None
+        directory, name = os.path.split(os.path.realpath(self.path))
+        stem = "" if name == "credentials.json" else f"{name}."
+        return os.path.join(directory, f"{stem}account.json")
 
     def load(self) -> Credentials | None:
-        """Return the stored credential, or None if there is none.
-
-        Raises:
-            StorageCorrupt: The file is damaged; it is left as it was.
-            StorageError: It cannot be read or decrypted.
-        """
-        return credentials_of(self._decrypted(self._read()))
+        """Return the stored credential, or None; a damaged file is left as it was."""
+        return credentials_of(self._decrypt(self._read())[0])
 
     def save(self, credentials: Credentials) -> None:
-        """Write a credential; keys of other programs stay.  Hold the lock.
-
-        Raises:
-            StorageError: The file is as it was.
-        """
+        """Write a credential; keys of other programs stay.  Hold the lock."""
         self._refuse_if_read_only()
-        stored = self._read()
-        ours = merge_record(self._decrypted(stored), credentials.to_record())
-        if self._cipher:
+        stored, cipher = self._decrypt(self._read())
+        ours = merge_record(stored, credentials.to_record())
+        if cipher:
             import binascii
 
             kept = {key: ours.pop(key) for key in RECORD_KEYS if key in ours}
-            sealed = self._cipher.encrypt(dump_json(kept).encode("ascii"))
+            sealed = cipher.encrypt(dump_json(kept).encode("ascii"))
             ours[_ENCRYPTED_KEY] = binascii.b2a_base64(sealed, newline=False).decode()
-        write_private(self.path, dump_json(ours).encode("ascii"))
+        file = None
+        if self._holder == _this_thread():
+            file, self._reserved = self._reserved, None
+        (file or _AtomicFile(self.path)).commit(dump_json(ours).encode("ascii"))
 
     def delete(self) -> bool:
         """Remove this module's keys, and the file if nothing else is in it."""
@@ -2535,26 +2536,40 @@ class FileStorage:
         kept = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
         if len(kept) == len(stored):
             return False
-        if not kept and self._remove():
-            return True
+        real = os.path.realpath(self.path)
+        try:
+            if not kept:
+                os.unlink(real)
+                _sync_directory(os.path.dirname(real))
+                return True
+        except OSError as error:
+            # A mount of its own cannot be removed, only emptied.
+            if error.errno != errno.EBUSY:
+                raise StorageError(f"cannot remove {real}: {_reason(error)}") from None
         write_private(self.path, dump_json(kept).encode("ascii"))
         return True
 
     def check(self) -> None:
-        """Make sure that a save would succeed now, and lose nothing.
+        """Raise StorageError if a save could not succeed now, or would lose something.
 
-        Raises:
-            StorageError: It would not.
+        Under the lock, the next save has the room that this has found.
         """
         self._refuse_if_read_only()
-        self._decrypted(self._read())
-        check_writable(self.path)
+        self._decrypt(self._read())
+        if self._holder != _this_thread():
+            _AtomicFile(self.path, reserve=RESERVED_BYTES).discard()
+            return
+        earlier, self._reserved = self._reserved, None
+        if earlier:
+            earlier.discard()
+        self._reserved = _AtomicFile(self.path, reserve=RESERVED_BYTES)
 
     def lock(self, timeout: float) -> FileLock:
         """Return the lock of the file's folder: a file named ``lock`` in it."""
         self._refuse_if_read_only()
         folder = os.path.dirname(os.path.realpath(self.path))
-        return FileLock(os.path.join(folder, "lock"), timeout)
+        path = os.path.join(folder, "lock")
+        return FileLock(path, timeout, on_change=self._lock_changed)
 
     def stamp(self) -> object:
         """Return what a single ``stat`` tells about the file."""
@@ -2568,9 +2583,15 @@ class FileStorage:
 
     def describe(self) -> str:
         """Say where the file is, and whether it is encrypted."""
-        notes = [self._cipher and "encrypted", self.read_only and "read only"]
-        told = ", ".join(note for note in notes if note)
-        return f"{self.path}{f' ({told})' if told else ''}"
+        notes = ["encrypted"] * bool(self._cipher) + ["read only"] * self.read_only
+        return f"{self.path} ({', '.join(notes)})" if notes else self.path
+
+    def _lock_changed(self, is_held: bool) -> None:
+        if self._reserved and not is_held:
+            self._reserved.discard()
+        # What is there when the lock is taken is a forking parent's.
+        self._reserved = None
+        self._holder = _this_thread() if is_held else None
 
     def _refuse_if_read_only(self) -> None:
         if self.read_only:
@@ -2581,7 +2602,8 @@ class FileStorage:
 
     def _read(self) -> dict[str, object]:
         data = read_private(self.path, is_ours=not self.read_only)
-        if data is None:
+        # Nothing, blanks, or the NULs that a crash leaves: no login.
+        if not data or not data.strip(b"\0 \t\r\n\xef\xbb\xbf"):
             return {}
         record = parse_json_object(data)
         if record is None:
@@ -2591,40 +2613,38 @@ class FileStorage:
             )
         return record
 
-    def _decrypted(self, stored: dict[str, object]) -> dict[str, object]:
-        """Return the record with our part in clear."""
+    def _decrypt(
+        self, stored: dict[str, object]
+    ) -> tuple[dict[str, object], Cipher | None]:
+        """Return the record with our part in clear, and what to encrypt it with."""
+        import binascii
+
         if _ENCRYPTED_KEY not in stored:
-            return stored
-        sealed = stored[_ENCRYPTED_KEY]
-        if self._cipher is None:
+            return stored, self._cipher
+        text: Any = stored[_ENCRYPTED_KEY]
+        cipher = self._cipher
+        try:
+            sealed = binascii.a2b_base64(text)
+        except (ValueError, TypeError):
+            raise _undecryptable("it is damaged") from None
+        if sys.platform == "win32" and sealed.startswith(_DPAPI_MARK):
+            cipher = DPAPICipher()
+        if cipher is None:
             raise StorageError(
                 f"{self.path} is encrypted; set CLAUDE_OAUTH_PASSPHRASE_FILE to the"
                 " file with its passphrase"
             )
-        clear = parse_json_object(self._cipher.decrypt(_from_base64(sealed)))
+        clear = parse_json_object(cipher.decrypt(sealed))
         if clear is None:
-            raise StorageCorrupt(f"{self.path} holds no record; log in again")
+            raise _undecryptable("it holds no record")
         others = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
-        return {**others, **clear}
-
-    def _remove(self) -> bool:
-        real = os.path.realpath(self.path)
-        try:
-            _remove_leftovers(real, older_than=0)
-            os.unlink(real)
-            _sync_directory(os.path.dirname(real))
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                return False  # a mount of its own cannot be removed, only emptied
-            raise StorageError(f"cannot remove {real}: {_reason(error)}") from None
-        return True
+        return {**others, **clear}, self._cipher or cipher
 
 
-def _account_file_for(path: str) -> str:
-    """Return where the account of a credential file is cached: each has its own."""
-    directory, name = os.path.split(path)
-    stem = "" if name == "credentials.json" else f"{name}."
-    return os.path.join(directory, f"{stem}account.json")
+def _this_thread() -> object:
+    import threading
+
+    return os.getpid(), threading.get_ident()
 
 
 class Cipher(Protocol):
@@ -2632,39 +2652,25 @@ class Cipher(Protocol):
 
     def encrypt(self, data: bytes) -> bytes:
         """Return data so that only this cipher can read it."""
-        ...
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted."""
-        ...
 
 
 _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
 _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
 
 
-def _from_base64(text: object) -> bytes:
-    import binascii
-
-    try:
-        return binascii.a2b_base64(text if isinstance(text, str) else "x")
-    except ValueError:
-        raise StorageCorrupt(
-            f"the record under {_ENCRYPTED_KEY} is damaged; move the file away and log"
-            " in again"
-        ) from None
-
-
+@hides_locals
 class MemoryStorage:
     """A credential that ends with the process; for tests and for guests."""
 
     account_file: str | None = None
 
     def __init__(self, credentials: Credentials | None = None) -> None:
-        import threading
-
         self._stored = credentials
-        self._mutex = threading.Lock()  # held by whoever is in lock()'s context
+        self._mutexes: dict[int, threading.Lock] = {}
+        """By process: nobody in a forked child would free its parent's."""
         self._changes = 0
 
     def load(self) -> Credentials | None:
@@ -2687,7 +2693,10 @@ class MemoryStorage:
 
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a lock between the threads of this process."""
-        return _TimedLock(self._mutex, timeout)
+        import threading
+
+        mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
+        return _TimedLock(mutex, timeout)
 
     def stamp(self) -> object:
         """Return how often the credential has changed."""
@@ -2713,428 +2722,20 @@ class _TimedLock:
         self._mutex.release()
 
 
-SECURITY: Final = "/usr/bin/security"
-"""The Keychain's own program, by its whole path: whatever comes first on PATH could be
-anybody's.  Tests put their stand-in here."""
-
-SECRET_TOOL: Final = "/usr/bin/secret-tool"
-"""libsecret's program, by its whole path for the same reason."""
-
-SECURITY_LINE: Final = 4094
-"""Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
-that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c."""
-
-SECRET_TOOL_INPUT: Final = 8191
-"""Bytes that `secret-tool store` reads; it cuts what is longer, and exits with 0.
-Source: libsecret, tool/secret-tool.c; measured with 0.20.5."""
-
-PROGRAM_TIMEOUT: Final = 10.0
-"""Seconds for one call of either program: a dialog that nobody sees waits for ever."""
-
-PROGRAM_PAUSE: Final = 5.0
-"""Seconds after a failure before either program is started again."""
-
-MAX_CHUNKS: Final = 999
-"""Pieces of one record, at some 3 KB each; more are never written or believed."""
-
-_UNLOCK: Final = (
-    "is locked or asks for a person; unlock it in this session with `security"
-    " unlock-keychain ~/Library/Keychains/login.keychain-db`"
-)
-_TRANSIENT: Final = "is not available just now; try again"
-
-_SECURITY_STATUS: Final = {
-    -25300: "did not say for certain whether the login is there; look at HOME",
-    **dict.fromkeys((-25308, -25315, -25293, -128, -60005, -60008), _UNLOCK),
-    **dict.fromkeys((-67869, -2070), _UNLOCK),
-    # With -U this is no duplicate: an update was refused, and creating came next.
-    -25299: _UNLOCK,
-    **dict.fromkeys((-25320, -25291, -67585), _TRANSIENT),
-    **dict.fromkeys((-25307, -25294, -25295), "does not exist for this user and HOME"),
-    **dict.fromkeys((-25292, -61), "cannot be written"),
-    **dict.fromkeys((-34, -36, 100028, 100013, 100030), "has no room or is not ours"),
-    -25302: "takes no value of this size",
-    **dict.fromkeys((-50, -34018, -34020), "is out of reach from this sandbox"),
-    2: "needs macOS 10.15 or later",
-}
-"""What `security` returned, and what that says of the Keychain.  The exit status is the
-number modulo 256.  Source: Apple's SecBase.h."""
-
-
-class _Items:
-    """Small named secrets behind a program: one process for each step.
-
-    ``run`` takes the arguments and what goes to stdin, and gives the status (None when
-    the time was over), stdout and stderr.  Both outputs may hold the secret, so they
-    are never part of an error.
-    """
-
-    def __init__(
-        self,
-        service: str,
-        run: Callable[[list[str], bytes], tuple[int | None, bytes, bytes]],
-    ) -> None:
-        self.service = service
-        self._run = run
-
-    def fits(self, name: str, data: bytes) -> bool:
-        """Tell whether one item can hold so much."""
-        raise NotImplementedError
-
-    def room(self, name: str) -> int:
-        """Return how many bytes of base64 one item can hold."""
-        raise NotImplementedError
-
-    def get(self, name: str) -> bytes | None:
-        """Return the secret, or None if it is certain that there is no such item."""
-        raise NotImplementedError
-
-    def exists(self, name: str) -> bool:
-        """Tell whether there is such an item, be it locked or not."""
-        raise NotImplementedError
-
-    def put(self, name: str, data: bytes) -> None:
-        """Set a secret, and believe only what a read brings back.
-
-        A status of 0 can lie, a refusal can come after the change, and a time limit
-        says nothing at all.
-        """
-        for _ in range(2):
-            problem = self._add(name, data)
-            try:
-                found = self.get(name)
-            except StorageError as error:
-                unknown = "; whether the new login was stored is not known"
-                raise type(error)(f"{error}{unknown}") from error
-            if found == data:
-                return
-            if problem:
-                raise problem
-        raise StorageError("the new login was stored, but reads back as something else")
-
-    def remove(self, name: str) -> None:
-        """Delete an item, which may be gone already."""
-        problem = self._delete(name)
-        if self.exists(name):
-            raise problem or StorageError("the login was deleted, but is still there")
-
-    def _add(self, name: str, data: bytes) -> StorageError | None:
-        raise NotImplementedError
-
-    def _delete(self, name: str) -> StorageError | None:
-        raise NotImplementedError
-
-
-class _KeychainItems(_Items):
-    """Generic passwords in the macOS Keychain, through `security -i`.
-
-    The one command stands on stdin, because every user of the machine can read
-    arguments.  Numbers decide, never texts.  Source: Apple's SecurityTool, security.c,
-    keychain_add.c and keychain_find.c of 2025; its line reader is the same since 2014.
-    """
-
-    def fits(self, name: str, data: bytes) -> bool:
-        return len(self._add_line(name, data)) <= SECURITY_LINE
-
-    def room(self, name: str) -> int:
-        return SECURITY_LINE - len(self._add_start(name) + b' -w ""\n')
-
-    def get(self, name: str) -> bytes | None:
-        output = self._find(name, b" -w\n")
-        return None if output is None else _unhex(output[:-1])
-
-    def exists(self, name: str) -> bool:
-        # Without -w it answers on a locked keychain too, and asks nobody.
-        return self._find(name, b"\n") is not None
-
-    def _find(self, name: str, rest: bytes) -> bytes | None:
-        """Return what was printed, or None if it is certain that there is no such item.
-
-        -25300 stands for any failure of the search.  It is certain if the one line that
-        `security` printed itself is the one that says so.
-        """
-        line = self._command(b"find-generic-password", name) + rest
-        number, output, errors = self._call(line)
-        if number == 0:
-            return output
-        said = [row for row in errors.splitlines() if row.startswith(b"security:")]
-        certain = b"security: SecKeychainSearchCopyNext:"
-        if number == -25300 and len(said) == 1 and said[0].startswith(certain):
-            return None
-        raise _keychain_error(number)
-
-    def _add(self, name: str, data: bytes) -> StorageError | None:
-        number, _, _ = self._call(self._add_line(name, data))
-        return None if number == 0 else _keychain_error(number)
-
-    def _add_line(self, name: str, data: bytes) -> bytes:
-        start = self._add_start(name)
-        line = start + b" -X " + data.hex().encode("ascii") + b"\n"
-        if len(line) > SECURITY_LINE and data.isascii() and data.decode().isprintable():
-            line = start + b" -w " + _quoted(data) + b"\n"
-        return line
-
-    def _add_start(self, name: str) -> bytes:
-        # Without -T and -A: they change who may read the item, which asks a person.
-        return self._command(b"add-generic-password -U", name)
-
-    def _delete(self, name: str) -> StorageError | None:
-        line = self._command(b"delete-generic-password", name) + b"\n"
-        number, _, _ = self._call(line)
-        return None if number == 0 else _keychain_error(number)
-
-    def _command(self, command: bytes, name: str) -> bytes:
-        account, service = _quoted(name.encode()), _quoted(self.service.encode())
-        return command + b" -a " + account + b" -s " + service
-
-    def _call(self, line: bytes) -> tuple[int | None, bytes, bytes]:
-        """Run one command, and again if the Keychain is not available just now."""
-        for pause in (0.1, 0.3, None):
-            status, output, errors = self._run([SECURITY, "-i"], line)
-            number = _security_number(status, errors)
-            if pause is None or _SECURITY_STATUS.get(number or 0) != _TRANSIENT:
-                break
-            time.sleep(pause)
-        return number, output, errors
-
-
-def _quoted(text: bytes) -> bytes:
-    """Return a word for `security -i`, where a backslash escapes in any state."""
-    return b'"' + text.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
-
-
-def _unhex(output: bytes) -> bytes:
-    """Undo the hex in which `-w` prints a secret that is not all printable ASCII.
-
-    What we store begins with ``{`` or ``cc1:``, so its hex cannot be mistaken for it.
-    """
-    if output.startswith((b"7b", b"63")):
-        try:
-            return bytes.fromhex(output.decode("ascii"))
-        except ValueError:
-            pass
-    return output
-
-
-def _security_number(status: int | None, errors: bytes) -> int | None:
-    """Return what a command of `security -i` returned, None when its time was over.
-
-    The exit status is that of the last line, modulo 256; the number that is printed
-    for each failure is whole.
-    """
-    import re
-
-    returned = re.findall(rb"^[^:\n]*: returned (-?\d+)$", errors, re.MULTILINE)
-    if status is None or status < 0 or not (status or returned):
-        return status
-    if returned:
-        return int(returned[-1])
-    known = (number for number in _SECURITY_STATUS if number & 255 == status)
-    return next(known, status)
-
-
-def _keychain_error(number: int | None) -> StorageError:
-    if number is None:
-        problem = _UNLOCK  # most likely a dialog waits where nobody sees it
-    else:
-        problem = _SECURITY_STATUS.get(number, f"could not be used (status {number})")
-    kind = StorageLocked if problem == _UNLOCK else StorageError
-    return kind(f"the Keychain {problem}, or choose a file with `--store file`")
-
-
-class _SecretToolItems(_Items):
-    """Items of the Secret Service (GNOME Keyring, KWallet), through `secret-tool`.
-
-    Its status is 0 or 1, and a locked item looks as if it were absent.  Source:
-    libsecret's tool/secret-tool.c; each answer was tried with gnome-keyring.
-    """
-
-    def fits(self, name: str, data: bytes) -> bool:
-        return len(data) <= SECRET_TOOL_INPUT
-
-    def room(self, name: str) -> int:
-        return SECRET_TOOL_INPUT
-
-    def get(self, name: str) -> bytes | None:
-        status, output, errors = self._call("lookup", name)
-        if status == 0:
-            return output
-        if errors or status is None:
-            raise _secret_tool_error(status)
-        if self.exists(name):
-            raise _secret_tool_error(None)
-        return None
-
-    def exists(self, name: str) -> bool:
-        status, output, errors = self._call("search", name)
-        if status != 0 or (errors and not output):
-            raise _secret_tool_error(status)
-        return bool(output)
-
-    def _add(self, name: str, data: bytes) -> StorageError | None:
-        status, _, _ = self._call("store", name, data, "--label=" + self.service)
-        return None if status == 0 else _secret_tool_error(status)
-
-    def _delete(self, name: str) -> StorageError | None:
-        status, _, _ = self._call("clear", name)
-        return None if status == 0 else _secret_tool_error(None)
-
-    def _call(
-        self, command: str, name: str, data: bytes = b"", *options: str
-    ) -> tuple[int | None, bytes, bytes]:
-        attributes = ["service", self.service, "account", name]
-        return self._run([SECRET_TOOL, command, *options, *attributes], data)
-
-
-def _secret_tool_error(status: int | None) -> StorageError:
-    if status is None:
-        return StorageLocked(
-            "the keyring is locked or asks for a person; unlock it, as by signing in to"
-            " the desktop, or choose a file with `--store file`"
-        )
-    return StorageError(
-        "the secret service could not be used; it needs a D-Bus session with an"
-        " unlocked keyring (gnome-keyring, KWallet), or choose `--store file`"
-    )
-
-
-class _SlottedValue:
-    """One value of any size over items of limited size, whole at any moment.
-
-    The item ``NAME`` holds the value, or if that is too long a manifest that names
-    pieces in one of two slots, ``NAME#a0…`` or ``NAME#b0…``.  A new value fills the
-    slot that is not in use, then ``NAME`` is set, which alone makes it count, and then
-    what is left over is removed from the highest number down, so that leftovers of a
-    crash have no gaps and the next write finds them.  Writers must exclude each other.
-    """
-
-    def __init__(self, items: _Items, name: str) -> None:
-        self._items = items
-        self.name = name
-
-    def read(self) -> bytes | None:
-        """Return the value, or None if it is certain that there is none."""
-        for attempt in range(6):
-            time.sleep(0.05 * min(attempt, 4))
-            head = self._items.get(self.name)
-            manifest = _manifest(head)
-            if manifest is None:
-                return head
-            # A piece that does not fit is one of a write that just took place.
-            data = self._collect(*manifest)
-            if data is not None:
-                return data
-        raise StorageCorrupt(
-            f"pieces of {self._items.service} are missing or damaged;"
-            " `claude-oauth logout` removes them"
-        )
-
-    def write(self, data: bytes) -> None:
-        """Replace the value; if this raises, the old or the new one is whole."""
-        import hashlib
-
-        manifest = _manifest(self._items.get(self.name))
-        if self._items.fits(self.name, data):
-            self._items.put(self.name, data)
-            self._sweep("a", 0)
-            return
-        slot = "b" if manifest and manifest[0] == "a" else "a"
-        generation = os.urandom(8).hex()
-        count = self._fill(slot, generation, data)
-        digest = hashlib.sha256(data).hexdigest()
-        head = f"cc1:{slot}:{count}:{generation}:{len(data)}:{digest}"
-        self._items.put(self.name, head.encode("ascii"))
-        self._sweep(slot, count)
-
-    def delete(self) -> bool:
-        """Remove the value and every piece; tell whether there was one."""
-        found = self._items.exists(self.name)
-        if found:
-            self._items.remove(self.name)
-        self._clear("a", 0)
-        self._clear("b", 0)
-        return found
-
-    def rehearse(self) -> None:
-        """Raise what a first write would raise: an absent item can be read in vain."""
-        self._items.put(self.name + "#check", b"{}")
-        self._items.remove(self.name + "#check")
-
-    def _fill(self, slot: str, generation: str, data: bytes) -> int:
-        """Write the pieces into a slot that is not in use, and return their number."""
-        import base64
-
-        text = base64.urlsafe_b64encode(data).decode("ascii")
-        size = self._items.room(f"{self.name}#a999") - len("cc1::999:999:") - 16
-        pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        if len(pieces) > MAX_CHUNKS:
-            raise StorageError("the record is too long to be stored")
-        for index, piece in enumerate(pieces):
-            item = f"cc1:{generation}:{index}:{len(pieces)}:{piece}"
-            self._items.put(f"{self.name}#{slot}{index}", item.encode("ascii"))
-        return len(pieces)
-
-    def _collect(
-        self, slot: str, count: int, generation: str, size: int, digest: str
-    ) -> bytes | None:
-        """Return the value of a manifest, None if a piece is not of this value."""
-        import base64
-        import hashlib
-
-        text = b""
-        for index in range(count):
-            item = self._items.get(f"{self.name}#{slot}{index}") or b""
-            start = f"cc1:{generation}:{index}:{count}:".encode("ascii")
-            if not item.startswith(start):
-                return None
-            text += item[len(start) :]
-        try:
-            data = base64.b64decode(text, b"-_", validate=True)
-        except ValueError:
-            return None
-        same = len(data) == size and hashlib.sha256(data).hexdigest() == digest
-        return data if same else None
-
-    def _sweep(self, slot: str, count: int) -> None:
-        """Remove what is left over, if that can be; the value does not depend on it."""
-        try:
-            self._clear(slot, count)
-            self._clear("b" if slot == "a" else "a", 0)
-        except StorageError:
-            pass  # the next write tries again
-
-    def _clear(self, slot: str, first: int) -> None:
-        """Remove a slot's pieces from *first* on, the highest first."""
-        end = first
-        while end <= MAX_CHUNKS and self._items.exists(f"{self.name}#{slot}{end}"):
-            end += 1
-        for index in reversed(range(first, end)):
-            self._items.remove(f"{self.name}#{slot}{index}")
-
-
-def _manifest(head: bytes | None) -> tuple[str, int, str, int, str] | None:
-    """Return slot, count, generation, size and digest; None if it is a plain value."""
-    import re
-
-    pattern = rb"cc1:([ab]):([1-9]\d{0,2}):([0-9a-f]{16}):(\d{1,9}):([0-9a-f]{64})"
-    found = re.fullmatch(pattern, head or b"")
-    if found is None:
-        return None
-    slot, count, generation, size, digest = found.group(1, 2, 3, 4, 5)
-    return slot.decode(), int(count), generation.decode(), int(size), digest.decode()
-
-
-class _ProgramStorage:
-    """A store behind another program, which may be locked, slow or gone at any time.
-
-    What was read or written before is served from memory while the program fails, with
-    one warning and a pause between tries: a failure never means "not logged in", and
-    never leads to a write.  Other processes notice a write by the date of an empty
-    file beside the lock, which costs no process.
+@hides_locals
+class _SecretStorage:
+    """A record in a store of the system, which may be locked, slow or gone at any time.
+
+    Other processes notice a save by the date of an empty file beside the lock, which
+    starts no process.
+
+    Args:
+        service: The item's service.
+        account: The item's account; None is one for each directory of *lock_path*.
+        lock_path: The file that processes lock; None is the default directory's.
     """
 
     _title: ClassVar[str]
-    _items: ClassVar[type[_Items]]
 
     read_only = False
 
@@ -3143,87 +2744,61 @@ class _ProgramStorage:
         service: str = "claude-oauth",
         account: str | None = None,
         *,
-        lock_path: str | None = None,
+        lock_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        import threading
-
-        lock_path = lock_path or os.path.join(default_directory(), "lock")
-        lock_path = absolute_path(lock_path)
-        self.directory: str = os.path.dirname(lock_path)
-        """Where the lock, the marker and the account file are; no secret."""
-        self.account_file = os.path.join(self.directory, "account.json")
-        self.time_limit = PROGRAM_TIMEOUT
-        """Seconds for one call of the program; give more if a person can answer."""
-        self.pause = PROGRAM_PAUSE
-        """Seconds after a failure in which it is not started again."""
-        self._account = _item_name(account or _account_of(self.directory))
-        self._lock_path = lock_path
-        self._marker = os.path.join(self.directory, "store.changed")
-        self._value = _SlottedValue(
-            self._items(_item_name(service), self._start), self._account
-        )
-        self._pid = os.getpid()
-        self._mutex = threading.Lock()
-        """Guards all below, and is held while the program runs."""
-        self._known: Credentials | None = None
-        """What was read or written last."""
-        self._failure: StorageError | None = None
-        """Why the last try failed, None if it did not."""
-        self._resting = Deadline(0)
-        """Until when that failure is taken for the answer."""
+        if lock_path is None:
+            lock_path = os.path.join(default_directory(), "lock")
+        self._lock_path = absolute_path(lock_path)
+        directory = os.path.dirname(self._lock_path)
+        self.account_file = os.path.join(directory, "account.json")
+        self._marker = os.path.join(directory, "store.changed")
+        self.time_limit = STORE_TIMEOUT
+        """Seconds for one operation; give more if a person can answer."""
+        self._service = service
+        self._account = _account_of(directory) if account is None else account
+        for name in (self._service, self._account):
+            if not name.strip() or not name.isprintable() or len(name.encode()) > 200:
+                raise ConfigError(
+                    "service and account must be printable, and 1 to 200 bytes long"
+                )
 
     def load(self) -> Credentials | None:
-        """Return the login; while the program fails, the one that is remembered.
-
-        Raises:
-            StorageLocked: The store is locked, and nothing was read before.
-            StorageCorrupt: The record is unreadable, and nothing was read before.
-            StorageError: The store cannot be used, and nothing was read before.
-        """
-        with self._alone():
-            failed_before = self._failure is not None
-            try:
-                self._known = self._attempt(self._read)
-            except StorageError as error:
-                if self._known is None:
-                    raise
-                if not failed_before:
-                    warn(f"{error}; going on with the login that was read before")
-            return self._known
+        """Return the stored credential, or None if it is certain that there is none."""
+        return credentials_of(self._read_record())
 
     def save(self, credentials: Credentials) -> None:
-        """Store the login over what is there; hold the lock meanwhile.
+        """Store a credential over what is there.  Hold the lock.
 
         Raises:
             StorageError: It is not stored, or nobody knows; keep it and try again.
         """
-        with self._alone():
-            self._known = self._attempt(lambda: self._write(credentials))
-        self._tell_others()
+        # Any answer of the read but a record or a certain absence ends it here.
+        record = merge_record(self._read_record(), credentials.to_record())
+        self._put(self._service, dump_json(record).encode("ascii"))
+        self._touch_marker()
 
     def delete(self) -> bool:
-        """Remove the login, readable or not; tell whether there was one."""
-        with self._alone():
-            self._known = self._failure = None
-            found = self._value.delete()
-        self._tell_others()
+        """Remove the record, readable or not; return whether there was one."""
+        found = self._remove(self._service)
+        self._touch_marker()
         return found
 
     def check(self) -> None:
-        """Raise StorageError if a save could not succeed now."""
-        with self._alone():
-            self._known = self._attempt(self._read)
-            if self._known is None:
-                self._attempt(self._value.rehearse)
+        """Raise StorageError if a save could not succeed now.
+
+        A store that can be read may be full, or refuse writes all the same: so an item
+        of the record's size is written beside it, read back and removed.
+        """
+        beside = f"{self._service} check"
+        self._put(beside, b"x" * len(dump_json(self._read_record())))
+        self._remove(beside)
 
     def lock(self, timeout: float) -> FileLock:
         """Return the lock of the directory: a file named ``lock`` in it."""
         return FileLock(self._lock_path, timeout)
 
     def stamp(self) -> object:
-        """Return what changes when a process has stored something; starts none."""
-        if self._failure is not None:
-            return None  # what is served may be old: look again, as soon as may be
+        """Return what changes when a process of this module has stored something."""
         try:
             found = os.stat(self._marker)
         except OSError:
@@ -3231,114 +2806,62 @@ class _ProgramStorage:
         return found.st_mtime_ns, found.st_ino
 
     def describe(self) -> str:
-        """Say in a few words where the login is."""
-        service = self._value._items.service
-        return f"{self._title} (service {service}, account {self._account})"
+        """Say in a few words where the credential is."""
+        return f"{self._title} (service {self._service}, account {self._account})"
 
-    def _alone(self) -> threading.Lock:
-        """Return the mutex: a new one in a forked child, where nobody would free it."""
-        if self._pid != os.getpid():
-            import threading
-
-            self._pid, self._mutex = os.getpid(), threading.Lock()
-        return self._mutex
-
-    def _read(self) -> Credentials | None:
-        return credentials_of(self._read_record())
-
-    def _read_record(self) -> dict[str, object] | None:
-        data = self._value.read()
-        if data is None:
-            return None
-        record = parse_json_object(data)
+    def _read_record(self) -> dict[str, object]:
+        data = self._read(self._service)
+        record = {} if data is None else parse_json_object(data)
         if record is None:
             raise StorageCorrupt(
-                f"the record in {self.describe()} is unreadable;"
+                f"the record in the {self.describe()} is unreadable;"
                 " `claude-oauth logout` removes it"
             )
         return record
 
-    def _write(self, credentials: Credentials) -> Credentials:
-        # Any answer of the read but a record or a certain absence ends it here.
-        record = merge_record(self._read_record() or {}, credentials.to_record())
-        self._value.write(dump_json(record).encode("ascii"))
-        return credentials
+    def _put(self, service: str, data: bytes) -> None:
+        """Write an item, and believe only what a read brings back.
 
-    def _attempt(self, step: Callable[[], Credentials | None]) -> Credentials | None:
-        """Take a step, unless one failed a moment ago: then raise the same again."""
-        if self._failure and not self._resting.passed():
-            raise type(self._failure)(*self._failure.args)
-        try:
-            result = step()
-        except StorageError as error:
-            # Without the traceback, whose frames hold the record.
-            self._failure = type(error)(*error.args)
-            self._resting = Deadline(self.pause)
-            raise
-        self._failure = None
-        return result
-
-    def _start(self, argv: list[str], data: bytes) -> tuple[int | None, bytes, bytes]:
-        """Run the program without a terminal, and give up when its time is over.
-
-        In a session of its own it has no terminal to ask on, and a Ctrl-C that is
-        meant for us does not end it half-way.
+        A success can lie, a refusal can come after the change, and a time limit says
+        nothing at all.
         """
-        import subprocess
+        for _ in range(2):
+            problem = self._write(service, data)
+            try:
+                found = self._read(service)
+            except StorageError as error:
+                text = f"{error}; whether the new login was stored is not known"
+                raise type(error)(text) from None
+            if found == data:
+                return
+            if problem:
+                raise problem
+        raise StorageError(
+            f"the {self._title} does not keep what is stored in it; choose a file with"
+            " `--store file`"
+        )
 
+    def _touch_marker(self) -> None:
         try:
-            done = subprocess.run(
-                argv,
-                input=data,
-                capture_output=True,
-                timeout=self.time_limit,
-                start_new_session=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return None, b"", b""
-        except OSError as error:
-            raise StorageError(
-                f"{argv[0]} cannot be run ({error.strerror}), so there is no"
-                f" {self._title} here; choose a file with `--store file`"
-            ) from error
-        return done.returncode, done.stdout, done.stderr
-
-    def _tell_others(self) -> None:
-        try:
-            write_private(self._marker, b"")
+            write_private(self._marker, b"", is_cache=True)
         except StorageError:
-            pass  # they notice when they refresh, which begins with a read
+            pass  # the others notice when they refresh, which begins with a read
+
+    def _read(self, service: str) -> bytes | None:
+        """Return the item, or None if it is certain that there is none."""
+        raise NotImplementedError
+
+    def _write(self, service: str, data: bytes) -> StorageError | None:
+        """Write the item; return what went wrong as far as that is known."""
+        raise NotImplementedError
+
+    def _remove(self, service: str) -> bool:
+        """Remove the item for certain; return whether there was one."""
+        raise NotImplementedError
 
 
-class KeychainStorage(_ProgramStorage):
-    """The login in the macOS Keychain; any program of this user can have it read.
-
-    Args:
-        service: The item's service.
-        account: The item's account; None is one for each directory of *lock_path*.
-        lock_path: The file that processes lock; None is the default directory's.
-    """
-
-    _title = "macOS Keychain"
-    _items = _KeychainItems
-
-
-class SecretServiceStorage(_ProgramStorage):
-    """The login in the desktop's keyring; any program of the session can read it.
-
-    The arguments are those of KeychainStorage.
-    """
-
-    _title = "Secret Service"
-    _items = _SecretToolItems
-
-
-def _item_name(name: str) -> str:
-    """Return a name that can stand in a command line of `security -i`."""
-    if not name.isprintable() or len(name.encode()) > 200:
-        raise ConfigError("service and account must be printable and at most 200 bytes")
-    return name
+STORE_TIMEOUT: Final = 10.0
+"""Seconds for one operation: a dialog that nobody sees waits for ever."""
 
 
 def _account_of(directory: str) -> str:
@@ -3351,11 +2874,230 @@ def _account_of(directory: str) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
 
 
+SECURITY: Final = "/usr/bin/security"
+"""The Keychain's own program, by its whole path: whatever comes first on PATH could be
+anybody's.  Tests put their stand-in here."""
+
+SECURITY_LINE: Final = 4094
+"""Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
+that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c."""
+
+_LOCKED_NUMBERS: Final = frozenset(
+    number & 255
+    for number in (-25308, -25315, -25293, -128, -60005, -60008, -67869, -2070, -25299)
+)
+"""What `security` exits with where a person is needed: its number, modulo 256.  With
+-U, -25299 is no duplicate: the update was refused.  Source: Apple's SecBase.h."""
+
+
+class KeychainStorage(_SecretStorage):
+    """A credential in the macOS Keychain; any program of this user can have it read.
+
+    Each operation is one process of `security -i` and one line on its stdin, because
+    every user of the machine can read arguments.  Numbers decide, never texts.  The
+    arguments are the item's ``service``, its ``account`` (default: one for each
+    directory of the lock) and the ``lock_path``.
+
+    Source: Apple's SecurityTool, security.c, keychain_add.c and keychain_find.c of
+    2025; its line reader is the same since 2014.
+    """
+
+    _title = "macOS Keychain"
+
+    def _read(self, service: str) -> bytes | None:
+        number, output, errors = self._run("find-generic-password", service, b" -w")
+        if number == 0:
+            data = output[:-1]
+            # `-w` prints in hex what is not all printable ASCII.  A record begins with
+            # "{", so its hex cannot be mistaken for it.
+            try:
+                return bytes.fromhex(data.decode()) if data[:2] == b"7b" else data
+            except ValueError:
+                return data
+        _check_absent(number, errors)
+        return None
+
+    def _write(self, service: str, data: bytes) -> StorageError | None:
+        # Without -T and -A: they change who may read the item, which asks a person.
+        command, value = "add-generic-password -U", b" -X " + data.hex().encode("ascii")
+        if len(self._line(command, service, value)) > SECURITY_LINE:
+            value = b" -w " + _quoted(data)
+        if len(self._line(command, service, value)) > SECURITY_LINE:
+            raise StorageError(
+                "the login is too long for an item of the Keychain; choose a file with"
+                " `--store file`"
+            )
+        number, _, _ = self._run(command, service, value)
+        return None if number == 0 else _keychain_error(number)
+
+    def _remove(self, service: str) -> bool:
+        deleted, _, errors = self._run("delete-generic-password", service)
+        if deleted == 0:
+            # Without -w this answers on a locked keychain too, and asks nobody.
+            number, _, errors = self._run("find-generic-password", service)
+            if number == 0:
+                raise StorageError("the login was deleted, but is still there")
+        else:
+            number = deleted
+        _check_absent(number, errors)
+        return deleted == 0
+
+    def _line(self, command: str, service: str, rest: bytes) -> bytes:
+        account, quoted = _quoted(self._account.encode()), _quoted(service.encode())
+        return b"%s -a %s -s %s%s\n" % (command.encode(), account, quoted, rest)
+
+    def _run(
+        self, command: str, service: str, rest: bytes = b""
+    ) -> tuple[int | None, bytes, bytes]:
+        """Return the number of a command (None: its time is over), stdout and stderr.
+
+        Both outputs may hold the secret, so they are never part of an error.
+        """
+        import re
+        import subprocess
+
+        try:
+            # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
+            # meant for us does not end it half-way.
+            done = subprocess.run(
+                [SECURITY, "-i"],
+                input=self._line(command, service, rest),
+                capture_output=True,
+                timeout=self.time_limit,
+                start_new_session=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return None, b"", b""
+        except OSError as error:
+            raise StorageError(
+                f"{SECURITY} cannot be run ({_reason(error)}); choose a file with"
+                " `--store file`"
+            ) from None
+        # The number that is printed for a failure is whole, the status modulo 256.
+        number = re.search(rb"^[^:\n]*: returned (-?\d+)$", done.stderr, re.MULTILINE)
+        status = int(number.group(1)) if number else done.returncode
+        return status, done.stdout, done.stderr
+
+
+def _quoted(text: bytes) -> bytes:
+    """Return a word for `security -i`, where a backslash escapes in any state."""
+    return b'"' + text.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
+
+
+def _check_absent(number: int | None, errors: bytes) -> None:
+    """Raise unless it is certain that there is no such item.
+
+    -25300 stands for any failure of the search.  It is certain if the one line that
+    `security` printed itself is the one that says so.
+    """
+    if number != -25300:
+        raise _keychain_error(number)
+    certain = b"security: SecKeychainSearchCopyNext:"
+    lines = [row for row in errors.splitlines() if row.startswith(b"security:")]
+    if len(lines) != 1 or not lines[0].startswith(certain):
+        raise StorageError(
+            "the Keychain did not say for certain whether the login is there; look at"
+            " HOME, or choose a file with `--store file`"
+        )
+
+
+def _keychain_error(number: int | None) -> StorageError:
+    # Without an answer, most likely a dialog waits where nobody sees it.
+    if number is None or number & 255 in _LOCKED_NUMBERS:
+        return StorageLocked(
+            "the Keychain is locked or asks for a person; unlock it in this session"
+            " with `security unlock-keychain ~/Library/Keychains/login.keychain-db`, or"
+            " choose a file with `--store file`"
+        )
+    return StorageError(
+        f"the Keychain could not be used (status {number}); try again, or choose a file"
+        " with `--store file`"
+    )
+
+
+class KeyringStorage(_SecretStorage):
+    """A credential in the desktop's keyring, through the PyPI package `keyring`.
+
+    That is the Secret Service (GNOME Keyring), KWallet or the Windows Credential
+    Locker, which takes 1,280 characters; any program of the session can read it.  The
+    arguments are those of KeychainStorage.
+    """
+
+    _title = "keyring"
+
+    def _read(self, service: str) -> bytes | None:
+        found = self._call("get_password", service)
+        return None if found is None else str(found).encode(errors="surrogatepass")
+
+    def _write(self, service: str, data: bytes) -> StorageError | None:
+        try:
+            self._call("set_password", service, data.decode("ascii"))
+        except StorageError as error:
+            return error
+        return None
+
+    def _remove(self, service: str) -> bool:
+        if self._read(service) is None:
+            return False
+        self._call("delete_password", service)
+        if self._read(service) is not None:
+            raise StorageError("the login was deleted, but is still there")
+        return True
+
+    def _call(self, function: str, service: str, *secret: str) -> object:
+        call = getattr(import_extra("keyring", "keyring"), function)
+        try:
+            return call_with_limit(
+                lambda: call(service, self._account, *secret), self.time_limit
+            )
+        except Exception as error:  # each backend has errors of its own
+            failure = type(error)
+            # What a write complains about may have the secret in it.
+            text = failure.__name__ if secret else f"{failure.__name__}: {error}"
+        locked = ("TimeoutError", "KeyringLocked", "LockedException")
+        if failure.__name__ in (*locked, "PromptDismissedException"):
+            raise StorageLocked(
+                "the keyring is locked or asks for a person; unlock it, as by signing"
+                " in to the desktop, or choose a file with `--store file`"
+            )
+        if issubclass(failure, ImportError):
+            raise ConfigError(f"the backend of `keyring` is not there ({text})")
+        raise StorageError(
+            f"the keyring could not be used ({printable(text)}); it needs a desktop"
+            " session (D-Bus) with an unlocked keyring, or choose `--store file`"
+        )
+
+
+def import_extra(package: str, module: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        ConfigError: The package is missing, or is there and broken.
+    """
+    from importlib import import_module
+
+    # Not by `import`: a type checker would miss the package beside a vendored copy.
+    try:
+        return import_module(module)
+    except (ImportError, AttributeError, OSError, RuntimeError, SyntaxError) as error:
+        name = getattr(error, "name", None) or ""
+        missing = isinstance(error, ImportError) and name.partition(".")[0] == package
+        reason = printable(error) or type(error).__name__
+    if missing and "cannot import" not in reason:
+        raise ConfigError(f"this needs `{package}`: pip install {package}")
+    raise ConfigError(
+        f"the package `{package}` is there but broken ({reason}); repair it with"
+        f" pip install --force-reinstall {package}"
+    )
+
+
+@hides_locals
 class FernetCipher:
     """Encrypts with a passphrase: scrypt, then Fernet (AES-128-CBC and HMAC-SHA256).
 
     Raises:
-        ConfigError: The passphrase is empty, or `cryptography` is not installed.
+        ConfigError: The passphrase is empty, or `cryptography` cannot be imported.
 
     Source: RFC 7914; the Fernet specification; OWASP's password storage cheat sheet
     for the cost.
@@ -3365,20 +3107,13 @@ class FernetCipher:
     """scrypt's n, r and p: 32 MiB and some 0.2 s."""
 
     def __init__(self, passphrase: str | bytes) -> None:
-        from importlib import import_module
-
         if isinstance(passphrase, str):
             passphrase = passphrase.encode()
         if not passphrase:
             raise ConfigError("the passphrase is empty")
-        # Not by `import`: a type checker would miss the package beside a vendored copy.
-        try:
-            self._fernet: Any = import_module("cryptography.fernet")
-            self._kdf: Any = import_module("cryptography.hazmat.primitives.kdf.scrypt")
-        except ImportError:
-            raise ConfigError(
-                "encryption needs the `cryptography` package: pip install cryptography"
-            ) from None
+        self._fernet = import_extra("cryptography", "cryptography.fernet")
+        kdf = "cryptography.hazmat.primitives.kdf.scrypt"
+        self._kdf = import_extra("cryptography", kdf)
         self._passphrase = passphrase
         self._keys: dict[tuple[int, int, int, bytes], bytes] = {}
         """Derived keys, by cost and salt: deriving one is slow on purpose."""
@@ -3439,6 +3174,7 @@ class FernetCipher:
         return self._keys[known][:32], self._keys[known][32:].hex()
 
 
+@hides_locals
 class DPAPICipher:
     """Encrypts for this Windows user on this machine, by the system's own means.
 
@@ -3447,7 +3183,7 @@ class DPAPICipher:
 
     def encrypt(self, data: bytes) -> bytes:
         """Return what only this user can decrypt."""
-        return b"dpapi:" + _dpapi("CryptProtectData", data)
+        return _DPAPI_MARK + _dpapi("CryptProtectData", data)
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted.
@@ -3457,10 +3193,12 @@ class DPAPICipher:
             StorageError: Another user or machine encrypted it.
             StorageCorrupt: The text is damaged, or of another cipher.
         """
-        mark, _, blob = data.partition(b":")
-        if mark != b"dpapi":
+        if not data.startswith(_DPAPI_MARK):
             raise _undecryptable("it is damaged, or was encrypted in another way")
-        return _dpapi("CryptUnprotectData", blob)
+        return _dpapi("CryptUnprotectData", data[len(_DPAPI_MARK) :])
+
+
+_DPAPI_MARK: Final = b"dpapi:"
 
 
 def _undecryptable(reason: str) -> StorageCorrupt:
@@ -3479,23 +3217,18 @@ def _dpapi(function: str, data: bytes) -> bytes:
     class Blob(ctypes.Structure):
         _fields_ = [("size", ctypes.c_uint32), ("data", ctypes.c_void_p)]
 
-    blob = ctypes.POINTER(Blob)
-    pointer, number = ctypes.c_void_p, ctypes.c_uint32
-    call = getattr(ctypes.WinDLL("crypt32", use_last_error=True), function)
-    call.argtypes = [blob, pointer, pointer, pointer, pointer, number, blob]
-    call.restype = ctypes.c_int
-    free = ctypes.WinDLL("kernel32").LocalFree
-    free.argtypes, free.restype = [pointer], pointer
+    crypt32 = ctypes.WinDLL("crypt32", use_last_error=True)
     buffer = ctypes.create_string_buffer(data, len(data))
-    given = Blob(len(data), ctypes.cast(buffer, pointer))
-    taken = Blob()
-    ui_forbidden = 0x1
-    if not call(given, None, None, None, None, ui_forbidden, taken):
+    given = Blob(len(data), ctypes.cast(buffer, ctypes.c_void_p))
+    taken, no, ui_forbidden = Blob(), None, 0x1
+    if not getattr(crypt32, function)(
+        ctypes.byref(given), no, no, no, no, ui_forbidden, ctypes.byref(taken)
+    ):
         raise _dpapi_error(ctypes.get_last_error())
     try:
         return ctypes.string_at(taken.data or 0, taken.size)
     finally:
-        free(taken.data)
+        ctypes.WinDLL("kernel32").LocalFree(ctypes.c_void_p(taken.data))
 
 
 def _dpapi_error(number: int) -> StorageError:
@@ -3518,6 +3251,7 @@ def default_storage() -> Storage:
     return make_storage()
 
 
+@hides_locals
 def make_storage(
     kind: str | None = None,
     directory: str | None = None,
@@ -3527,60 +3261,52 @@ def make_storage(
     """Return a store by its name.
 
     Args:
-        kind: auto, file, keychain or secret-service; None asks CLAUDE_OAUTH_STORE.
-            auto is the Keychain on macOS, unless CLAUDE_OAUTH_PASSPHRASE_FILE asks
-            for an encrypted file, and a file elsewhere.
+        kind: auto, file, keychain or keyring; None asks CLAUDE_OAUTH_STORE.  auto is
+            the Keychain on macOS, unless CLAUDE_OAUTH_PASSPHRASE_FILE asks for an
+            encrypted file, and a file elsewhere.
         directory: Where files are; None is the default directory.
 
     Raises:
         ConfigError: There is no such store, or the passphrase is not usable.
     """
-    environ = os.environ if environ is None else environ
-    kind = kind or environ.get("CLAUDE_OAUTH_STORE") or "auto"
-    directory = directory or default_directory(environ)
+    if kind is None:
+        kind = setting("CLAUDE_OAUTH_STORE", environ) or "auto"
+    if directory is None:
+        directory = default_directory(environ)
+    directory = absolute_path(directory)
+    lock_path = os.path.join(directory, "lock")
+    passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE", environ)
     if kind == "auto":
-        encrypted = environ.get("CLAUDE_OAUTH_PASSPHRASE_FILE")
-        kind = "file" if encrypted or sys.platform != "darwin" else "keychain"
-    if kind == "file":
-        path = os.path.join(directory, "credentials.json")
-        return FileStorage(path, cipher=_cipher_for(environ))
-    stores = {"keychain": KeychainStorage, "secret-service": SecretServiceStorage}
-    if kind not in stores:
+        plain = sys.platform == "darwin" and not passphrase_file
+        kind = "keychain" if plain else "file"
+    if kind == "keychain":
+        return KeychainStorage(lock_path=lock_path)
+    if kind == "keyring":
+        return KeyringStorage(lock_path=lock_path)
+    if kind != "file":
         raise ConfigError(
             f"there is no store {printable(kind, limit=40)!r}; choose auto, file,"
-            " keychain or secret-service"
+            " keychain or keyring"
         )
-    return stores[kind](lock_path=os.path.join(directory, "lock"))
+    path = os.path.join(directory, "credentials.json")
+    return FileStorage(path, cipher=_cipher_for(passphrase_file))
 
 
-def _cipher_for(environ: Mapping[str, str]) -> FernetCipher | DPAPICipher | None:
-    path = environ.get("CLAUDE_OAUTH_PASSPHRASE_FILE")
-    if path:
-        return FernetCipher(_read_passphrase(path, environ))
-    return DPAPICipher() if sys.platform == "win32" else None
+def _cipher_for(path: str) -> Cipher | None:
+    """Return the platform's cipher, or one with the passphrase that is in a file.
 
-
-def _read_passphrase(path: str, environ: Mapping[str, str]) -> bytes:
-    """Read a passphrase, which ends before its newline.
-
-    A path without a folder names a credential of systemd, if there is such a directory.
-    What is in there has modes of its own, that nobody could change.
+    The file's owner and mode are not ours to set: systemd or a container made it.
     """
-    given = environ.get("CREDENTIALS_DIRECTORY")
-    if given and os.path.dirname(path) in ("", os.path.normpath(given)):
-        try:
-            with open(os.path.join(given, path), "rb") as file:
-                passphrase = file.read(MAX_FILE_BYTES)
-        except OSError as error:
-            raise ConfigError(
-                f"the passphrase file {path} cannot be read: {error.strerror}"
-            ) from error
-    else:
-        passphrase = read_private(path) or b""
-    passphrase = passphrase.rstrip(b"\r\n")
-    if not passphrase:
+    if not path:
+        return DPAPICipher() if sys.platform == "win32" else None
+    path = absolute_path(path)
+    try:
+        passphrase = read_private(path, is_ours=False, any_owner=True) or b""
+    except StorageError as error:
+        raise ConfigError(f"the passphrase file cannot be used: {error}") from None
+    if not passphrase.strip():
         raise ConfigError(f"the passphrase file {path} is missing or empty")
-    return passphrase
+    return FernetCipher(passphrase.rstrip(b"\r\n"))
 
 
 # -- Sign-in ---------------------------------------------------------------------------
