@@ -3413,6 +3413,7 @@ def make_server(
             self.raw_requestline = self.rfile.readline(MAX_HEAD_BYTES)
             if self.raw_requestline and self.parse_request():
                 handle(self)
+            self.wfile.flush()
             _wait_for_hangup(self.connection)
 
         def send_error(self, code: int, *_quotes_the_request: object) -> None:
