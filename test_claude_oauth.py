@@ -4287,15 +4287,6 @@ DAMAGED = {
     "token-is-a-number": record(accessToken=5),
     "token-with-a-line-break": record(accessToken="a\nb"),
     "refresh-token-is-a-list": record(refreshToken=["x"]),
-    "expiry-is-text": record(expiresAt="soon"),
-    "expiry-is-true": record(expiresAt=True),
-    "expiry-is-not-a-number": record(expiresAt=float("nan")),
-    "expiry-is-infinite": record(expiresAt=float("inf")),
-    "expiry-is-negative": record(expiresAt=-1),
-    "expiry-is-not-a-time": record(expiresAt=10**30),
-    "scopes-are-text": record(scopes="user:profile"),
-    "scope-is-a-number": record(scopes=[1]),
-    "client-id-is-a-number": record(clientId=1),
     "key-with-a-line-break": record()[:-1] + b', "consoleApiKey": "sk-ant-api03-a\\n"}',
 }
 
@@ -6681,7 +6672,7 @@ def test_a_broken_package_is_told_by_its_own_error(
 # What an error tracker records
 
 
-def frames_of(error):
+def module_frames_of(error):
     """What the frames of the module hold below the call that raised, as text."""
     found, todo = [], [error]
     while todo:
@@ -6727,7 +6718,7 @@ def test_no_frame_of_a_failed_call_holds_a_token(folder, keychain, backend, make
     store = make(folder, keychain)[-1]
     with pytest.raises(claude_oauth.StorageError) as caught:
         store.load(), store.save(credentials_of_size(300))
-    assert not secrets_in(frames_of(caught.value) + chain_text(caught.value))
+    assert not secrets_in(module_frames_of(caught.value) + chain_text(caught.value))
 
 
 def test_no_frame_of_a_wrong_passphrase_holds_it(encrypted, passphrase_file):
@@ -6735,7 +6726,7 @@ def test_no_frame_of_a_wrong_passphrase_holds_it(encrypted, passphrase_file):
     store = claude_oauth.make_storage("file")
     with pytest.raises(claude_oauth.StorageError) as caught:
         store.load()
-    assert "barley" not in frames_of(caught.value) + chain_text(caught.value)
+    assert "barley" not in module_frames_of(caught.value) + chain_text(caught.value)
 
 
 # Encryption
@@ -10400,7 +10391,6 @@ def check_the_round(kept, ends, ended):
 def check_the_end(kept):
     """After one more bad moment and one more refresh nothing is left of the chaos."""
     kept.server.TROUBLES = [None]
-    make_old(kept.path.parent)
     kept.account.unlink()
     kept.service().refresh()
     assert kept.is_alive()
