@@ -5179,7 +5179,8 @@ class OAuthService:
         if not has_key and self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
         if for_api and not has_key and needs_key(credentials):
-            credentials = self._with_token(self._make_missing_key)[0]
+            make = lambda _token: self._make_key(only_if_missing=True)  # noqa: E731
+            credentials = self._with_token(make)[0]
         return self._view.serve(credentials, self._clock())
 
     def _refresh(
@@ -5306,46 +5307,31 @@ class OAuthService:
 
         Raises:
             TokenRefused: The account may not make keys.
+            StorageError: The key could not be stored, so none was made.
             And what ``access_token`` raises.
         """
         if environment_token():
             return self._with_token(self._client.create_api_key)[0]
-        self.storage.check()  # a permanent key must not be made to be lost
-        key, token = self._with_token(self._client.create_api_key)
-        try:
-            with self.storage.lock(LOCK_TIMEOUT):
-                stored, newest = self._view.read()
-                if newest is None or newest.access_token != token:
-                    raise StorageError("somebody else has logged in meanwhile")
-                self._save_key(key, newest, stored)
-        except ClaudeOAuthError as error:
-            warn(f"the new API key could not be stored: {error}")
-        return key
+        return self._with_token(lambda _token: self._make_key())[0].api_key or ""
 
-    def _make_missing_key(self, _token: str) -> Credentials:
-        """Make the Console path's API key, unless another process has made one."""
+    def _make_key(self, *, only_if_missing: bool = False) -> Credentials:
+        """Make an API key, and store it and whose it is."""
+        file = self._account_file
         with self.storage.lock(LOCK_TIMEOUT):
             stored, found = self._view.read()
             newest = required(found)
-            if not needs_key(newest):
+            if only_if_missing and not needs_key(newest):
                 self._view.remember(newest)
                 return newest
-            self.storage.check()
+            self.storage.check()  # a permanent key must not be made to be lost
             key = self._client.create_api_key(newest.access_token)
-            return self._save_key(key, newest, stored)
-
-    def _save_key(
-        self, key: str, newest: Credentials, stored: Credentials | None
-    ) -> Credentials:
-        """Store an API key and whose it is.  Needs the storage's lock."""
-        file = self._account_file
-        with_key = newest.replace(api_key=key)
-        error = self._view.save(with_key, stored)
-        if error:
-            warn(f"the new API key is kept in memory: {safe_text(error)}")
-        owner = file.key_owner(key, file.account(newest).get("organizationUuid"))
-        file.update(notes=file.notes().replace(key_owner=owner))
-        return with_key
+            with_key = newest.replace(api_key=key)
+            error = self._view.save(with_key, stored)
+            if error:
+                warn(f"the new API key is kept in memory: {safe_text(error)}")
+            owner = file.key_owner(key, file.account(newest).get("organizationUuid"))
+            file.update(notes=file.notes().replace(key_owner=owner))
+            return with_key
 
     # Login and logout
 
@@ -5367,7 +5353,7 @@ class OAuthService:
             paste: Whether a code may be typed on stdin.
             port: For the loopback redirect; 0 lets the system choose.
             timeout: Seconds for the person.
-            email: Whose login it shall be; the sign-in page fills it in.
+            email: What the sign-in page is to fill in (``login_hint``).
 
         Raises:
             ConfigError: A setting, the client id for one, is missing or unusable.
@@ -5548,48 +5534,42 @@ class OAuthService:
             "warnings": self._warnings(stored, is_environments),
         }
 
-    def _warnings_of_environment(self) -> list[str]:
-        warning = "CLAUDE_OAUTH_TOKEN is in force"
-        try:
-            if self._view.look():
-                warning += f", and hides the login in {self.storage.describe()}"
-        except StorageError as error:
-            return [warning, str(error)]
-        return [warning]
-
     def _warnings(self, stored: Credentials | None, is_environments: bool) -> list[str]:
         """Return what a person should know about a login that looks fine."""
         if is_environments:
-            return self._warnings_of_environment()
+            hides = f", and hides the login in {self.storage.describe()}"
+            try:
+                return ["CLAUDE_OAUTH_TOKEN is in force" + hides * bool(self._view.look())]
+            except StorageError as error:
+                return ["CLAUDE_OAUTH_TOKEN is in force", str(error)]
         if stored is None:
             return []
-        ours, ends_at = self.config.client_id, stored.refresh_token_expires_at
-        warnings = []
-        if self._view.pending:
-            warnings.append("the login is in memory alone: it could not be saved")
-        if ours and stored.client_id not in (None, ours):
-            warnings.append("the login was made with another client id than is set")
-        warnings += filter(None, [self._warning_of_refresh(stored)])
-        left = LOGIN_END_WARNING if ends_at is None else ends_at - self._clock()
-        if left < LOGIN_END_WARNING:
-            ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
-            text = f"the login itself {ends}, whatever is refreshed: log in again"
-            warnings.append(text)
-        return warnings
-
-    def _warning_of_refresh(self, stored: Credentials) -> str:
-        is_expired = seconds_left(stored, self._clock()) <= 0
-        pause = self._account_file.pause_left()
-        if self._account_file.is_refused(stored):
-            return "the server refused to refresh the login: log in again"
-        if is_expired and self._view.is_read_only:
-            return "the token has expired: run the program that owns it"
-        if is_expired and not stored.refresh_token:
-            return "the token has expired, with none to refresh it: log in"
-        if pause:
-            span = describe_seconds(pause)
-            return f"requests to the server are paused for another {span}"
-        return ""
+        now, pause = self._clock(), self._account_file.pause_left()
+        is_expired = seconds_left(stored, now) <= 0
+        login_left = (stored.refresh_token_expires_at or now + LOGIN_END_WARNING) - now
+        ends = f"ends in {describe_seconds(login_left)}" if login_left > 0 else "is over"
+        is_refused = self._account_file.is_refused(stored)
+        known = {
+            "the login is in memory alone: it could not be saved": self._view.pending,
+            "the login was made with another client id than is set": (
+                self.config.client_id
+                and stored.client_id not in (None, self.config.client_id)
+            ),
+            "the server refused to refresh the login: log in again": is_refused,
+            "the token has expired: run the program that owns it": (
+                is_expired and self._view.is_read_only
+            ),
+            "the token has expired, with none to refresh it: log in": (
+                is_expired and not stored.refresh_token
+            ),
+            f"requests to the server are paused for another {describe_seconds(pause)}": (
+                pause and not is_refused
+            ),
+            f"the login itself {ends}, whatever is refreshed: log in again": (
+                login_left < LOGIN_END_WARNING
+            ),
+        }
+        return [warning for warning, applies in known.items() if applies]
 
     def _is_usable(self, stored: Credentials | None) -> bool:
         """Tell whether a token can be had, as far as that is known here."""
@@ -5745,7 +5725,6 @@ class BearerAuth:
 
     def _repeater(self, position: int | None) -> Callable[..., Any]:
         """Return the response hook of one request."""
-        token_of = _bearer_of
 
         @hides_locals
         def repeat_after_401(response: requests.Response, **options: Any) -> Any:
@@ -5766,7 +5745,7 @@ class BearerAuth:
             response.close()
             answer: Any = response.connection.send(repeated, **options)
             if answer.status_code == 401:
-                self._service.note_rejected(token_of(repeated))
+                self._service.note_rejected(_bearer_of(repeated))
             answer.history.append(response)
             answer.request = repeated
             return answer
