@@ -5468,35 +5468,30 @@ class OAuthService:
             StorageError: The credential could not be deleted.
         """
         flush = self._flush_telemetry
-        if flush and self._has_login():
+        try:
+            has_login = self._view.look() is not None
+        except StorageError:
+            has_login = True  # there may be one
+        if flush and has_login:
             _try_within_limit("the telemetry flush", lambda: flush(FLUSH_TIMEOUT))
         # Under the lock, or a refresh under way would bring the record back.
         with self.storage.lock(LOCK_TIMEOUT):
             try:
-                _, newest = self._view.read()
+                newest = self._view.read()[1]
             except StorageError as error:
                 newest = None
                 warn(f"nothing is revoked: {error}")
-            if newest and newest.refresh_token and self.config.revoke_url:
-                self._revoke(newest, newest.refresh_token)
+            token = newest and newest.refresh_token
+            if newest and token and self.config.revoke_url:
+                client_id = newest.client_id or self.config.client_id
+                limits = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
+                client = OAuthClient(limits, session=self._session)
+                _try_within_limit("the revocation", lambda: client.revoke(token or ""))
             found = self.storage.delete()
             self._account_file.clear()
             self._view.pending = None
             self._view.remember(None)
         return found
-
-    def _has_login(self) -> bool:
-        try:
-            return self._view.look() is not None
-        except StorageError:
-            return True  # there may be one
-
-    def _revoke(self, login: Credentials, refresh_token: str) -> None:
-        config = self.config.replace(
-            client_id=login.client_id or self.config.client_id, timeout=FLUSH_TIMEOUT
-        )
-        client = OAuthClient(config, session=self._session)
-        _try_within_limit("the revocation", lambda: client.revoke(refresh_token))
 
     # Status
 
@@ -5656,19 +5651,21 @@ class BearerAuth:
     def __init__(
         self, service: OAuthService, *, hosts: Iterable[str] = ("api.anthropic.com",)
     ) -> None:
+        import functools
         from urllib.parse import urlsplit
 
         self._service = service
-        api_host = urlsplit(service.config.profile_url).hostname or ""
-        for host in hosts:
-            is_name = host.lower() == urlsplit(f"https://{host}/").hostname
-            if not is_name or not is_header_safe(host):
+        names = [host.lower() for host in hosts]
+        for name in names:
+            is_host = name == urlsplit(f"https://{name}/").hostname
+            if not is_host or not is_header_safe(name):
                 raise ConfigError(
-                    f"{printable(host)!r} is not a host name: give hosts= names alone,"
+                    f"{printable(name)!r} is not a host name: give hosts= names alone,"
                     " without scheme, port or path"
                 )
-        self._hosts = frozenset((*(host.lower() for host in hosts), api_host))
-        self._decided: dict[str, bool] = {}  # what _may_sign said, by origin
+        self._hosts = {*names, urlsplit(service.config.profile_url).hostname}
+        # A crawler asks about many origins; each is decided on once.
+        self._is_ours = functools.lru_cache(maxsize=100)(self._decide)
 
     def __call__(self, request: Any) -> Any:
         """Sign a request of `requests` or httpx, and return it."""
@@ -5676,7 +5673,10 @@ class BearerAuth:
             self._sign(request)
             hooks = getattr(request, "hooks", None)  # httpx has none
             if hooks is not None:
-                hooks["response"].append(self._repeater(_position(request.body)))
+                position = _position(request.body)
+                hooks["response"].append(
+                    lambda answer, **options: self.repeat(answer, position, options)
+                )
         return request
 
     def auth_flow(self, request: Any) -> Generator[Any, Any, None]:
@@ -5691,15 +5691,12 @@ class BearerAuth:
                 self._service.note_rejected(_bearer_of(request))
 
     def _may_sign(self, url: str) -> bool:
-        origin = "/".join(url.split("/", 3)[:3])
-        if origin not in self._decided:
-            from urllib.parse import urlsplit
+        return self._is_ours("/".join(url.split("/", 3)[:3]))
 
-            if len(self._decided) > 100:  # a crawler's memory must not grow with it
-                self._decided = {}
-            host = urlsplit(origin).hostname or ""
-            self._decided[origin] = may_carry_token(origin) and host in self._hosts
-        return self._decided[origin]
+    def _decide(self, origin: str) -> bool:
+        from urllib.parse import urlsplit
+
+        return may_carry_token(origin) and urlsplit(origin).hostname in self._hosts
 
     def _sign(self, request: Any) -> None:
         """Put the headers on a request, in the place of another's credential."""
@@ -5723,34 +5720,31 @@ class BearerAuth:
         self._sign(request)
         return True
 
-    def _repeater(self, position: int | None) -> Callable[..., Any]:
-        """Return the response hook of one request."""
-
-        @hides_locals
-        def repeat_after_401(response: requests.Response, **options: Any) -> Any:
-            request: Any = response.request
-            if response.is_redirect:
-                self._keep_from_strangers(response)
-            # After a redirect this runs for the stranger's answer too: only a refusal
-            # of a token that may go there counts.
-            if response.status_code != 401 or not self._may_sign(str(request.url)):
+    def repeat(
+        self, response: requests.Response, position: int | None, options: Any
+    ) -> Any:
+        """Return the answer to a request; after a 401, to its repetition."""
+        request: Any = response.request
+        if response.is_redirect:
+            self._keep_from_strangers(response)
+        # After a redirect this runs for the stranger's answer too: only a refusal of a
+        # token that may go there counts.
+        if response.status_code != 401 or not self._may_sign(str(request.url)):
+            return response
+        repeated = request.copy()
+        try:
+            if not _rewind(request.body, position) or not self._renew(repeated):
                 return response
-            repeated = request.copy()
-            try:
-                if not _rewind(request.body, position) or not self._renew(repeated):
-                    return response
-            except ClaudeOAuthError:
-                response.close()  # nobody else gets it to close
-                raise
-            response.close()
-            answer: Any = response.connection.send(repeated, **options)
-            if answer.status_code == 401:
-                self._service.note_rejected(_bearer_of(repeated))
-            answer.history.append(response)
-            answer.request = repeated
-            return answer
-
-        return repeat_after_401
+        except ClaudeOAuthError:
+            response.close()  # nobody else gets it to close
+            raise
+        response.close()
+        answer: Any = response.connection.send(repeated, **options)
+        if answer.status_code == 401:
+            self._service.note_rejected(_bearer_of(repeated))
+        answer.history.append(response)
+        answer.request = repeated
+        return answer
 
     def _keep_from_strangers(self, response: requests.Response) -> None:
         """Take the API key off before `requests` follows a redirect to another host.
