@@ -5051,7 +5051,6 @@ class Refresher:
 # -- Service ---------------------------------------------------------------------------
 
 
-@hides_locals
 class OAuthService:
     """A login that lasts: it signs in, hands out tokens and refreshes them in time.
 
@@ -5069,6 +5068,7 @@ class OAuthService:
         clock: Seconds since the epoch.
     """
 
+    @hides_locals
     def __init__(
         self,
         config: OAuthConfig | None = None,
@@ -5119,6 +5119,7 @@ class OAuthService:
             and time.monotonic() < served.look_again
         ):
             return served.token
+        del served  # an error's traceback shows the variables of this frame
         return self._serve(min_validity).token
 
     def auth_headers(self) -> dict[str, str]:
@@ -5135,8 +5136,10 @@ class OAuthService:
             and time.monotonic() < served.look_again
         ):
             return served.headers.copy()
+        del served
         return self._serve(REFRESH_BUFFER, for_api=True).headers.copy()
 
+    @hides_locals
     def api_token(self, *, min_validity: float = REFRESH_BUFFER) -> str:
         """Return what the API takes: an access token, or the Console path's API key.
 
@@ -5145,6 +5148,7 @@ class OAuthService:
         headers = self._serve(min_validity, for_api=True).headers
         return headers.get("x-api-key") or headers["Authorization"][len("Bearer ") :]
 
+    @hides_locals
     def refresh(self, *, rejected: str | None = None) -> Credentials:
         """Get another access token now, and return the new credential.
 
@@ -5168,6 +5172,7 @@ class OAuthService:
         other_than = present.access_token if rejected is None else rejected
         return self._refresh(present, 0, other_than)
 
+    @hides_locals
     def _serve(self, min_validity: float, *, for_api: bool = False) -> ServedToken:
         """Look, refresh if that is due, and hand out; for the API a key will do."""
         token = environment_token()
@@ -5224,6 +5229,7 @@ class OAuthService:
 
     # Whose login it is
 
+    @hides_locals
     def credentials(self) -> Credentials | None:
         """Return the credential in force, or None; no network is used.
 
@@ -5236,6 +5242,7 @@ class OAuthService:
         token = environment_token()
         return Credentials(token) if token else self._view.look()
 
+    @hides_locals
     def profile(self, *, force: bool = False) -> Profile:
         """Return whose login it is, from the cache unless forced to ask.
 
@@ -5300,6 +5307,7 @@ class OAuthService:
 
     # The Console path
 
+    @hides_locals
     def create_api_key(self) -> str:
         """Make a permanent Console API key, store it, and return it.
 
@@ -5335,6 +5343,7 @@ class OAuthService:
 
     # Login and logout
 
+    @hides_locals
     def login(
         self,
         *,
@@ -5457,6 +5466,7 @@ class OAuthService:
             return credentials
         return credentials.replace(api_key=key)
 
+    @hides_locals
     def logout(self) -> bool:
         """End the login here; return whether there was one.
 
@@ -5495,6 +5505,7 @@ class OAuthService:
 
     # Status
 
+    @hides_locals
     def status(self) -> dict[str, object]:
         """Return what `status --json` prints; no network, never a token.
 
@@ -5632,7 +5643,6 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
         warn(f"logging out goes on without {name} ({problem})")
 
 
-@hides_locals
 class BearerAuth:
     """Signs requests in: an auth object for `requests`, and for httpx.
 
@@ -5701,14 +5711,16 @@ class BearerAuth:
     def _sign(self, request: Any) -> None:
         """Put the headers on a request, in the place of another's credential."""
         headers = self._service.auth_headers()
-        asked_for = request.headers.get("anthropic-beta")
-        if asked_for and "anthropic-beta" in headers:
-            headers["anthropic-beta"] = _with_beta(asked_for)
+        present = {name.lower() for name in request.headers}
+        if "anthropic-beta" in present and "anthropic-beta" in headers:
+            headers["anthropic-beta"] = _with_beta(request.headers["anthropic-beta"])
         # The API takes a token or a key, and refuses both.
-        for name in ("authorization", "x-api-key"):
-            request.headers.pop(name, None)
-        request.headers.update(headers)
+        for name in present & {"authorization", "x-api-key"}:
+            del request.headers[name]
+        for name, value in headers.items():
+            request.headers[name] = value
 
+    @hides_locals
     def _renew(self, request: Any) -> bool:
         """Refresh after a 401, and sign again; tell whether that makes sense."""
         token = _bearer_of(request)
@@ -5720,6 +5732,7 @@ class BearerAuth:
         self._sign(request)
         return True
 
+    @hides_locals
     def repeat(
         self, response: requests.Response, position: int | None, options: Any
     ) -> Any:
@@ -5770,8 +5783,8 @@ def _with_beta(asked_for: str | bytes) -> str:
 def _position(body: Any) -> int | None:
     """Return where a body that is a file begins, None if it cannot be sent again."""
     try:
-        position: int = body.tell()
-    except (AttributeError, OSError):
+        position: int | None = body.tell() if hasattr(body, "tell") else None
+    except OSError:
         return None
     return position
 
