@@ -4327,11 +4327,7 @@ def seconds_left(credentials: Credentials, now: float) -> float:
 
 
 def required(credentials: Credentials | None) -> Credentials:
-    """Return a credential.
-
-    Raises:
-        NotLoggedIn: There is none.
-    """
+    """Return a credential, or raise NotLoggedIn where there is none."""
     if credentials is None:
         raise NotLoggedIn
     return credentials
@@ -4529,16 +4525,15 @@ class AccountFile:
         if failure.code == "invalid_scope" and scopes:
             self.update(notes=self.notes().replace(refused_scopes=scopes))
             return 0.0
-        if failure.code == "invalid_grant":
-            self._note_refusal(sent, MAX_LIFETIME)
-        elif failure.status in (401, 404) and failure.code != "invalid_client":
-            # Most likely dead; but a gateway's word must not end a login for good.
-            self._note_refusal(sent, WAIT_CEILING)
+        is_dead = failure.code == "invalid_grant"
+        # Most likely dead; but a gateway's word must not end a login for good.
+        may_be_dead = failure.status in (401, 404) and failure.code != "invalid_client"
+        if is_dead or may_be_dead:
+            until = self._clock() + (MAX_LIFETIME if is_dead else WAIT_CEILING)
+            refused = self.fingerprint(sent)
+            notes = self.notes().replace(refused=refused, refused_until=until)
+            self.update(notes=notes)
         return None  # other refusals are about the account or the settings
-
-    def _note_refusal(self, sent: Credentials, seconds: float) -> None:
-        refused, until = self.fingerprint(sent), self._clock() + seconds
-        self.update(notes=self.notes().replace(refused=refused, refused_until=until))
 
     def _note_pause(self, error: Unavailable) -> float:
         """Return the seconds to wait after a 429 or 5xx, which every process keeps."""
@@ -4644,9 +4639,8 @@ class ServedToken:
         self.look_again = time.monotonic() + LOOK_INTERVAL
 
 
-def nothing_served() -> ServedToken:
-    """Return what makes everybody look at the store, whenever they ask."""
-    return ServedToken(Credentials(""), float("inf"))
+_NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))
+"""Makes everybody look at the store, whenever they ask."""
 
 
 class StoreView:
@@ -4659,13 +4653,13 @@ class StoreView:
         self.storage = storage
         self.is_read_only = bool(getattr(storage, "read_only", False))
         self.pending: PendingSave | None = None
-        self._account_file = account_file
+        self.account_file = account_file
         self._pid = os.getpid()
         # Replaced whole, never changed, so reading them needs no lock.
         self._last: tuple[object, Credentials | None] = (None, None)
         self._failure: StorageError | None = None
         self._rest = Deadline(0)
-        self.served = nothing_served()
+        self.served = _NOTHING_SERVED
 
     def look(self) -> Credentials | None:
         """Return the login in force; read the store only if it may have changed.
@@ -4721,13 +4715,13 @@ class StoreView:
             self.pending = PendingSave(credentials, stored, account)
         self.remember(credentials)
         if account is not None and not error:
-            self._account_file.start(credentials, account)
+            self.account_file.start(credentials, account)
         return error
 
     def remember(self, credentials: Credentials | None) -> None:
         """Take this for what the store holds until the next look."""
         self._last = (None, credentials)
-        self.served = nothing_served()
+        self.served = _NOTHING_SERVED
 
     def serve(self, credentials: Credentials, now: float) -> ServedToken:
         """Hand a login out, to those as well who ask in the next moment."""
@@ -4735,7 +4729,7 @@ class StoreView:
         # Not if another thread has refreshed since the look (asked last, or it could
         # do so in between); and while a save is pending every call looks.
         if credentials is not self._last[1] or self.pending:
-            self.served = nothing_served()
+            self.served = _NOTHING_SERVED
         return served
 
     def _load(self, known: Credentials | None) -> Credentials | None:
@@ -4769,8 +4763,8 @@ class StoreView:
                 if not pending or not newest or self.save(newest, stored):
                     return
                 if pending.account is None:
-                    notes = self._account_file.notes().after_success()
-                    self._account_file.update(notes=notes)
+                    notes = self.account_file.notes().after_success()
+                    self.account_file.update(notes=notes)
         except (StorageError, Unavailable):
             pass  # said once already; the next call tries again
 
@@ -4894,17 +4888,13 @@ class Refresher:
     """
 
     def __init__(
-        self,
-        client: OAuthClient,
-        view: StoreView,
-        account_file: AccountFile,
-        clock: Callable[[], float],
+        self, client: OAuthClient, view: StoreView, clock: Callable[[], float]
     ) -> None:
         import threading
 
         self._client = client
         self._view = view
-        self._account_file = account_file
+        self._account_file = view.account_file
         self._clock = clock
         # Held by the one thread of this process that refreshes.
         self._turn = (os.getpid(), threading.Lock())
@@ -5090,9 +5080,7 @@ class OAuthService:
         self._account_file = AccountFile(path, self.config, clock)
         self._client = OAuthClient(self.config, session=session, clock=clock)
         self._view = StoreView(self.storage, self._account_file)
-        self._refresher = Refresher(
-            self._client, self._view, self._account_file, clock
-        )
+        self._refresher = Refresher(self._client, self._view, clock)
 
     # Tokens
 
