@@ -4679,6 +4679,7 @@ class StoreView:
             found = self._load(before[1])
             if self._last is before:  # else another thread knows something newer
                 self._last = (None if self._failure else stamp, found)
+                self.served = _NOTHING_SERVED
         else:
             found = before[1]
         if pending and _tokens(found) == _tokens(pending.instead_of):
@@ -5269,17 +5270,17 @@ class OAuthService:
 
     def _keep_profile(self, profile: Profile, token: str) -> Credentials | None:
         """Store the profile of an access token, if the store still holds that token."""
-        if self._view.is_read_only:
-            return self._cache_account(profile, required(self._view.look()))
-        with self.storage.lock(SHORT_WAIT):
+        import contextlib
+
+        is_ours = not self._view.is_read_only
+        with self.storage.lock(SHORT_WAIT) if is_ours else contextlib.nullcontext():
             stored, newest = self._view.read()
             if newest is None or newest.access_token != token:
                 return None  # somebody refreshed, or logged out or in, meanwhile
             completed = self._cache_account(profile, newest)
-            if completed != newest:
-                error = self._view.save(completed, stored)
-                if error:
-                    raise error
+            error = completed != newest and is_ours and self._view.save(completed, stored)
+            if error:
+                raise error
             return completed
 
     def _cache_account(self, profile: Profile, credentials: Credentials) -> Credentials:
