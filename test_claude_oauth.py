@@ -14731,7 +14731,8 @@ def scratch(sandbox, tmp_path, monkeypatch):
     programs.mkdir()
     for name in ("claude_oauth.py", "LICENSE"):
         (scratch / name).symlink_to(MODULE.with_name(name))
-    make_program(programs / "claude-oauth", CLAUDE_OAUTH.format(sys.executable, str(MODULE.parent)))
+    program = CLAUDE_OAUTH.format(sys.executable, str(MODULE.parent))
+    make_program(programs / "claude-oauth", program)
     make_program(programs / "python3", f'exec "{sys.executable}" "$@"')
     make_program(programs / "browser", BROWSER.format(sys.executable))
     path = [str(programs), os.path.dirname(sys.executable), os.environ["PATH"]]
@@ -15139,16 +15140,16 @@ def test_systemd_knows_every_line_of_the_unit(tmp_path):
     assert "job.service" not in printed
 
 
-def test_the_unit_s_job_reads_what_systemd_encrypted(scratch, sandbox, monkeypatch):
+def test_the_unit_s_job_reads_what_systemd_hands_it(scratch, sandbox, monkeypatch):
     pytest.importorskip("cryptography")
-    (scratch / "passphrase").write_text("correct horse battery staple\n")
+    passphrase = scratch / "passphrase"
+    passphrase.write_text("correct horse battery staple\n")
+    passphrase.chmod(0o400)  # as systemd does
     setting = re.search("^Environment=(.*)=%d(.*)$", readme_block("[Service]"), re.M)
     monkeypatch.setenv(setting[1], f"{scratch}{setting[2]}")
-    log_in(sandbox)
+    service = log_in(sandbox)
 
-    assert "claudeOauthEncrypted" in Path(
-        claude_oauth.FileStorage().path
-    ).read_text("utf-8")
+    assert "claudeOauthEncrypted" in Path(service.storage.path).read_text("utf-8")
     assert run_in(scratch, "claude-oauth", "token").startswith("sk-ant-oat01-")
 
 
