@@ -14695,6 +14695,7 @@ TO_REACH_PACKAGES = {n: os.environ[n] for n in NETWORK if n in os.environ}
 RUN_ELSEWHERE = {
     "class RedisStorage": "by the tests of the stores",
     "force_flush": "by the tests of the logout",
+    "anthropic.Anthropic": "by the tests of the SDK, in a process that has imported it",
     "/bin/pytest": "by .ci/run; it is what runs this",
 }
 
@@ -14905,8 +14906,9 @@ def test_the_readme_has_the_test_command_that_ci_runs():
 
 def test_the_module_is_no_larger_than_the_readme_promises():
     promise = re.search(r"at most ([\d,]+) lines", README_TEXT)[1]
+    lines = MODULE.read_text("utf-8").splitlines()
 
-    assert len(MODULE.read_text("utf-8").splitlines()) <= int(promise.replace(",", ""))
+    assert len(lines) <= int(promise.replace(",", "")) <= 5200
 
 
 def test_the_readme_is_read_in_one_sitting():
@@ -15235,6 +15237,12 @@ def ask(program):
     )
 
 
+def test_the_program_for_the_sdk_runs(sdk_program, capsys):
+    sdk_program()
+
+    assert "Hello" in capsys.readouterr().out
+
+
 def test_the_sdk_refreshes_after_a_401_in_mid_run(sdk_program, sandbox):
     program = sdk_program()
     sandbox.expire_access_tokens()
@@ -15323,6 +15331,7 @@ def test_a_vendored_copy_works_under_another_name(vendored):
     assert "8 of 8 have a token, 1 token in all" in printed
 
 
+@pytest.mark.slow
 def test_a_vendored_copy_works_in_a_zip_archive(vendored, tmp_path):
     import zipapp
 
