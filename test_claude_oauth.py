@@ -44,6 +44,7 @@ import urllib.parse
 import warnings
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import attrgetter
 from pathlib import Path
 
 import hypothesis
@@ -14969,6 +14970,23 @@ def test_pydoc_begins_each_entry_with_a_sentence(name):
         assert re.match(r"[A-Z][^\n]*[.:,;]?(\n|$)", each.__doc__ or ""), each
 
 
+WITH_ARGUMENTS = (
+    "OAuthService OAuthService.login OAuthService.access_token OAuthService.refresh"
+    " OAuthService.profile FileStorage KeychainStorage BearerAuth"
+).split()
+
+
+@pytest.mark.parametrize("name", WITH_ARGUMENTS)
+def test_a_docstring_tells_of_each_argument(name):
+    import inspect
+
+    value = attrgetter(name)(claude_oauth)
+    names = [each for each in inspect.signature(value).parameters if each != "self"]
+
+    assert names
+    assert [each for each in names if each not in value.__doc__] == []
+
+
 def test_the_table_of_errors_has_each_one_with_its_exit_code():
     told = {name.strip("`"): int(code) for name, _, _, code in rows("Errors")}
     bases = ("ClaudeOAuthError", "LoginError")
@@ -15152,7 +15170,8 @@ def test_the_unit_s_job_reads_what_systemd_hands_it(scratch, sandbox, monkeypatc
     service = log_in(sandbox)
 
     assert "claudeOauthEncrypted" in Path(service.storage.path).read_text("utf-8")
-    assert run_in(scratch, "claude-oauth", "token").startswith("sk-ant-oat01-")
+    printed = run_in(scratch, "claude-oauth", "token").splitlines()[-1]
+    assert printed.startswith("sk-ant-oat01-")
 
 
 # A container as docker makes it from an image that is this machine: a file system of
