@@ -3144,6 +3144,27 @@ def test_no_token_follows_a_redirect(scripted_server, call, status):
     assert not elsewhere.requests
 
 
+BROKEN_ADDRESSES = {"latin-1": "/\xe9", "bracket": "http://[a", "port": "http://a:b/"}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("place", BROKEN_ADDRESSES.values(), ids=BROKEN_ADDRESSES)
+def test_a_redirect_to_nowhere_is_one_like_any_other(scripted_server, call, place):
+    scripted_server.add(302, headers={"Location": place})
+    error = failure_of(call, client_for(scripted_server))
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert "redirects the request (302)" in str(error)
+
+
+def test_the_hooks_of_a_session_see_the_answer(scripted_server):
+    scripted_server.add(200, ANSWER)
+    seen = []
+    with requests.Session() as session:
+        session.hooks["response"].append(lambda answer, **_: seen.append(answer.url))
+        assert CALLS["refresh"](client_for(scripted_server, session=session))
+    assert seen == [scripted_server.origin + "/v1/oauth/token"]
+
+
 @pytest.mark.parametrize("call", GRANTS)
 @pytest.mark.parametrize("client_id", ["grant", "client", "authorization_code"])
 def test_the_code_of_an_error_is_as_the_server_wrote_it(
@@ -3810,6 +3831,10 @@ PROXIES = {
     "with-a-path": "http://proxy:3128/x",
     "line-end": "http://proxy:3128\r",
     "blank": "http://pro xy:3128",
+    "dots": "http://a..b:3128",
+    "long-name": f"http://{'a' * 64}:3128",
+    "quoted": "'http://proxy:3128'",
+    "no-scheme-but-slashes": "//proxy:3128",
     "not-latin-1": "http://user:%E2%82%AC@proxy:3128",
 }
 
@@ -3833,6 +3858,25 @@ def test_a_proxy_of_a_session_is_looked_at_too(outside):
         with pytest.raises(claude_oauth.ConfigError, match="the session") as caught:
             client.check()
     assert "ame@" not in chain_text(caught.value)
+
+
+def test_a_proxy_of_the_environment_goes_before_the_sessions(outside, monkeypatch):
+    """`requests` does it so; what is looked at is what will be used."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:ses#ame@proxy:3128")
+    with requests.Session() as session:
+        session.proxies["https"] = "http://127.0.0.1:1"
+        client = claude_oauth.OAuthClient(outside.config, session=session)
+        with pytest.raises(claude_oauth.ConfigError, match="HTTPS_PROXY is no"):
+            client.check()
+
+
+def test_a_proxy_that_no_proxy_rules_out_may_be_anything(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:ses#ame@proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.0/8")
+    config = claude_oauth.OAuthConfig.for_server("https://127.0.0.1:1", client_id="c")
+    client = claude_oauth.OAuthClient(config)
+    client.check()
+    assert "no connection to 127.0.0.1:1;" in str(failure_of("refresh", client))
 
 
 USABLE = ["http://127.0.0.1:1", "HTTP://127.0.0.1:1/", "127.0.0.1:1", "https://[::1]:1"]
