@@ -5675,13 +5675,6 @@ def _rewind(body: Any, position: int | None) -> bool:
 
 # -- Sandbox ---------------------------------------------------------------------------
 
-SANDBOX_BODY_LIMIT: Final = 1 << 16
-"""Bytes; no request to a sandbox is longer."""
-
-SANDBOX_PATIENCE: Final = 5.0
-"""Seconds that the end of a sandbox waits for each of its threads."""
-
-
 class _SandboxRefusal(Exception):
     """An error to answer with: status, code, message, and Retry-After in seconds."""
 
@@ -5696,17 +5689,14 @@ class Sandbox:
 
     It holds a client to the rules: S256, the same redirect_uri and state, codes and
     refresh tokens that work once, and the end of the whole login when one comes again.
-    Its tokens look like real ones and are worth nothing.  With an access token, or a
-    key that it made, ``/v1/messages`` answers with the body that it got.
+    ``/v1/messages`` takes its tokens and keys, and answers with the body that it got.
 
     Attributes:
         origin: ``http://127.0.0.1:PORT``, once the block has begun.
-        counts: How often each of these was asked for: authorize, authorization_code,
-            refresh_token, profile, api_key, callback (the page with the code to paste),
-            revoke, messages.
+        counts: Requests by endpoint: authorize, callback (the page with the code),
+            authorization_code, refresh_token, profile, api_key, revoke, messages.
         lifetime: Seconds that the next access token lives.
-        scopes: The most that the next login is granted; CONSOLE_SCOPES make it one of
-            the Console.
+        scopes: The most that the next login is granted (CONSOLE_SCOPES: the Console).
     """
 
     def __init__(
@@ -5714,8 +5704,6 @@ class Sandbox:
         *,
         port: int = 0,
         lifetime: float = 28800,
-        login_lifetime: float = 30 * 86400,
-        rotate: bool = True,
         scopes: Iterable[str] = CLAUDE_AI_SCOPES,
     ) -> None:
         import threading
@@ -5725,18 +5713,14 @@ class Sandbox:
         self.scopes = tuple(scopes)
         self.counts = dict.fromkeys((*_SANDBOX_PATHS.values(), *_SANDBOX_GRANTS), 0)
         self._port = port
-        self._login_lifetime = login_lifetime
-        self._rotate = rotate
-        self._server: Any = None
         self._threads: list[threading.Thread] = []
         # Guards counts and all below, while a request is answered.
         self._lock = threading.Lock()
         self._failures: dict[str, list[_SandboxRefusal]] = {}
         # A login is a family of tokens that live and die together: by code and refresh
-        # token, and by access token with its end.
+        # token, and by access token or key with its end.
         self._logins: dict[str, types.SimpleNamespace] = {}
         self._access: dict[str, tuple[types.SimpleNamespace, float]] = {}
-        self._api_keys: set[str] = set()
 
     def __enter__(self) -> Self:
         try:
@@ -5753,7 +5737,7 @@ class Sandbox:
         self._server.shutdown()
         self._server.server_close()
         for thread in self._threads:
-            thread.join(SANDBOX_PATIENCE)
+            thread.join()
 
     @property
     def config(self) -> OAuthConfig:
@@ -5778,7 +5762,8 @@ class Sandbox:
     def expire_access_tokens(self) -> None:
         """Answer every access token with 401, however long it should live."""
         with self._lock:
-            self._access.clear()
+            keys = [key for key in self._access if key.startswith("sk-ant-api")]
+            self._access = {key: self._access[key] for key in keys}
 
     def fail_next(
         self,
@@ -5791,9 +5776,8 @@ class Sandbox:
     ) -> None:
         """Answer the next requests of an endpoint, as `counts` calls it, with an error.
 
-        Args:
-            code: What the error is called, like ``invalid_grant``.
-            retry_after: Seconds for a Retry-After header; 0 for none.
+        ``code`` is the error's name, like ``invalid_grant``; ``retry_after`` is in
+        seconds, 0 for no such header.
         """
         if endpoint not in self.counts:
             raise ValueError(f"a sandbox has no endpoint {endpoint!r}")
@@ -5812,69 +5796,61 @@ class Sandbox:
         self._threads.append(thread)
 
     def _decide(self, url: str, decision: bytes) -> str:
-        target = url[len(self.origin) :] if url.startswith(self.origin + "/") else ""
-        request = types.SimpleNamespace(
-            method="POST", target=target, body=decision, token=""
-        )
-        _, answer, headers = self._answer(request)
-        if "Location" not in headers:
-            raise ValueError(f"this login cannot be decided on: {answer}")
-        location = headers["Location"]
+        is_ours = url.startswith(self.origin + "/oauth/authorize?")
+        path = url[len(self.origin) :] if is_ours else ""
+        request = types.SimpleNamespace(command="POST", path=path, body=decision)
+        try:
+            location = str(self._answer(request))
+        except _SandboxRefusal as refusal:
+            problem = refusal.args[2]
+            raise ValueError(f"this login cannot be decided on: {problem}") from None
         if not location.startswith(self.origin + "/"):
             self._start(_visit, location)
         return location
 
-    def _handle(self, handler: Any) -> None:
+    def _handle(self, request: Any) -> None:
         """Answer a request of `make_server`; the connection ends with the answer."""
-        length = handler.headers.get("Content-Length") or "0"
-        is_known = length.isdecimal() and int(length) <= SANDBOX_BODY_LIMIT
-        bearer = (handler.headers.get("Authorization") or "").split("Bearer ")[-1]
-        request = types.SimpleNamespace(
-            method=handler.command,
-            target=handler.path,
-            body=handler.rfile.read(int(length)) if is_known else b"",
-            token=handler.headers.get("x-api-key") or bearer,
-        )
-        status, answer, headers = self._answer(request)
-        kind = "text/html; charset=utf-8"
-        if not isinstance(answer, str):
-            kind, answer = "application/json", dump_json(answer)
-        handler.send_response_only(status)  # send_response would name the server
-        headers = {**_SANDBOX_HEADERS, "Content-Type": kind, **headers}
-        for name, value in headers.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(answer.encode())))
-        handler.end_headers()
-        handler.wfile.write(answer.encode())
+        length = request.headers.get("Content-Length", "")
+        request.body = request.rfile.read(int(length)) if length.isdecimal() else b""
+        bearer = request.headers.get("Authorization", "").split("Bearer ")[-1]
+        request.token = request.headers.get("x-api-key", bearer)
+        status, headers = 200, {"Content-Type": "application/json"}
+        try:
+            answer = self._answer(request)
+        except _SandboxRefusal as refusal:
+            status, code, message, *pause = refusal.args
+            answer = {"type": "error", "error": {"type": code, "message": message}}
+            if request.path == "/v1/oauth/token":  # RFC 6749 section 5.2
+                answer = {"error": code, "error_description": message}
+            if any(pause):
+                headers["Retry-After"] = f"{pause[0]:g}"
+        content = answer if isinstance(answer, str) else dump_json(answer)
+        if content.startswith("http"):
+            status, headers["Location"] = 302, content
+        elif content.startswith("<"):
+            headers["Content-Type"] = "text/html; charset=utf-8"
+        request.send_response_only(status)  # send_response would name the server
+        for header in headers.items():
+            request.send_header(*header)
+        request.end_headers()
+        request.wfile.write(content.encode())
 
-    def _answer(
-        self, request: Any
-    ) -> tuple[int, str | dict[str, object], dict[str, str]]:
-        """Return status, content (a page or an object) and headers."""
-        path, _, query = request.target.partition("?")
-        endpoint = _SANDBOX_PATHS.get(path, "")
+    def _answer(self, request: Any) -> str | dict[str, object]:
+        """Return a page, an address to go to, or an object."""
+        path, _, query = request.path.partition("?")
+        request.asked = _sandbox_parameters(path, query, request.body)
+        request.endpoint = _SANDBOX_PATHS.get(path, "")
+        if path == "/v1/oauth/token":
+            request.endpoint = request.asked.get("grant_type", "")
+        if request.endpoint not in self.counts:
+            raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
         with self._lock:
-            try:
-                request.asked = _sandbox_parameters(path, query, request.body)
-                if path == "/v1/oauth/token":
-                    endpoint = request.asked.get("grant_type", "")
-                if endpoint not in self.counts:
-                    raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
-                self.counts[endpoint] += 1
-                if self._failures.get(endpoint):
-                    raise self._failures[endpoint].pop(0)
-                answer = getattr(self, "_do_" + endpoint)(request)
-            except _SandboxRefusal as refusal:
-                status, code, message, *pause = refusal.args
-            else:
-                if endpoint == "authorize" and request.method == "POST":
-                    return 302, "", {"Location": answer}
-                return 200, answer, {}
-        headers = {"Retry-After": f"{pause[0]:g}"} if any(pause) else {}
-        if endpoint in _SANDBOX_GRANTS:  # RFC 6749 section 5.2
-            return status, {"error": code, "error_description": message}, headers
-        error = {"type": code, "message": message}
-        return status, {"type": "error", "error": error}, headers
+            self.counts[request.endpoint] += 1
+            if self._failures.get(request.endpoint):
+                raise self._failures[request.endpoint].pop(0)
+            do = getattr(self, "_do_" + request.endpoint, self._do_resource)
+            answer: str | dict[str, object] = do(request)
+            return answer
 
     def _do_authorize(self, request: Any) -> str:
         """Return the page with the question, or where its answer leads."""
@@ -5886,36 +5862,35 @@ class Sandbox:
             pattern = rule.replace("ORIGIN", re.escape(self.origin))
             if not re.fullmatch(pattern, asked.get(name, "")):
                 raise _SandboxRefusal(400, "invalid_request", f"{name} is not valid")
-        if request.method != "POST":
+        if request.command != "POST":
             return _SANDBOX_PAGE
         callback = {"error": "access_denied", "error_description": "they said no"}
         if request.body == b"decision=approve":
-            callback = {"code": _sandbox_secret("authcode-")}
+            callback = {"code": "authcode-sandbox-" + generate_state()}
             self._logins[callback["code"]] = types.SimpleNamespace(
                 asked=asked,
                 scopes=sorted({*asked["scope"].split()} & {*self.scopes}),
                 grant=callback["code"],  # the code or refresh token that is not spent
-                ends=float("inf"),
                 is_alive=True,
             )
         query = urlencode({**callback, "state": asked["state"]})
         return f"{asked['redirect_uri']}?{query}"
 
     def _do_authorization_code(self, request: Any) -> dict[str, object]:
+        import re
+
         asked = request.asked
         if not asked.get("state"):  # RFC 6749 knows nothing of this; the service does
             raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
         login = self._login_of(asked.get("code", ""))
         login.grant = ""  # the code is spent, whatever comes next
-        for name in ("redirect_uri", "state", "client_id"):
+        verifier = asked.get("code_verifier", "")
+        if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+            raise _SandboxRefusal(400, "invalid_request", "code_verifier is not valid")
+        asked["code_challenge"] = code_challenge(verifier)
+        for name in ("redirect_uri", "state", "client_id", "code_challenge"):
             if asked.get(name) != login.asked[name]:
                 raise _SandboxRefusal(400, "invalid_grant", f"{name} is another one")
-        verifier = asked.get("code_verifier", "")
-        if not 43 <= len(verifier) <= 128 or not verifier.isascii():
-            raise _SandboxRefusal(400, "invalid_request", "code_verifier is not valid")
-        if code_challenge(verifier) != login.asked["code_challenge"]:
-            raise _SandboxRefusal(400, "invalid_grant", "code_verifier does not fit")
-        login.ends = time.monotonic() + self._login_lifetime
         return self._issue(login)
 
     def _do_refresh_token(self, request: Any) -> dict[str, object]:
@@ -5929,63 +5904,28 @@ class Sandbox:
         login.scopes = sorted(wanted) or login.scopes
         return self._issue(login)
 
-    def _login_of(self, grant: str) -> types.SimpleNamespace:
-        """Return the login of a code or refresh token; one that comes again ends it.
-
-        Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
-        """
-        login = self._logins.get(grant)
-        if login is None or not login.is_alive or login.ends < time.monotonic():
-            raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
-        if login.grant != grant:
-            login.is_alive = False  # two programs have it, and one of them is a thief
-            raise _SandboxRefusal(400, "invalid_grant", "the grant was used before")
-        return login
-
-    def _issue(self, login: types.SimpleNamespace) -> dict[str, object]:
-        now = time.monotonic()
-        access_token = _sandbox_secret("sk-ant-oat01-")
-        self._access[access_token] = login, now + self.lifetime
-        if self._rotate or not login.grant:
-            login.grant = _sandbox_secret("sk-ant-ort01-")
-            self._logins[login.grant] = login
-        return {
-            "token_type": "bearer",
-            "access_token": access_token,
-            "refresh_token": login.grant,
-            "expires_in": self.lifetime,
-            "refresh_token_expires_in": int(login.ends - now),
-            "scope": " ".join(login.scopes),
-        }
-
-    def _check_access(self, token: str, scope: str) -> None:
-        login, end = self._access.get(token, (None, 0.0))
+    def _do_resource(self, request: Any) -> dict[str, object]:
+        """Answer what takes an access token or a key."""
+        login, end = self._access.get(request.token, (None, 0.0))
         if login is None or not login.is_alive or end <= time.monotonic():
             raise _SandboxRefusal(401, "authentication_error", "the token is dead")
+        scope = _SANDBOX_SCOPES[request.endpoint]
         if scope not in login.scopes:
             raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
-
-    def _do_profile(self, request: Any) -> dict[str, object]:
-        self._check_access(request.token, SCOPE_USER_PROFILE)
-        return _SANDBOX_PROFILE
-
-    def _do_api_key(self, request: Any) -> dict[str, object]:
-        self._check_access(request.token, SCOPE_ORG_CREATE_API_KEY)
-        key = _sandbox_secret("sk-ant-api03-")
-        self._api_keys.add(key)
+        if request.endpoint == "profile":
+            return {**_SANDBOX_PROFILE}
+        if request.endpoint == "messages":
+            return {"echo": request.body.decode("utf-8", "replace")}
+        key = "sk-ant-api03-sandbox-" + generate_state()
+        holder = types.SimpleNamespace(is_alive=True, scopes=[SCOPE_USER_INFERENCE])
+        self._access[key] = holder, float("inf")
         return {"raw_key": key}
-
-    def _do_messages(self, request: Any) -> dict[str, object]:
-        if request.token not in self._api_keys:
-            self._check_access(request.token, SCOPE_USER_INFERENCE)
-        return {"echo": request.body.decode("utf-8", "replace")}
 
     def _do_callback(self, request: Any) -> str:
         from html import escape
 
-        asked = request.asked
-        code = f"{asked.get('code', '')}#{asked.get('state', '')}"
-        shown = asked.get("error") or code
+        asked = {"code": "", "state": "", **request.asked}
+        shown = asked.get("error") or "{code}#{state}".format_map(asked)
         return f"<!doctype html><title>Sandbox</title><p><code>{escape(shown)}</code>"
 
     def _do_revoke(self, request: Any) -> dict[str, object]:
@@ -5995,11 +5935,32 @@ class Sandbox:
             login.is_alive = False
         return {}  # for an unknown token too: RFC 7009 section 2.2
 
+    def _login_of(self, grant: str) -> types.SimpleNamespace:
+        """Return the login of a code or refresh token; one that comes again ends it.
 
-def _sandbox_secret(prefix: str) -> str:
-    import secrets
+        Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
+        """
+        login = self._logins.get(grant)
+        if login is None or not login.is_alive:
+            raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
+        if login.grant != grant:
+            login.is_alive = False  # two programs have it, and one of them is a thief
+            raise _SandboxRefusal(400, "invalid_grant", "the grant was used before")
+        return login
 
-    return f"{prefix}sandbox-{secrets.token_urlsafe(18)}"
+    def _issue(self, login: types.SimpleNamespace) -> dict[str, object]:
+        access_token = "sk-ant-oat01-sandbox-" + generate_state()
+        self._access[access_token] = login, time.monotonic() + self.lifetime
+        login.grant = "sk-ant-ort01-sandbox-" + generate_state()
+        self._logins[login.grant] = login
+        return {
+            "token_type": "bearer",
+            "access_token": access_token,
+            "refresh_token": login.grant,
+            "expires_in": self.lifetime,
+            "refresh_token_expires_in": 30 * 86400,
+            "scope": " ".join(login.scopes),
+        }
 
 
 def _sandbox_parameters(path: str, query: str, body: bytes) -> dict[str, str]:
@@ -6021,29 +5982,15 @@ def _sandbox_parameters(path: str, query: str, body: bytes) -> dict[str, str]:
 
 
 def _visit(url: str) -> None:
-    """Fetch a page of this machine as a browser does, two redirects included."""
-    import socket
-    from http.client import HTTPConnection, HTTPException
-    from urllib.parse import urljoin, urlsplit
-
-    for _ in range(3):
+    """Fetch a page of this machine as a browser does, redirects included."""
+    options = {"headers": {"Host": url.split("/")[2]}, "timeout": REQUEST_TIMEOUT}
+    for address in ("127.0.0.1", "[::1]"):  # `localhost` does not resolve everywhere
+        page = url.replace("localhost", address, 1)
         try:
-            parts = urlsplit(url)
-            port = parts.port or 80
-            try:  # by address: the name `localhost` does not resolve everywhere
-                sock = socket.create_connection(("127.0.0.1", port), LOGIN_TIMEOUT)
-            except OSError:
-                sock = socket.create_connection(("::1", port), LOGIN_TIMEOUT)
-            with sock:
-                connection = HTTPConnection(parts.netloc)
-                connection.sock = sock
-                connection.request("GET", parts._replace(scheme="", netloc="").geturl())
-                location = connection.getresponse().getheader("Location")
-        except (OSError, ValueError, HTTPException):
-            return  # the program is gone; its own test will say so
-        if not location:
-            return
-        url = urljoin(url, location)
+            import_requests().get(page, proxies={"no_proxy": "*"}, **options)
+        except (OSError, ValueError, ClaudeOAuthError):
+            continue  # it is not there; the program's own test will say so
+        return
 
 
 _SANDBOX_PATHS: Final = {
@@ -6056,6 +6003,13 @@ _SANDBOX_PATHS: Final = {
 }
 _SANDBOX_GRANTS: Final = ("authorization_code", "refresh_token")  # /v1/oauth/token
 
+_SANDBOX_SCOPES: Final = {
+    "profile": SCOPE_USER_PROFILE,
+    "api_key": SCOPE_ORG_CREATE_API_KEY,
+    "messages": SCOPE_USER_INFERENCE,
+}
+"""What an access token must be granted for an endpoint."""
+
 _SANDBOX_RULES: Final = {
     "response_type": "code",
     "client_id": r"[!-~]+",
@@ -6067,17 +6021,10 @@ _SANDBOX_RULES: Final = {
 }
 """What an authorize request must have, and how each value must look."""
 
-_SANDBOX_HEADERS: Final = {
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
-}
-
-_SANDBOX_PROFILE: Final = {
+_SANDBOX_PROFILE: Final[Mapping[str, object]] = {
     "account": {
         "uuid": "sandbox-account",
         "email": "sandbox@example.com",
-        "display_name": "Sandbox",
         "created_at": "2024-01-01T00:00:00Z",
     },
     "organization": {
@@ -6087,45 +6034,47 @@ _SANDBOX_PROFILE: Final = {
         "rate_limit_tier": "default_claude_max_5x",
         "billing_type": "stripe_subscription",
         "subscription_created_at": "2024-01-01T00:00:00Z",
-        "has_extra_usage_enabled": False,
     },
 }
 
 _SANDBOX_PAGE: Final = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Sandbox</title>
 <h1>Sandbox</h1><p>A program asks to sign in. Nothing here is real.</p>
-<form method="post">
-<button id="approve" name="decision" value="approve">Approve</button>
-<button id="deny" name="decision" value="deny">Deny</button>
-</form></html>
+<form method="post"><button name="decision" value="approve">Approve</button>
+<button name="decision" value="deny">Deny</button></form></html>
 """
 
 
 # -- Command line ----------------------------------------------------------------------
 
-_EXIT_CODES: Final = (
-    (ConfigError, 2),
-    (NotLoggedIn, 3),
-    (TokenRefused, 3),
-    (LoginError, 3),
-    (Unavailable, 4),
-    (StorageError, 5),
-    (ClaudeOAuthError, 1),
-    (OSError, 1),
-)
+_EXIT_CODES: Final[Mapping[int, Any]] = {
+    2: ConfigError,
+    3: (NotLoggedIn, TokenRefused, LoginError),
+    4: Unavailable,
+    5: StorageError,
+    1: Exception,
+}
 """What a script can tell by; 2 is also argparse's, and 130 is Ctrl-C."""
+
+
+def python_program() -> str | None:
+    """Return the Python that runs this, None where it is built into a program."""
+    name = os.path.basename(sys.executable or "").lower()
+    is_python = name.startswith(("python", "pypy")) and not hasattr(sys, "frozen")
+    return sys.executable if is_python else None
 
 
 @hides_locals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    if sys.stdout is None:
+        say("claude-oauth: cannot write the answer: stdout is closed")
+        return 1
     for stream in (sys.stdout, sys.stderr):
         # A name in Japanese must not be a traceback where the terminal cannot show it.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        if sys.stdout is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
@@ -6141,7 +6090,15 @@ def _run(argv: list[str]) -> int:
     if argv == ["token"]:
         print(OAuthService().api_token())
         return 0
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        option = "argument --" + name.replace("_", "-")
+        most = 65535 if name == "port" else MAX_LIFETIME
+        if "" in (value if isinstance(value, list) else [value]):  # "$UNSET" in a shell
+            parser.error(f"{option}: it is empty; give it a value or leave it out")
+        if isinstance(value, (int, float)) and not 0 <= value <= most:
+            parser.error(f"{option}: give a number from 0 to {most:.0f}")
     if options.verbose:
         import logging
 
@@ -6158,24 +6115,15 @@ def _report(error: BaseException) -> int:
     text = str(error)
     if isinstance(error, OSError):
         text = (error.strerror or type(error).__name__).lower()
-        if _has_lost_stdout():
-            text = f"cannot write the answer: {text}"
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # What is still in the buffer must not fail once more at Python's end.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):  # nobody is left to read the answer
         say(f"claude-oauth: {text}")
-    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
-
-
-def _has_lost_stdout() -> bool:
-    if sys.stdout is None:
-        return True
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # What is still in the buffer must not fail once more at Python's end.
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return True
-    return False
+    return next(c for c, kinds in _EXIT_CODES.items() if isinstance(error, kinds))
 
 
 def _service(options: Any) -> OAuthService:
@@ -6197,142 +6145,123 @@ def _login(options: Any) -> int:
         timeout=options.timeout,
         email=options.email,
     )
-    with _Unset("CLAUDE_OAUTH_TOKEN"):  # it would hide whose login this is
-        who = service.status()["email"] or "an account that gives no name"
-    where = service.storage.describe()
-    say(f"Signed in as {printable(who)}; the login is kept in {where}.")
-    return _print_status(service.status(), options)
+    status = service.status()
+    name = f" as {printable(status['email'])}" if status["email"] else ""
+    say(f"Signed in{name}; the login is kept in {service.storage.describe()}.")
+    _print(options, status, {})
+    return 0
+
+
+_SOURCES: Final = {
+    "store": "",
+    "environment": "CLAUDE_OAUTH_TOKEN, not the store",
+    "none": "none; run `claude-oauth login` to sign in",
+}
 
 
 def _status(options: Any) -> int:
     """Show whose login this is, what it may do and when it ends, offline."""
     service = _service(options)
-    check, text = _check(service) if options.check else ("", "")
-    status = service.status()
-    scopes: Any = status["scopes"]
-    missing = [scope for scope in service.config.scopes if scope not in scopes]
-    is_outside = status["source"] == "environment"
-    rows = (
-        ("logged in", "yes" if status["logged_in"] else "no"),
-        ("check", text),
-        ("source", "CLAUDE_OAUTH_TOKEN, not the store" if is_outside else ""),
-        ("account", status["email"]),
-        ("organization", status["organization"]),
-        ("plan", status["subscription_type"]),
-        ("tier", status["rate_limit_tier"]),
-        ("path", status["method"]),
-        *(("" if index else "scopes", scope) for index, scope in enumerate(scopes)),
-        ("not granted", " ".join(missing) if scopes else ""),
-        ("token ends", _when(status["expires_at"])),
-        ("login ends", _when(status["refresh_token_expires_at"])),
-        ("store", status["storage"]),
-        ("client id", status["client_id"]),
-    )
-    if not options.check:
-        return _print_status(status, options, rows)
-    _print_status({**status, "check": check}, options, rows)
-    return {"works": 0, "refused": 3, "unknown": 4}[check]
+    check = _check(service) if options.check else ""
+    status, stored = service.status(), service.credentials() or Credentials("")
+    missing = sorted({*service.config.scopes} - {*stored.scopes})
+    rows = {
+        "logged in": status["logged_in"],
+        "check": check,
+        "source": _SOURCES[str(status["source"])],
+        "account": status["email"],
+        "organization": status["organization"],
+        "plan": status["subscription_type"],
+        "tier": status["rate_limit_tier"],
+        "path": status["method"],
+        "scopes": " ".join(stored.scopes),
+        "not granted": " ".join(missing) if stored.scopes else "",
+        "token ends": _until(stored.expires_at),
+        "login ends": _until(stored.refresh_token_expires_at),
+        "store": status["storage"],
+        "client id": status["client_id"],
+    }
+    word = check.partition(":")[0]
+    _print(options, {**status, "check": word} if word else status, rows)
+    code = 0 if status["logged_in"] else 3
+    return {"works": 0, "refused": 3, "unknown": 4}.get(word, code)
 
 
-def _check(service: OAuthService) -> tuple[str, str]:
-    """Ask the server with the present token; return its verdict, short and in full."""
+def _check(service: OAuthService) -> str:
+    """Ask the server with the present token; return its verdict, with the reason."""
     try:
         token = service.access_token()
         if token.startswith("sk-ant-api"):
-            return "unknown", "unknown: an API key cannot ask for the profile"
-        try:
-            OAuthClient(service.config).fetch_profile(token)
-        except TokenRefused as error:
-            if error.status != 403:  # else it is good, but too narrow for the profile
-                raise
+            return "unknown: an API key cannot ask for the profile"
+        OAuthClient(service.config).fetch_profile(token)
     except (NotLoggedIn, TokenRefused) as error:
-        return "refused", f"refused: {error}"
+        # With 403 the token is good, but too narrow for the profile.
+        if getattr(error, "status", None) != 403:
+            return f"refused: {error}"
     except (Unavailable, BadAnswer) as error:
-        return "unknown", f"unknown: {error}"
-    return "works", "works"
+        return f"unknown: {error}"
+    return "works"
 
 
-def _when(moment: object) -> str:
-    """Return a moment of a status as people count: from now."""
-    import calendar
-
-    if not isinstance(moment, str):
+def _until(moment: float | None) -> str:
+    """Return a moment as people count: from now."""
+    if moment is None:
         return ""
-    try:
-        then = calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
-    except ValueError:
-        return f"in more than 1000 years ({moment})"
-    left = then - time.time()
-    word = "in" if left > 0 else "over for"
-    return f"{word} {describe_seconds(abs(left))} ({moment})"
+    left = moment - time.time()
+    span = ("in " if left > 0 else "over for ") + describe_seconds(abs(left))
+    return f"{span} ({describe_moment(moment)})"
 
 
-def _print_status(
-    status: Mapping[str, object], options: Any, rows: Iterable[tuple[str, object]] = ()
-) -> int:
-    """Print a status; return 3 where nobody is logged in."""
+def _print(
+    options: Any, answer: Mapping[str, Any], rows: Mapping[str, object]
+) -> None:
+    """Print an answer as JSON, or else its rows; its warnings go to stderr."""
     if options.json:
-        print(dump_json(status))
-    else:
-        for name, value in rows:
-            if value:
-                print(f"{name:14}{printable(value, limit=1000)}")
-        warnings: Any = status["warnings"]
-        if status["source"] == "none":
-            warnings = ["run `claude-oauth login` to sign in"]
-        for warning in warnings:
-            say(f"! {warning}")
-    return 0 if status["logged_in"] else 3
+        print(dump_json(answer))
+        return
+    width = max(map(len, rows), default=0) + 2
+    for name, value in rows.items():
+        text = ("no", "yes")[value] if isinstance(value, bool) else value
+        if text:
+            print(f"{name:{width}}{printable(text, limit=1000)}")
+    for warning in answer.get("warnings", ()):
+        say(f"! {warning}")
 
 
 def _token(options: Any) -> int:
     """Print an access token that works; on the Console path, the API key."""
     service = _service(options)
     token = service.api_token(min_validity=options.min_validity)
-    if not options.json:
-        print(token)
-        return 0
-    status = service.status()
-    answer = {"access_token": token}
-    ends = {name: status[name] for name in ("expires_at", "expires_in")}
-    if status["method"] == "console":
-        answer, ends = {"api_key": token}, {"expires_at": None}
-    print(dump_json({**answer, **ends, "token": token}))
+    if options.json:
+        status = service.status()
+        ends = {name: status[name] for name in ("expires_at", "expires_in")}
+        answer = {"access_token": token, **ends}
+        if status["method"] == "console":
+            answer = {"api_key": token, "expires_at": None}
+        token = dump_json({**answer, "token": token})
+    print(token)
     return 0
 
 
 def _refresh(options: Any) -> int:
     """Ask the server for a new token, however long the present one lives."""
     service = _service(options)
-    service.refresh()
-    status = service.status()
-    left = status["expires_in"]
-    until = f" for {describe_seconds(left)}" if isinstance(left, int) else ""
-    say(f"Refreshed; the new token is good{until}.")
-    return _print_status(status, options)
+    left = (service.refresh().expires_at or 0) - time.time()
+    say(f"Refreshed; the new token is good for {describe_seconds(left)}.")
+    _print(options, service.status(), {})
+    return 0
 
 
 def _profile(options: Any) -> int:
     """Ask the server whose login it is."""
     profile = vars(_service(options).profile(force=True))
-    if options.json:
-        print(dump_json(profile))
-        return 0
-    for name, value in profile.items():
-        if value is not None:
-            text = {True: "yes", False: "no"}.get(value, value)
-            print(f"{name.replace('_', ' '):26}{printable(text)}")
+    _print(options, profile, {k.replace("_", " "): v for k, v in profile.items()})
     return 0
 
 
 def _api_key(options: Any) -> int:
     """Make one more permanent API key of the Console, store it and print it."""
-    try:
-        print(_service(options).create_api_key())
-    except TokenRefused as error:
-        if error.status == 403:
-            say("Keys are made by a Console login: `claude-oauth login --console`.")
-        raise
+    print(_service(options).create_api_key())
     say("This key is permanent; delete it on the Console's page of API keys.")
     return 0
 
@@ -6343,48 +6272,28 @@ def _logout(options: Any) -> int:
     found = service.logout()
     where = service.storage.describe()
     say(f"Logged out of {where}." if found else f"There was no login in {where}.")
-    for name in SIGNS_IN:
-        if setting(name):
-            say(f"{name} is set, and still signs programs in.")
+    for name in filter(setting, SIGNS_IN):
+        say(f"{name} is set, and still signs programs in.")
     return 0
-
-
-class _Unset:
-    """A block without the environment's settings that begin with a prefix."""
-
-    def __init__(self, prefix: str) -> None:
-        self._names = [name for name in os.environ if name.startswith(prefix)]
-
-    def __enter__(self) -> None:
-        self._settings = {name: os.environ.pop(name) for name in self._names}
-
-    def __exit__(self, *exc_info: object) -> None:
-        os.environ.update(self._settings)
-
-
-def _settings_for(sandbox: Sandbox, directory: str) -> dict[str, str]:
-    return {
-        "CLAUDE_OAUTH_SERVER": sandbox.origin,
-        "CLAUDE_OAUTH_CLIENT_ID": sandbox.config.client_id,
-        "CLAUDE_OAUTH_DIR": directory,
-        "CLAUDE_OAUTH_STORE": "file",
-    }
 
 
 def _sandbox(options: Any) -> int:
     """Serve a login to play with; the lines it prints point claude-oauth at it."""
+    import contextlib
     import shlex
     import signal
     from tempfile import TemporaryDirectory
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
     # Ended in either way, it takes its folder with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
-            for name, value in _settings_for(sandbox, directory).items():
-                print(f"export {name}={shlex.quote(value)}")
-            sys.stdout.flush()
+            print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
+            print(f"export CLAUDE_OAUTH_CLIENT_ID={sandbox.config.client_id}")
+            print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
+            print("export CLAUDE_OAUTH_STORE=file", flush=True)
             say("Paste these lines into another terminal; Ctrl-C ends this one.")
             while True:
                 time.sleep(3600)  # Windows: Ctrl-C ends a sleep, but not an Event.wait
@@ -6394,37 +6303,50 @@ def _sandbox(options: Any) -> int:
 
 def _demo(options: Any) -> int:
     """Play a login's whole life against a sandbox, in a temporary folder."""
+    names = [name for name in os.environ if name.startswith("CLAUDE_")]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        return _play(options.browser)
+    finally:
+        os.environ.update(hidden)
+
+
+def _play(uses_browser: bool) -> int:
+    from functools import partial
     from tempfile import TemporaryDirectory
 
+    show = partial(print, flush=True)
     temporary = TemporaryDirectory(prefix="claude-oauth-")
-    with _Unset("CLAUDE_"), temporary as directory, Sandbox() as sandbox:
+    with temporary as directory, Sandbox() as sandbox:
         storage = make_storage("file", directory)  # as the processes below make theirs
         service = OAuthService(
             sandbox.config,
             storage,
-            flush_telemetry=lambda _: _step("logout", "telemetry is flushed first"),
+            flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
         )
-        _step("server", f"a sandbox at {sandbox.origin}; the store is {directory}")
-        opener = True if options.browser else sandbox.approve
-        service.login(open_browser=opener, paste=options.browser)
+        show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
+        service.login(open_browser=uses_browser or sandbox.approve, paste=uses_browser)
         status = service.status()
-        _step("login", f"{status['email']}, plan {status['subscription_type']}")
+        show(f"login     {status['email']}, plan {status['subscription_type']}")
         first = service.access_token()
-        _step("token", f"{first[:13]}… from the file, no request")
+        show(f"token     {first[:13]}… from the file, no request")
         _expire(storage)
         news = "the same token" if service.access_token() == first else "a new token"
-        _step("expiry", f"{news}, {sandbox.counts['refresh_token']} refresh")
+        show(f"expiry    {news}, {sandbox.counts['refresh_token']} refresh")
         _expire(storage)
-        _demo_stampede(sandbox, directory)
-        _demo_early_end(service, sandbox)
+        show(f"stampede  {_stampede(sandbox, directory)}")
+        time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
+        sandbox.expire_access_tokens()
+        url, auth = sandbox.origin + "/v1/messages", BearerAuth(service)
+        post = import_requests().post
+        answer = post(url, json={}, auth=auth, proxies={"no_proxy": "*"}, timeout=9)
+        codes = [each.status_code for each in (*answer.history, answer)]
+        text = "a token that died early is refreshed and the request repeated"
+        show(f"401       {text}: {codes}")
         service.logout()
         left = "nothing" if storage.load() is None else "something"
-        _step("", f"the grant is revoked; {left} is left in the store")
+        show(f"          the grant is revoked; {left} is left in the store")
     return 0
-
-
-def _step(name: str, text: str) -> None:
-    print(f"{name:10}{text}", flush=True)
 
 
 def _expire(storage: Storage) -> None:
@@ -6435,99 +6357,56 @@ def _expire(storage: Storage) -> None:
     time.sleep(LOOK_INTERVAL)
 
 
-def _demo_stampede(sandbox: Sandbox, directory: str) -> None:
+def _stampede(sandbox: Sandbox, directory: str) -> str:
+    """Have 8 processes want a token at once; return what came of it."""
     import subprocess
 
-    if getattr(sys, "frozen", False):
-        _step("stampede", "left out: a frozen program would start itself")
-        return
+    python = python_program()
+    if python is None:
+        return "left out: this program has no Python to start"
     before = sandbox.counts["refresh_token"]
     spec = globals().get("__spec__")  # None where this file is run as a script
-    start = ["-m", spec.name] if spec else [os.path.abspath(__file__)]
-    command = [sys.executable, *start, "token"]
+    program = ["-m", spec.name] if spec else [os.path.abspath(__file__)]
+    command = [python, *program, "--dir", directory, "--store", "file", "token"]
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
-    settings = _settings_for(sandbox, directory)
-    environ = {**os.environ, **settings, "PYTHONPATH": paths}
-    workers = [  # in a folder where nothing is imported by mistake
-        subprocess.Popen(command, env=environ, cwd=directory, stdout=subprocess.PIPE)
-        for _ in range(8)
+    environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
+    # In a folder where nothing is imported by mistake; quiet when Ctrl-C ends them all.
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    workers = [
+        subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
     ]
-    tokens = [worker.communicate()[0].strip() for worker in workers]
-    _step(
-        "stampede",
+    answers: list[bytes] = [worker.communicate()[0] for worker in workers]
+    tokens = list(filter(None, answers))
+    return (
         "8 processes find an expired token:"
         f" {sandbox.counts['refresh_token'] - before} refresh,"
-        f" {sum(map(bool, tokens))} of 8 have a token, {len(set(tokens))} token in all",
+        f" {len(tokens)} of 8 have a token, {len(set(tokens))} token in all"
     )
 
 
-def _demo_early_end(service: OAuthService, sandbox: Sandbox) -> None:
-    import requests
+_STORES: Final = ("auto", "file", "keychain", "keyring")
 
-    time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
-    sandbox.expire_access_tokens()
-    url = sandbox.origin + "/v1/messages"
-    with requests.Session() as session:
-        session.trust_env = False  # no proxy
-        answer = session.post(url, json={}, auth=BearerAuth(service), timeout=9)
-    codes = [each.status_code for each in (*answer.history, answer)]
-    _step(
-        "401",
-        f"a token that died early is refreshed and the request repeated: {codes}",
-    )
-
-
-def _port(text: str) -> int:
-    import argparse
-
-    if text.isascii() and text.isdigit() and int(text) < 65536:
-        return int(text)
-    raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
-
-
-def _seconds(text: str) -> float:
-    import argparse
-
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if 0 <= seconds <= MAX_LIFETIME:
-        return seconds
-    raise argparse.ArgumentTypeError("a time is a number of seconds, as in 300")
-
-
-def _filled(text: str) -> str:
-    """Refuse what a shell makes of an unset variable: it is not the default."""
-    import argparse
-
-    if text.strip():
-        return text.strip()
-    raise argparse.ArgumentTypeError("it is empty; give it a value or leave it out")
-
-
-_OPTIONS: Final = {
-    "--client-id": (_filled, None, "ID", "the client id of your program"),
-    "--dir": (_filled, None, "PATH", "folder of the credential and of account.json"),
-    "--port": (_port, 0, "N", "a fixed one, for `ssh -L` (default: free)"),
-    "--timeout": (_seconds, LOGIN_TIMEOUT, "SECONDS", "to sign in within"),
-    "--email": (_filled, None, "ADDRESS", "the account to suggest on the page"),
-    "--min-validity": (_seconds, REFRESH_BUFFER, "SECONDS", "that it must live on"),
-    "--lifetime": (_seconds, 28800, "SECONDS", "that access tokens live"),
-}
-"""Options with a value: how it is read, the default, its name, and what it is."""
-
-_FLAGS: Final = {
+_OPTIONS: Final[Mapping[str, Any]] = {
+    "--client-id": ("ID", str.strip, None, "the client id of your program"),
+    "--dir": ("PATH", str.strip, None, "folder of the login's files"),
+    "--store": (None, None, None, "auto: the Keychain on macOS, else a file", _STORES),
     "--verbose": "log, without secrets, to stderr",
-    "--console": "at the Console, for an API key",
+    "--console": "sign in at the Console, for an API key",
     "--no-browser": "open none, print the address",
-    "--browser": "sign in with your own browser",
+    "--port": ("N", int, 0, "a fixed one, for `ssh -L` (default: free)"),
+    "--timeout": ("SECONDS", float, LOGIN_TIMEOUT, "to sign in within"),
+    "--scope": ("SCOPE", str.strip, None, "ask for this one (may be repeated)"),
+    "--email": ("ADDRESS", str.strip, None, "the account to suggest on the page"),
     "--check": "ask the server too: ends with 0 (works), 3 (refused) or 4 (unknown)",
     "--json": "print one JSON object",
+    "--min-validity": ("SECONDS", float, REFRESH_BUFFER, "that it must live on"),
+    "--lifetime": ("SECONDS", float, 28800, "that access tokens live"),
+    "--browser": "sign in with your own browser",
 }
+"""A flag's help; or what stands for the value, its type, its default, help, choices."""
 
 _COMMANDS: Final = {
-    "login": (_login, "--console --no-browser --port --timeout --email --json"),
+    "login": (_login, "--console --no-browser --port --timeout --scope --email --json"),
     "status": (_status, "--check --json"),
     "token": (_token, "--min-validity --json"),
     "refresh": (_refresh, "--json"),
@@ -6537,40 +6416,20 @@ _COMMANDS: Final = {
     "sandbox": (_sandbox, "--port --lifetime"),
     "demo": (_demo, "--browser"),
 }
-"""Each command: what runs, whose docstring is its help; and its options."""
+"""Each command: the function, whose docstring is its help; and its options."""
 
 _EPILOG: Final = """\
-environment:
-  CLAUDE_OAUTH_CLIENT_ID        the client id of your program
-  CLAUDE_OAUTH_SERVER           another server's origin (see `sandbox`)
-  CLAUDE_OAUTH_DIR              folder of the credential and of account.json
-  CLAUDE_OAUTH_STORE            auto, file, keychain or keyring
-  CLAUDE_OAUTH_TOKEN            a token to use as it is, before any store
-  CLAUDE_OAUTH_PASSPHRASE_FILE  encrypts the file with what is in this one
-  BROWSER, HTTPS_PROXY, REQUESTS_CA_BUNDLE
-
-exit codes:
-  0 done                    3 log in (again), or not allowed   130 Ctrl-C
-  1 another error           4 not to be had now: try later
-  2 usage or settings       5 the store cannot be read or written
+environment: CLAUDE_OAUTH_CLIENT_ID, CLAUDE_OAUTH_DIR, CLAUDE_OAUTH_STORE,
+  CLAUDE_OAUTH_SERVER (see `sandbox`), CLAUDE_OAUTH_TOKEN (comes before any store),
+  CLAUDE_OAUTH_PASSPHRASE_FILE (encrypts the file), BROWSER, HTTPS_PROXY
+exit codes: 0 done, 1 another error, 2 usage or settings, 3 log in (again),
+  4 try later, 5 the store cannot be read or written, 130 Ctrl-C
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line's parser, which shtab makes completions from."""
     import argparse
-
-    def add(parser: argparse.ArgumentParser, *names: str) -> None:
-        for name in names:
-            if name in _FLAGS:
-                parser.add_argument(name, action="store_true", help=_FLAGS[name])
-            else:
-                read, default, metavar, text = _OPTIONS[name]
-                if read is _seconds:
-                    text += " (default: %(default)g)"
-                parser.add_argument(
-                    name, type=read, default=default, metavar=metavar, help=text
-                )
 
     parser = argparse.ArgumentParser(
         prog="claude-oauth",
@@ -6580,19 +6439,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    add(parser, "--client-id", "--dir", "--verbose")
-    stores = ("auto", "file", "keychain", "keyring")
-    text = "where the credential is kept (auto: the Keychain on macOS, else a file)"
-    parser.add_argument("--store", choices=stores, help=text)
+    parsers = [(parser, "--client-id --dir --store --verbose")]
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (run, options) in _COMMANDS.items():
-        text = run.__doc__ or ""  # python -OO leaves none
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
-        add(command, *options.split())
-        if name == "login":
-            text = "ask for this one (may be repeated)"
-            command.add_argument("--scope", type=_filled, action="append", help=text)
+        parsers.append((command, options))
+    keys = ("metavar", "type", "default", "help", "choices")
+    for command, options in parsers:
+        for name in options.split():
+            option = _OPTIONS[name]
+            settings = dict(zip(keys, option))
+            if isinstance(option, str):
+                settings = {"action": "store_true", "help": option}
+            elif name == "--scope":
+                settings["action"] = "append"
+            command.add_argument(name, **settings)
     return parser
 
 
