@@ -276,8 +276,8 @@ USER_AGENT: Final = "claude-oauth-py/" + __version__
 class ClaudeOAuthError(Exception):
     """Whatever this module reports; ``str()`` says what is wrong and what to do.
 
-    No token, code, verifier, request or response is in an error or in its chain, and
-    each survives pickle and copy: its arguments are the facts, in order.
+    No secret, request or response is in an error or in its chain.  The arguments are
+    the facts, in order, so that an error survives pickle and copy.
     """
 
 
@@ -288,10 +288,8 @@ class ConfigError(ClaudeOAuthError):
 class NotLoggedIn(ClaudeOAuthError):
     """There is no credential: log in."""
 
-    def __init__(
-        self, message: str = "not logged in; run `claude-oauth login`"
-    ) -> None:
-        super().__init__(message)
+    def __init__(self, text: str = "not logged in; run `claude-oauth login`") -> None:
+        super().__init__(text)
 
 
 class LoginError(ClaudeOAuthError):
@@ -353,12 +351,9 @@ class Unavailable(ClaudeOAuthError):
     """
 
     def __init__(
-        self,
-        message: str,
-        retry_after: float | None = None,
-        status: int | None = None,
+        self, text: str, retry_after: float | None = None, status: int | None = None
     ) -> None:
-        super().__init__(message, retry_after, status)
+        super().__init__(text, retry_after, status)
         self.retry_after = retry_after
         self.status = status
 
@@ -372,10 +367,9 @@ class BadAnswer(ClaudeOAuthError):
     def __init__(self, field: str, problem: str = "is missing or malformed") -> None:
         super().__init__(field, problem)
         self.field = field
-        self.problem = problem
 
     def __str__(self) -> str:
-        return f"the server's answer is wrong: {self.field} {self.problem}; try later"
+        return "the server's answer is wrong: {} {}; try later".format(*self.args)
 
 
 class StorageError(ClaudeOAuthError):
@@ -391,110 +385,115 @@ class StorageCorrupt(StorageError):
 
 
 def hides_locals(subject: _T) -> _T:
-    """Decorate a function, or a class with public methods: no exception shows a secret.
+    """Decorate a function, or the public methods of a class: no error shows a secret.
 
     Error trackers record the local variables of each frame of a traceback.  When an
-    exception leaves, the frames below the call are cleared; each keeps its function's
-    name and its line.  The chain of the exception is treated alike, except for what the
-    caller was handling already: those frames are the caller's.
+    exception leaves, the frames below the call lose theirs, those of its causes and
+    contexts too; each keeps its function's name and its line.
     """
     function: Any = subject
     if isinstance(function, type):
-        _guard_methods(function)
+        for name, member in list(vars(function).items()):
+            if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
+                continue
+            if isinstance(member, types.FunctionType):
+                setattr(function, name, hides_locals(member))
+            elif isinstance(member, (classmethod, staticmethod)):
+                guarded = hides_locals(member.__func__)
+                setattr(function, name, type(member)(guarded))
         return subject
 
     def call(*args: Any, **options: Any) -> Any:
-        handled = sys.exc_info()[1]
+        has_failed = True
         try:
-            return function(*args, **options)
+            result = function(*args, **options)
+            has_failed = False
         finally:
-            if sys.exc_info()[1] is not handled:
-                _clear_frames(handled)
+            if has_failed:
+                _clear_frames(sys.exc_info()[1])
+        return result
 
-    def generate(*args: Any, **options: Any) -> Any:
-        handled, is_leaving = sys.exc_info()[1], True
-        try:
-            result = yield from function(*args, **options)
-            is_leaving = False
-            return result
-        finally:
-            if is_leaving:
-                _clear_frames(handled)
-
-    wrapper: Any = generate if function.__code__.co_flags & _CO_GENERATOR else call
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(wrapper, name, getattr(function, name))
+        setattr(call, name, getattr(function, name))
+    wrapper: Any = call
     wrapper.__wrapped__ = function
     decorated: _T = wrapper
     return decorated
 
 
-_CO_GENERATOR: Final = 0x20
-"""The flag of a generator function's code.  `inspect` has it, and is slow to import."""
-
-
-def _guard_methods(cls: type) -> None:
-    for name, member in list(vars(cls).items()):
-        if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
-            continue
-        if isinstance(member, types.FunctionType):
-            setattr(cls, name, hides_locals(member))
-        elif isinstance(member, (classmethod, staticmethod)):
-            setattr(cls, name, type(member)(hides_locals(member.__func__)))
-
-
-def _clear_frames(handled: BaseException | None) -> None:
+def _clear_frames(error: BaseException | None) -> None:
     # Not traceback.clear_frames: where no file can be opened, its import would fail.
-    chain = [sys.exc_info()[1]]
-    for error in chain:  # it grows meanwhile
-        step = error.__traceback__ if error else None
+    chain = [error] if error else []
+    for failure in chain:  # it grows meanwhile
+        step = failure.__traceback__
+        if step and failure is not error and not _is_cleared(step.tb_frame):
+            continue  # the caller is handling it: those frames are the caller's
         while step:
-            try:
-                step.tb_frame.clear()
-            except RuntimeError:
-                pass  # it still runs: the public function's wrapper, and its callers
+            _is_cleared(step.tb_frame)
             step = step.tb_next
-        for other in (error and error.__cause__, error and error.__context__):
-            if other is not handled and other not in chain:
-                chain.append(other)
+        others = (failure.__cause__, failure.__context__)
+        chain += [other for other in others if other and other not in chain]
+
+
+def _is_cleared(frame: FrameType) -> bool:
+    try:
+        frame.clear()
+    except RuntimeError:  # it runs still
+        return False
+    return True
 
 
 # -- Values ----------------------------------------------------------------------------
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return a setting of the environment, "" if it is unset or empty.
-
-    It loses the blanks and line ends that files with Windows line ends leave around it.
-    """
+    """Return a setting of the environment without blanks and line ends around it."""
     return (os.environ if environ is None else environ).get(name, "").strip()
+
+
+def import_package(name: str, package: str) -> Any:
+    """Import a module of a package that may be absent; nothing else needs it.
+
+    Raises:
+        ConfigError: The package is missing, or it is there and cannot be imported.
+    """
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except (ImportError, AttributeError, SyntaxError, OSError, ValueError) as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        problem = "is missing" if is_missing else f"is broken: {printable(error)}"
+    raise ConfigError(
+        f"the package `{package}` {problem}; get it by `apt install python3-{package}`,"
+        f" `dnf install python3-{package}` or pip install {package}"
+    )
 
 
 @hides_locals
 @dataclass_transform(frozen_default=True)
 class _Value:
-    """A frozen record: its annotations are its fields, in order.
+    """A frozen record whose annotations are its fields, in order.
 
-    A frozen dataclass in little.  `import dataclasses` alone takes longer than starting
-    Python does, and would be most of what `token` costs.
+    A dataclass in little: `import dataclasses` takes longer than Python's own start.
     """
 
     _secret: ClassVar[tuple[str, ...]] = ()
     """Fields whose content no repr shows."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        fields = tuple(type(self).__annotations__)
-        if len(values) > len(fields):
-            raise TypeError(f"{type(self).__name__} takes {len(fields)} values at most")
-        given = dict(zip(fields, values))
-        for name in named:
-            if name in given or name not in fields:
-                raise TypeError(f"{type(self).__name__} got an unfitting {name!r}")
-        given.update(named)
-        for name in fields:
-            if name not in given and not hasattr(type(self), name):
-                raise TypeError(f"{type(self).__name__} needs {name!r}")
-            self.__dict__[name] = given.get(name, getattr(type(self), name, None))
+        cls = type(self)
+        names = cls.__annotations__
+        given = {**dict(zip(names, values)), **named}
+        needed = {name for name in names if not hasattr(cls, name)}
+        is_clear = len(given) == len(values) + len(named)
+        if not (is_clear and needed <= given.keys() <= names.keys()):
+            raise TypeError(
+                f"{cls.__name__} takes {', '.join(names)};"
+                f" it got {len(values)} values and {sorted(named)}"
+            )
+        for name in names:
+            self.__dict__[name] = given.get(name, getattr(cls, name, None))
         self._validate()
 
     def _validate(self) -> None:
@@ -504,11 +503,10 @@ class _Value:
         """Return a copy with these fields changed."""
         return type(self)(**{**self.__dict__, **changes})
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
+    def __setattr__(self, name: str, value: object = None) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} is frozen; use replace()")
 
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{type(self).__name__} is frozen")
+    __delattr__ = __setattr__
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.__dict__ == other.__dict__
@@ -528,10 +526,9 @@ class _Value:
 class OAuthConfig(_Value):
     """Who asks, and where: the client id, the endpoints, the scopes.
 
-    Endpoints must be https; plain http is for loopback hosts alone.
-
     Raises:
-        ConfigError: An endpoint, the User-Agent or the time limit is unusable.
+        ConfigError: The User-Agent or the time limit is unusable, or an endpoint is not
+            https; plain http is for loopback hosts alone.
     """
 
     client_id: str
@@ -567,14 +564,11 @@ class OAuthConfig(_Value):
                 " as in https://auth.example.com"
             )
         endpoints = {
-            "claude_ai_authorize_url": origin + "/oauth/authorize",
-            "console_authorize_url": origin + "/oauth/authorize",
-            "token_url": origin + "/v1/oauth/token",
-            "profile_url": origin + "/api/oauth/profile",
-            "api_key_url": origin + "/api/oauth/claude_cli/create_api_key",
-            "manual_redirect_uri": origin + "/oauth/code/callback",
-            "revoke_url": origin + "/v1/oauth/token/revoke",
+            name: f"{origin}/{url.split('/', 3)[3]}"
+            for name, url in vars(OAuthConfig).items()
+            if name.endswith(("_url", "_uri"))
         }
+        endpoints["claude_ai_authorize_url"] = endpoints["console_authorize_url"]
         return cls(client_id, **{**endpoints, **settings})
 
     @classmethod
@@ -591,38 +585,30 @@ class OAuthConfig(_Value):
     def _validate(self) -> None:
         if isinstance(self.scopes, str):
             raise ConfigError("scopes must be a list of strings, not one string")
-        self.__dict__["scopes"] = tuple(self.scopes)
-        self.__dict__["client_id"] = (self.client_id or "").strip()
         if not 0 < self.timeout <= MAX_REQUEST_TIMEOUT:
-            raise ConfigError(
-                "the time limit of a request must be above 0 seconds and at most a day"
-            )
+            raise ConfigError("timeout must be above 0 seconds and at most a day")
         if not self.user_agent.isprintable() or not self.user_agent.isascii():
-            raise ConfigError("a User-Agent must be printable ASCII")
-        if USER_AGENT not in self.user_agent:
-            self.__dict__["user_agent"] = f"{self.user_agent} {USER_AGENT}".strip()
+            raise ConfigError("user_agent must be printable ASCII")
         for name, url in self.__dict__.items():
             # The defaults are known to be good, and urllib is slow to import.
             if name.endswith(("_url", "_uri")) and url != getattr(type(self), name):
                 _check_endpoint(name, url)
+        own = "" if USER_AGENT in self.user_agent else USER_AGENT
+        self.__dict__.update(
+            client_id=(self.client_id or "").strip(),
+            scopes=tuple(self.scopes),
+            user_agent=f"{self.user_agent} {own}".strip(),
+        )
 
 
 def _check_endpoint(name: str, url: str) -> None:
-    from urllib.parse import urlsplit
-
     if name == "revoke_url" and not url:
         return
-    try:
-        parts = urlsplit(url if is_header_safe(url) else "")
-        is_usable = parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, brackets that do not match
-        is_usable = False
-    if not is_usable:
-        raise ConfigError(f"{name} is not a usable URL; give it as https://host/path")
-    if parts.username is not None:
-        raise ConfigError(f"{name} must not carry a name or password; leave them out")
-    if not may_carry_token(url):
-        raise ConfigError(f"{name} must be https (plain http is for loopback alone)")
+    if not is_header_safe(url) or "@" in url or not may_carry_token(url):
+        raise ConfigError(
+            f"{name} must be a URL like https://host/path, without name or password"
+            " (plain http is for loopback alone)"
+        )
 
 
 def may_carry_token(url: str) -> bool:
@@ -631,12 +617,11 @@ def may_carry_token(url: str) -> bool:
 
     try:
         parts = urlsplit(url)
-        host = parts.hostname
-    except ValueError:
+        host = (parts.port != 0 and parts.hostname) or ""
+    except ValueError:  # a port that is no number, brackets that do not match
         return False
-    return bool(host) and (
-        parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or ""))
-    )
+    is_plain = parts.scheme == "http" and is_loopback(host)
+    return bool(host) and (parts.scheme == "https" or is_plain)
 
 
 def is_loopback(host: str) -> bool:
@@ -666,6 +651,10 @@ def _text(value: object) -> str | None:
 
 def _header_text(value: object) -> str | None:
     return value if isinstance(value, str) and is_header_safe(value) else None
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _number(value: object) -> float | None:
@@ -715,12 +704,7 @@ _PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]
     "account_created_at": ("account", "created_at", "accountCreatedAt", _text),
     "organization_uuid": ("organization", "uuid", "organizationUuid", _text),
     "organization_name": ("organization", "name", "organizationName", _text),
-    "subscription_type": (
-        "organization",
-        "organization_type",
-        "",
-        lambda value: SUBSCRIPTION_TYPES.get(_text(value) or ""),
-    ),
+    "subscription_type": ("organization", "organization_type", "", _text),
     "rate_limit_tier": ("organization", "rate_limit_tier", "", _text),
     "billing_type": ("organization", "billing_type", "billingType", _text),
     "subscription_created_at": (
@@ -733,7 +717,7 @@ _PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]
         "organization",
         "has_extra_usage_enabled",
         "hasExtraUsageEnabled",
-        lambda value: value if isinstance(value, bool) else None,
+        _flag,
     ),
 }
 """The profile's fields: part and key in the server's answer, the key in account.json
@@ -778,7 +762,7 @@ class Credentials(_Value):
             if value is not None:
                 tokens[key] = int(value * 1000) if read is _moment else value
         tokens["scopes"] = list(self.scopes)
-        top = {k: tokens.pop(k) for k in RECORD_KEYS if k in tokens}
+        top = {key: tokens.pop(key) for key in RECORD_KEYS if key in tokens}
         return {"claudeAiOauth": tokens, **top}
 
     @classmethod
@@ -790,35 +774,31 @@ class Credentials(_Value):
                 text names the field.
         """
         tokens = record.get("claudeAiOauth")
-        if not isinstance(tokens, dict):
-            raise _corrupt("claudeAiOauth")
-        stored = {**tokens, "consoleApiKey": record.get("consoleApiKey")}
+        stored = {**tokens} if isinstance(tokens, dict) else {}
+        stored["consoleApiKey"] = record.get("consoleApiKey")
         found = {n: read(stored.get(key)) for n, (key, read) in _RECORD_FIELDS.items()}
         for name in cls._secret:
             key = _RECORD_FIELDS[name][0]
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if is_needed and found[name] is None:
-                raise _corrupt(key)
+                place = key if key in RECORD_KEYS else f"claudeAiOauth.{key}"
+                raise StorageCorrupt(
+                    f"the stored record is damaged: {place} is missing or malformed;"
+                    " move it away and log in again"
+                )
         return cls(**found)
 
     @classmethod
     def from_answer(
-        cls,
-        answer: object,
-        *,
-        received_at: float,
-        previous: Credentials | None = None,
+        cls, answer: object, *, received_at: float, previous: Credentials | None = None
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        What the answer leaves out stays as it was.  An unusable lifetime counts as
-        3600 s: the refresh token behind this answer is spent, so a good successor must
-        not be thrown away for it.
+        The refresh token behind the answer is spent: what it leaves out stays as it
+        was, and an unusable lifetime counts as 3600 s.  Source: RFC 6749 section 5.1.
 
         Raises:
             BadAnswer: There is no usable access token in it.
-
-        Source: RFC 6749 section 5.1.
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
@@ -838,13 +818,6 @@ class Credentials(_Value):
             expires_at=received_at + lifetime,
             scopes=_scopes(answer.get("scope")) or base.scopes,
         )
-
-
-def _corrupt(field: str) -> StorageCorrupt:
-    return StorageCorrupt(
-        f"the stored record is damaged: {field} is missing or malformed;"
-        " move it away and log in again"
-    )
 
 
 @hides_locals
@@ -871,22 +844,14 @@ class Profile(_Value):
         Raises:
             BadAnswer: It names no account.
         """
-        account = answer.get("account")
-        if not isinstance(account, dict):
-            raise BadAnswer("account")
-        organization = answer.get("organization")
-        parts: dict[str, dict[str, object]] = {
-            "account": account,
-            "organization": organization if isinstance(organization, dict) else {},
-        }
-        found = {
-            name: read(parts[part].get(key))
-            for name, (part, key, _stored, read) in _PROFILE_FIELDS.items()
-        }
+        found: dict[str, Any] = {}
+        for name, (part, key, _stored, read) in _PROFILE_FIELDS.items():
+            fields = answer.get(part)
+            found[name] = read(fields.get(key)) if isinstance(fields, dict) else None
         if not found["account_uuid"]:
             raise BadAnswer("account.uuid")
-        found["display_name"] = found["display_name"] or _text(account.get("full_name"))
-        return cls(**found)
+        plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
+        return cls(**{**found, "subscription_type": plan})
 
     def to_record(self) -> dict[str, object]:
         """Return what account.json keeps; plan and tier stay with the credential."""
@@ -929,13 +894,11 @@ def code_challenge(verifier: str) -> str:
 
 
 def generate_state() -> str:
-    """Return a new state: 32 random bytes, which only the right callback can know.
+    """Return a new state, which only the right callback knows: 32 random bytes.
 
     Source: RFC 6749 section 10.12.
     """
-    import secrets
-
-    return secrets.token_urlsafe(32)
+    return generate_code_verifier()
 
 
 # -- Messages --------------------------------------------------------------------------
@@ -948,15 +911,14 @@ def parse_json_object(
     """Return the JSON object in data, or None if it holds anything else.
 
     Args:
-        lenient: Replace broken characters, and take raw control characters.
+        lenient: Replace broken characters in bytes, and take control characters.
     """
     import json
 
     # A JSONDecodeError carries the whole text, tokens included: it ends here.
     try:
-        if isinstance(data, bytes):
-            errors = "replace" if lenient else "surrogatepass"
-            data = data.decode(json.detect_encoding(data), errors)
+        if lenient and isinstance(data, bytes):
+            data = data.decode(json.detect_encoding(data), "replace")
         found = json.loads(data, strict=not lenient)
     except (ValueError, RecursionError):
         return None
@@ -1005,12 +967,9 @@ def read_answer(
     answer = parse_json_object(content, lenient=True)
     if answer is None:
         answer = _fields_of(content)
-    if answer is None:
-        if parse_json_object(b'{"answer":' + content + b"}", lenient=True):
-            raise BadAnswer("the answer", "is not a JSON object")
-        raise Unavailable(_unavailable_text(status, ""), None, status)
-    found = answer.get(field)
-    if answer.get("error") and not (isinstance(found, dict) or _header_text(found)):
+    if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
+        raise BadAnswer("the answer", "is not a JSON object")
+    if answer is None or (answer.get("error") and not answer.get(field)):
         raise error_of_answer(status, content, secrets=secrets)
     return answer
 
@@ -1019,16 +978,15 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     """Return what a JSON object that is cut or damaged says of the tokens."""
     import re
 
-    if not content.lstrip().startswith(b"{"):
-        return None
     names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
     value = rb'"(?:[ !#-\[\]-~]|\\["/\\])*"|\d{1,9}(?=[\s,}])'
     fields = re.findall(rb'"(?:%s)"\s*:\s*(?:%s)' % (names, value), content)
-    found = parse_json_object(b"{" + b",".join(fields) + b"}") or {}
+    found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
     # What is cut may have lost its refresh token: half a login is none.
     is_cut = not content.rstrip().endswith(b"}")
     is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
-    return found if is_whole or "raw_key" in found else None
+    is_object = content.lstrip().startswith(b"{")
+    return found if is_object and (is_whole or "raw_key" in found) else None
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
@@ -1042,7 +1000,7 @@ def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[st
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
-    """Return a Retry-After header in seconds: it is a number or a date.
+    """Return a Retry-After header, a number or a date, in seconds.
 
     None if it is absent, malformed or not in the future.  Source: RFC 9110 section
     10.2.3.
@@ -1050,13 +1008,15 @@ def parse_retry_after(value: str | None, *, now: float) -> float | None:
     from email.utils import parsedate_to_datetime
 
     text = (value or "").strip()
-    if text.isascii() and text.isdigit():
-        seconds = float(text[:12])
-    else:
-        try:
-            seconds = parsedate_to_datetime(text).timestamp() - now
-        except (TypeError, ValueError, IndexError, OverflowError):
-            return None
+    try:
+        is_number = text.isascii() and text.isdigit()
+        seconds = (
+            float(text[:12])
+            if is_number
+            else parsedate_to_datetime(text).timestamp() - now
+        )
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
     return min(seconds, WAIT_CEILING) if seconds > 0 else None
 
 
@@ -1100,60 +1060,44 @@ def error_of_answer(
     found = answer.get("error")
     inner = found if isinstance(found, dict) else {}
     codes = (found, inner.get("type"), inner.get("code"))
-    code = printable(next(filter(_text, codes), ""), secrets=secrets, limit=60)
     texts = (answer.get("error_description"), inner.get("message"))
-    description = next(filter(_text, (*texts, answer.get("message"))), "")
-    notes = [printable(description, secrets=secrets)]
+    code = printable(next(filter(_text, codes), ""), secrets=secrets, limit=60)
+    text = next(filter(_text, (*texts, answer.get("message"))), "")
+    notes = [printable(text, secrets=secrets)]
     if request_id:
         notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
     details = "; ".join(filter(None, notes))
-    if status == 429 or status >= 500 or code in _PASSING_CODES:
-        return Unavailable(_unavailable_text(status, details), retry_after, status)
-    return TokenRefused(code, details or None, status)
+    if status == 429:
+        problem = "the server is limiting requests"
+    elif status >= 500:
+        problem = f"the server is out of order ({status})"
+    elif code in _PASSING_CODES:
+        problem = f"the answer ({status}) is not the service's; a proxy may stand between"
+    else:
+        return TokenRefused(code, details or None, status)
+    problem += f" ({details})" if details else ""
+    return Unavailable(f"{problem}; try again later", retry_after, status)
 
 
-_PASSING_CODES: Final = frozenset(
-    (
-        "",  # no error of OAuth's at all
-        "temporarily_unavailable",
-        "server_error",
-        "rate_limit_error",
-        "overloaded_error",
-        "api_error",
-        "timeout_error",
-    )
+_PASSING_CODES: Final = (
+    *("", "temporarily_unavailable", "server_error", "rate_limit_error"),
+    *("overloaded_error", "api_error", "timeout_error"),
 )
 """Error codes that say nothing about the grant, whatever the status beside them."""
 
 
-def _unavailable_text(status: int, details: str) -> str:
-    if status == 429:
-        text = "the server is limiting requests"
-    elif 300 <= status < 400:
-        text = f"the server redirects the request ({status}), which is not followed"
-    elif status >= 500:
-        text = f"the server is out of order ({status})"
-    else:
-        text = f"the answer ({status}) is not the service's; a proxy may stand between"
-    return f"{text}{f' ({details})' if details else ''}; try again later"
-
-
-def merge_record(
-    stored: Mapping[str, object], ours: Mapping[str, object]
-) -> dict[str, object]:
+def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored record with our part replaced.
 
     Keys that are not this module's stay, at the top and inside: another program put
     them there.
     """
     own_keys = {key for key, _read in _RECORD_FIELDS.values()}
-    stored_tokens, tokens = stored.get("claudeAiOauth"), ours["claudeAiOauth"]
-    assert isinstance(tokens, dict)
-    if isinstance(stored_tokens, dict):
-        foreign = {k: v for k, v in stored_tokens.items() if k not in own_keys}
-        tokens = {**foreign, **tokens}
-    kept = {k: v for k, v in stored.items() if k not in RECORD_KEYS}
-    return {**kept, **ours, "claudeAiOauth": tokens}
+    tokens = stored.get("claudeAiOauth")
+    inside = tokens.items() if isinstance(tokens, dict) else ()
+    foreign = {key: value for key, value in inside if key not in own_keys}
+    kept = {key: value for key, value in stored.items() if key not in RECORD_KEYS}
+    return {**kept, **ours, "claudeAiOauth": {**foreign, **ours["claudeAiOauth"]}}
 
 
 @hides_locals
@@ -1166,11 +1110,10 @@ def clean_token(value: str) -> str:
 
     Source: RFC 6750 section 2.1, ``b64token``.
     """
+    import re
+
     token = value.strip()
-    characters = token.rstrip("=")
-    if not characters.isascii() or not all(
-        c.isalnum() or c in "-._~+/" for c in characters or "="
-    ):
+    if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
         raise ConfigError(
             "CLAUDE_OAUTH_TOKEN holds something that no token has;"
             " set it to the token alone"
@@ -1827,24 +1770,9 @@ class OAuthClient:
 
 
 def import_requests() -> Any:
-    """Return the package `requests`.
-
-    Raises:
-        ConfigError: It is missing, or it is there and cannot be imported.
-    """
-    try:
-        import requests
-
-        requests.Session, requests.exceptions.InvalidSchema  # noqa: B018 - is it it?
-    except (ImportError, AttributeError, SyntaxError, OSError, ValueError) as error:
-        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "requests"
-        problem = "is missing" if is_missing else f"is broken: {printable(error)}"
-    else:
-        return requests
-    raise ConfigError(
-        f"the package `requests` {problem}; get it by `pip install requests`,"
-        " `apt install python3-requests` or `dnf install python3-requests`"
-    )
+    """Return the package `requests`; raises ConfigError if it is missing or broken."""
+    import_package("requests.sessions", "requests")  # a stray requests.py has none
+    return sys.modules["requests"]
 
 
 def proxies_for(url: str) -> dict[str, str]:
@@ -3046,7 +2974,7 @@ class KeyringStorage(_SecretStorage):
         return True
 
     def _call(self, function: str, service: str, *secret: str) -> object:
-        call = getattr(import_extra("keyring", "keyring"), function)
+        call = getattr(import_package("keyring", "keyring"), function)
         try:
             return call_with_limit(
                 lambda: call(service, self._account, *secret), self.time_limit
@@ -3069,29 +2997,6 @@ class KeyringStorage(_SecretStorage):
         )
 
 
-def import_extra(package: str, module: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        ConfigError: The package is missing, or is there and broken.
-    """
-    from importlib import import_module
-
-    # Not by `import`: a type checker would miss the package beside a vendored copy.
-    try:
-        return import_module(module)
-    except (ImportError, AttributeError, OSError, RuntimeError, SyntaxError) as error:
-        name = getattr(error, "name", None) or ""
-        missing = isinstance(error, ImportError) and name.partition(".")[0] == package
-        reason = printable(error) or type(error).__name__
-    if missing and "cannot import" not in reason:
-        raise ConfigError(f"this needs `{package}`: pip install {package}")
-    raise ConfigError(
-        f"the package `{package}` is there but broken ({reason}); repair it with"
-        f" pip install --force-reinstall {package}"
-    )
-
-
 @hides_locals
 class FernetCipher:
     """Encrypts with a passphrase: scrypt, then Fernet (AES-128-CBC and HMAC-SHA256).
@@ -3111,9 +3016,9 @@ class FernetCipher:
             passphrase = passphrase.encode()
         if not passphrase:
             raise ConfigError("the passphrase is empty")
-        self._fernet = import_extra("cryptography", "cryptography.fernet")
+        self._fernet = import_package("cryptography.fernet", "cryptography")
         kdf = "cryptography.hazmat.primitives.kdf.scrypt"
-        self._kdf = import_extra("cryptography", kdf)
+        self._kdf = import_package(kdf, "cryptography")
         self._passphrase = passphrase
         self._keys: dict[tuple[int, int, int, bytes], bytes] = {}
         """Derived keys, by cost and salt: deriving one is slow on purpose."""
@@ -5701,6 +5606,7 @@ class BearerAuth:
             self._decided[origin] = may_carry_token(origin) and host in self._hosts
         return self._decided[origin]
 
+    @hides_locals
     def _sign(self, request: Any) -> None:
         """Put the headers on a request, in the place of another's credential."""
         headers = self._service.auth_headers()
@@ -5712,6 +5618,7 @@ class BearerAuth:
             request.headers.pop(name, None)
         request.headers.update(headers)
 
+    @hides_locals
     def _renew(self, request: Any) -> bool:
         """Refresh after a 401, and sign again; tell whether that makes sense."""
         token = _bearer_of(request)
