@@ -1175,90 +1175,24 @@ def parse_callback(query: str, *, state: str) -> str:
 
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
+    import hmac
     from urllib.parse import parse_qsl
 
     pairs = parse_qsl(query, keep_blank_values=True)
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("the address has a parameter twice")
-    if not _is_same(fields.get("state", ""), state):
+    given = fields.get("state", "").encode("utf-8", "replace")
+    if not hmac.compare_digest(given, state.encode()):
         raise ValueError("the address belongs to another sign-in (its state differs)")
     if "error" in fields:
         secrets = (state, fields.get("code", ""))  # a server may quote them
-        told = printable(fields.get("error_description", ""), secrets=secrets)
+        description = printable(fields.get("error_description", ""), secrets=secrets)
         code = printable(fields["error"], secrets=secrets, limit=64)
-        raise LoginDenied(code or "error", told or None)
+        raise LoginDenied(code or "error", description or None)
     if not _is_code(fields.get("code", "")):
         raise ValueError("the address has no code")
     return fields["code"]
-
-
-def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
-    """Return the code in what a person pasted: `code#state`, a code, or the address.
-
-    Blanks, line breaks, quotes, invisible characters and bracketed-paste marks are
-    the terminal's and the mail program's doing, and are taken away.
-
-    Raises:
-        LoginDenied: The address says ``error=``, with the right state.
-        ValueError: It is none of these; says what it is, for a person.
-    """
-    bare = _without_paste_noise(text)
-    _refuse_what_is_no_code(text, bare)
-    if "?" in bare or "://" in bare:
-        return _parse_pasted_address(bare, state, manual_redirect_uri)
-    code, mark, given = bare.partition("#")
-    if mark:
-        _check_pasted_state(given, state)
-    elif code.endswith(state) or not _is_long_enough(text, code):
-        raise ValueError("that is not a code")
-    if not _is_code(code):
-        raise ValueError("that is not a code")
-    return GrantedCode(code, manual_redirect_uri)
-
-
-def _without_paste_noise(text: str) -> str:
-    import re
-    import unicodedata
-
-    text = re.sub("\x1b\\[20[01]~|[\t\r\n]", "", text)  # 200~, 201~: bracketed paste
-    # Zero-width characters, soft hyphens and bidi marks; blanks and separators.
-    noise = ("Cf", "Zs", "Zl", "Zp")
-    text = "".join(c for c in text if unicodedata.category(c) not in noise)
-    quotes = "\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb\u2039\u203a"
-    return text.strip("\"'`<>" + quotes)
-
-
-def _refuse_what_is_no_code(text: str, bare: str) -> None:
-    if not bare:
-        raise ValueError("nothing was pasted")
-    if len(text) > MAX_PASTE_CHARS:
-        raise ValueError(f"that is longer than any code ({MAX_PASTE_CHARS} characters)")
-    if not bare.isprintable():
-        raise ValueError("that has control characters in it")
-    if "sk-ant-" in bare.lower():
-        raise ValueError("that is a token or an API key, not a code: keep it safe")
-
-
-def _check_pasted_state(given: str, state: str) -> None:
-    if _is_same(given, state):
-        return
-    if state.startswith(given):
-        raise ValueError("the end of the code is missing")
-    raise ValueError("that code belongs to another sign-in (its state differs)")
-
-
-def _is_long_enough(text: str, code: str) -> bool:
-    """Tell a bare code, for which no state vouches, from words.
-
-    A code is hard to guess, hence long (RFC 6749 section 10.10), and a terminal breaks
-    it into two or three pieces, not into the words of a sentence.
-    """
-    begun_only = "\x1b[200~" in text and "\x1b[201~" not in text  # more lines will come
-    pieces = text.split()
-    # A line is broken where it is full; what begins with a short word is a command.
-    is_long = min(len(code), len(pieces[0])) >= MIN_BARE_CODE_CHARS
-    return is_long and len(pieces) <= 3 and not begun_only
 
 
 def _is_code(text: str) -> bool:
@@ -1266,14 +1200,150 @@ def _is_code(text: str) -> bool:
     return 0 < len(text) <= MAX_PASTE_CHARS and all("!" <= c <= "~" for c in text)
 
 
-def _parse_pasted_address(address: str, state: str, manual_uri: str) -> GrantedCode:
-    if "code_challenge=" in address:
+def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
+    """Return the code in what a person pasted: `code#state`, a code, or the address.
+
+    Labels, quotes, line breaks, invisible characters and a second copy are what
+    terminals, mail programs and people add.  Where the state is there it vouches for
+    the code beside it; a code without a state has to look like one.
+
+    Raises:
+        LoginDenied: The address says ``error=``, with the right state.
+        ValueError: It is none of these; says what it is, for a person.
+    """
+    import re
+
+    if len(text) > MAX_PASTE_CHARS:
+        raise ValueError(f"that is longer than any code ({MAX_PASTE_CHARS} characters)")
+    cleaned = _without_paste_noise(text, state)
+    _refuse_what_is_no_code(cleaned)
+    # The whole screen may have been copied: the code stands below the address then.
+    cleaned, is_screen = re.subn(r"\S*code_challenge=\S*", "", cleaned)
+    if is_screen and "#" + state not in cleaned:
         raise ValueError("that is the address to open, not what comes after signing in")
-    page, _, rest = address.partition("?")
+    if re.search(r"://|[?&]\w+=", cleaned):
+        return _parse_pasted_address(cleaned, state, manual_redirect_uri)
+    code = _parse_pasted_code(cleaned, state)
+    # A terminal that marks the begin of a paste, but not its end, will send more.
+    if "\x1b[200~" in text and "\x1b[201~" not in text and state not in cleaned:
+        raise ValueError("that is not a code")
+    return GrantedCode(code, manual_redirect_uri)
+
+
+def _refuse_what_is_no_code(cleaned: str) -> None:
+    if not cleaned:
+        raise ValueError("nothing was pasted")
+    if not cleaned.isprintable():
+        raise ValueError("that has control characters in it")
+    if "sk-ant-" in cleaned.replace(" ", "").lower():
+        raise ValueError("that is a token or an API key, not a code: keep it safe")
+
+
+def _without_paste_noise(text: str, state: str) -> str:
+    """Return a paste as one line of words, and the state in it in one piece."""
+    import re
+    import unicodedata
+    from urllib.parse import unquote
+
+    text = re.sub("\x1b\\[20[01]~", "", text)  # bracketed paste
+    text = re.sub("&(amp;)+", "&", text.replace("\\", ""))
+    if "=" not in text and "%3d" in text.lower():
+        text = unquote(text)
+    # Quotes and brackets stand around an address or a code; separators are blanks too.
+    quotes = "\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb\u2039\u203a"
+    text = re.sub(f"[\t\r\n\"'`<>(){quotes}]", " ", text)
+    kinds = [(c, unicodedata.category(c)) for c in text]
+    # Cf: zero-width characters, soft hyphens and direction marks.
+    text = "".join(" " if kind[0] == "Z" else c for c, kind in kinds if kind != "Cf")
+    text = re.sub(" *".join(map(re.escape, state)), state, text)
+    text = re.sub(f" *(#|%23) *{re.escape(state)}", f"#{state}", text)
+    words = (word.lstrip("*[").rstrip(".,;!*]") for word in text.split(" "))
+    text = " ".join(filter(None, words))
+    # The same once more: Ctrl-V was pressed twice.
+    copies = re.fullmatch(rf"(.{{{MIN_BARE_CODE_CHARS},}}?)(?: *\1)+", text)
+    return copies[1] if copies and len(set(copies[1])) > 1 else text
+
+
+def _parse_pasted_code(text: str, state: str) -> str:
+    import re
+
+    text = re.sub(r"(?i)\b(code)\s*[:=]", r"\1: ", text)
+    label = r"(?:#|(?:^|[\s&,;]+)(?i:state)\s*[:=]?\s*|\s)"
+    found = re.search(rf"{label}{re.escape(state)}(?![\w#-])", text)
+    if not found:
+        _refuse_another_state(text, state)
+        return _join_pieces(text.split(), is_vouched_for=False)
+    before = text[: found.start()].split()
+    # Where the state comes first, it has its label, and the code comes after it.
+    return _join_pieces(before or text[found.end() :].split(), is_vouched_for=True)
+
+
+def _refuse_another_state(text: str, state: str) -> None:
+    import re
+
+    _, mark, given = re.sub("%23", "#", text).partition("#")
+    if mark and state.startswith(given.replace(" ", "")):
+        raise ValueError("the end of the code is missing")
+    if mark or re.search(r"(?i)\bstate\s*[:=]", text):
+        raise ValueError("that code belongs to another sign-in (its state differs)")
+    if state in text:
+        raise ValueError("that is not a code")
+
+
+def _join_pieces(words: list[str], *, is_vouched_for: bool) -> str:
+    """Return the code that stands in one or more words, without the text before it.
+
+    A terminal breaks a code into long pieces.  Without a state, words that do not speak
+    of a code in front of it, or any behind it, make the whole no code.
+    """
+    import re
+
+    last = len(words) - is_vouched_for
+    labels = [i for i, w in enumerate(words) if w[-1:] == ":" or _is_prose(w, i < last)]
+    start = max([-1, *labels]) + 1
+    pieces, label = words[start:], " ".join(words[:start]).lower()
+    if len(set(pieces)) == 1:
+        del pieces[1:]  # it was copied twice
+    if is_vouched_for:
+        shape = ".*\n([^#&? ]{8,} )*[^#&? ]+"
+    else:
+        piece = "[^#&?/:@ ]"
+        shape = f"(|.*code.*)\n{piece}{{{MIN_BARE_CODE_CHARS},}}( {piece}+){{0,2}}"
+    code = "".join(pieces)
+    found = re.fullmatch(shape, label + "\n" + " ".join(pieces))
+    if not found or not _is_code(code):
+        raise ValueError("that is not a code")
+    return code
+
+
+def _is_prose(word: str, may_be: bool) -> bool:
+    """Tell a word of a sentence from a piece of a code."""
+    import re
+
+    shape = "(?=.*[aeiouyAEIOUY])(?:[A-Za-z][a-z]*|[A-Z]+)"
+    is_word = len(word) < MIN_BARE_CODE_CHARS and bool(re.fullmatch(shape, word))
+    return may_be and (is_word or not word.isascii())
+
+
+def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode:
+    import re
+
+    words = re.sub("(?=https?://)", " ", text).split()
+    query = r"\bstate=.*\b(code|error)=|\b(code|error)=.*\bstate="
+    whole = [word for word in words if re.search(query, word)]
+    if not whole:  # a line break is in it
+        parts = [i for i, word in enumerate(words) if re.search(r"://|[?=/]", word)]
+        whole = ["".join(words[parts[0] : parts[-1] + 1])]
+    address = whole[0]
+    if re.search(r"[?&]code=[^&]*$", address) and address != words[-1]:
+        raise ValueError("the code in that address is cut: copy the address alone")
+    page, _, query = address.partition("?")
+    if re.match(r"&?\w+=", page):  # what follows the question mark, alone
+        page, query = "", page.lstrip("&")
     redirect_uri = _known_redirect_uri(page, manual_uri)
     if not redirect_uri:
         raise ValueError("that is the address of another page")
-    code = parse_callback(rest.partition("#")[0], state=state)
+    code = parse_callback(query.partition("#")[0], state=state)
     return GrantedCode(code, redirect_uri)
 
 
@@ -1282,72 +1352,13 @@ def _known_redirect_uri(page: str, manual_uri: str) -> str:
     import re
 
     # Browsers hide the scheme, and some leave it out of what is copied.
-    page, manual = (re.sub("(?i)^https?://", "", url) for url in (page, manual_uri))
-    if page.lower() == manual.lower():
+    manual = re.sub("(?i)^https?://", "", manual_uri)
+    if not page or re.search(rf"(?i)(?<![\w.@-]){re.escape(manual)}$", page):
         return manual_uri
-    ours = re.match("(.+):([0-9]{1,5})(/.*)", page)
-    if ours and is_loopback(ours[1].strip("[]")) and ours[3] == CALLBACK_PATH:
-        # We said localhost, whatever a person made of it to reach this machine.
-        return f"http://localhost:{ours[2]}{CALLBACK_PATH}"
-    return ""
-
-
-def _is_same(given: str, expected: str) -> bool:
-    """Compare in a time that does not tell how much was right."""
-    import hmac
-
-    return hmac.compare_digest(
-        given.encode("utf-8", "replace"), expected.encode("utf-8", "replace")
-    )
-
-
-def parse_request_head(head: bytes, *, port: int) -> tuple[int, str]:
-    """Return 200 and the target of a GET to our listener, or the status to refuse with.
-
-    Source: RFC 9112 sections 3 and 3.2 (one Host header, else 400).
-    """
-    import re
-
-    line = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r?\n", head)
-    hosts = re.findall(rb"(?im)^host:[ \t]*([!-~]*)[ \t]*\r?$", head)
-    if not line or len(hosts) != 1:
-        return 400, ""
-    name, _, given_port = hosts[0].decode("ascii").lower().rpartition(":")
-    if name not in ("localhost", "127.0.0.1", "[::1]") or given_port != str(port):
-        # A foreign name that was made to point here (DNS rebinding) learns nothing.
-        return 421, ""
-    if line[1] != b"GET":
-        return 405, ""
-    return 200, line[2].decode("ascii")
-
-
-def http_answer(status: int, page: str = "", *, location: str = "") -> bytes:
-    """Return a whole HTTP answer that no cache keeps and no other site learns of.
-
-    Source: RFC 9112; Content Security Policy Level 3 (style by its hash).
-    """
-    import base64
-    import hashlib
-    from http import HTTPStatus
-
-    body = page.encode("utf-8", "replace")
-    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    lines = [
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        "Content-Type: text/html; charset=utf-8",
-        f"Content-Length: {len(body)}",
-        "Cache-Control: no-store",
-        f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{style}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        "Referrer-Policy: no-referrer",
-        "X-Content-Type-Options: nosniff",
-        "Connection: close",
-    ]
-    if location:
-        lines.append(f"Location: {location}")
-    if status == 405:
-        lines.append("Allow: GET")
-    return "\r\n".join([*lines, "", ""]).encode("ascii") + body
+    # We said localhost, whatever a person made of it to reach this machine.
+    loopback = r"(?i)(?<![\w.@-])(?:localhost|127\.0\.0\.1|\[::1\]):(\d{1,5})/callback$"
+    found = re.search(loopback, page)
+    return f"http://localhost:{found[1]}{CALLBACK_PATH}" if found else ""
 
 
 def success_page(account: str | None) -> str:
@@ -1374,13 +1385,13 @@ def denied_page() -> str:
     )
 
 
-def stray_page() -> str:
-    """Return the page for a request that is not what the login waits for."""
+def stray_page(reason: str) -> str:
+    """Return the page for a request that is not what the login waits for, and why."""
     return result_page(
         "failure",
         "Nothing to see here",
-        "A sign-in is waiting here for something else.\nGo back to the terminal, and "
-        "open the address that it shows.",
+        f"A sign-in is waiting here for something else: {reason}.\nGo back to the "
+        "terminal, and open the address that it shows.",
     )
 
 
@@ -3232,11 +3243,14 @@ TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 MAX_VISITORS: Final = 128
 """Connections at a time; the oldest one makes room for the next."""
 
-MAX_HEAD_BYTES: Final = 16384
-"""No browser's request to us comes near."""
+MAX_HEAD_BYTES: Final = 98304
+"""Browsers send the cookies of every server on `localhost`: 64 KB of them are usual."""
 
 PASTE_PAUSE: Final = 0.05
 """Seconds of silence that end a paste of several lines."""
+
+FOREGROUND_INTERVAL: Final = 0.5
+"""Seconds between two looks at what no wait reports: `fg`, and Ctrl-C on Windows."""
 
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
 """Characters that a terminal takes in one line; the rest is lost.  Source: tty(4)."""
@@ -3250,150 +3264,190 @@ TEXT_BROWSERS: Final = (
 )
 """Browsers that would take the terminal for themselves."""
 
+WSL_BROWSERS: Final = (
+    "wslview",
+    "rundll32.exe url.dll,FileProtocolHandler %s",
+    "/mnt/c/Windows/System32/rundll32.exe url.dll,FileProtocolHandler %s",
+)
+"""Source: wslu's manual; url.dll is what Windows itself opens addresses with."""
 
-class _Alarm:
-    """An event that can be waited for together with descriptors."""
-
-    def __init__(self) -> None:
-        import socket
-        import threading
-
-        self._event = threading.Event()
-        self._near, self._far = socket.socketpair()
-        self._near.setblocking(False)
-        self._far.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._near.fileno()
-
-    def is_set(self) -> bool:
-        return self._event.is_set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        return self._event.wait(timeout)
-
-    def set(self) -> None:
-        self._event.set()
-        try:
-            self._far.send(b"!")
-        except OSError:  # full, hence readable; or closed, and nobody waits
-            pass
-
-    def clear(self) -> None:
-        try:
-            self._near.recv(4096)
-        except OSError:
-            pass
-        self._event.clear()
-
-    def close(self) -> None:
-        self._near.close()
-        self._far.close()
+OPEN_BROWSER_PROGRAM: Final = """
+import os, sys, webbrowser
+is_open = webbrowser.open(sys.argv[1])
+try:
+    is_open = is_open and os.wait()[1] == 0
+except (AttributeError, OSError):
+    pass  # it has no child that is left to fail
+sys.exit(not is_open)
+"""
 
 
-def _listen_on_loopback(port: int) -> list[socket.socket]:
-    """Listen on 127.0.0.1 and, where it exists, ::1: browsers try either first."""
-    tries_left = 1 if port else 10
-    while True:
-        first = _listen("127.0.0.1", port)
-        try:
-            return [first, _listen("::1", first.getsockname()[1])]
-        except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                return [first]  # there is no IPv6 here
-            first.close()  # another program would be handed the code: not this port
-            tries_left -= 1
-            if not tries_left:
-                raise
+def make_server(
+    host: str,
+    port: int,
+    handle: Callable[[Any], None],
+    *,
+    read_head: Callable[[socket.socket], bytes] | None = None,
+) -> Any:
+    """Return a bound `http.server` that is quiet, and has each request handled.
+
+    Args:
+        handle: Takes the request handler (``command``, ``path``, ``headers``,
+            ``rfile``, ``wfile``), whatever the method.
+        read_head: Reads the head of a request, if `http.server` is not to do it.
+    """
+    import io
+    import socket
+    import socketserver
+    from http import HTTPStatus
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = VISIT_SECONDS
+        wbufsize = -1  # an answer goes out in one piece
+        default_request_version = "HTTP/1.0"
+
+        def setup(self) -> None:
+            super().setup()
+            if read_head:
+                self.rfile.close()
+                self.rfile = io.BytesIO(read_head(self.connection))
+
+        def handle_one_request(self) -> None:
+            self.close_connection = True
+            self.raw_requestline = self.rfile.readline(MAX_HEAD_BYTES)
+            if self.raw_requestline and self.parse_request():
+                handle(self)
+            self.wfile.flush()
+            _wait_for_hangup(self.connection)
+
+        def send_error(self, code: int, *_quotes_the_request: object) -> None:
+            """Say in our own words what `parse_request` did not understand."""
+            phrase = HTTPStatus(code).phrase.lower()
+            respond(self, code, stray_page(f"this is no browser's request ({phrase})"))
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing: the request line may hold a code."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        request_queue_size = 1024  # when it overflows, a browser waits for 1 s
+        daemon_threads = True
+        # Else the last login's connections would keep a chosen port for a minute.  On
+        # Windows it would let another program bind the same port and be served.
+        allow_reuse_address = sys.platform != "win32"
+        allow_reuse_port = False
+
+        def server_bind(self) -> None:
+            if sys.platform == "win32":
+                self.socket.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1
+                )
+            # HTTPServer's own asks the resolver for this machine's name.
+            socketserver.TCPServer.server_bind(self)
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Say nothing: a client went away."""
+
+    return Server((host, port), Handler)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def respond(request: Any, status: int, page: str, **headers: str) -> None:
+    """Send a page that has no banner, for no cache and no other site to learn of.
+
+    Source: Content Security Policy Level 3 (style by its hash).
+    """
+    import base64
+    import hashlib
+
+    body = page.encode("utf-8", "replace")
+    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    all_headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Length": str(len(body)),
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{style}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Connection": "close",
+        **headers,
+    }
+    request.send_response_only(status)
+    for name, value in all_headers.items():
+        request.send_header(name, value)
+    request.end_headers()
+    if request.command != "HEAD":
+        request.wfile.write(body)
+    request.wfile.flush()
+
+
+def _wait_for_hangup(sock: socket.socket) -> None:
+    """Read what a client still sends: closing before would reset its connection."""
     import socket
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if sys.platform == "win32":
-            # There, another program could otherwise bind the same port and be served.
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            # The last login's closed connections would keep a chosen port for a minute.
-            # On POSIX, this never lets two programs listen on one address.
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        server.bind((host, port))
-        server.listen(1024)  # when it overflows, the browser waits for 1 s
-        server.setblocking(False)
-    except OSError:
-        server.close()
-        raise
-    return server
+    sock.shutdown(socket.SHUT_WR)
+    deadline = Deadline(GOODBYE_SECONDS)
+    while not deadline.passed():
+        sock.settimeout(deadline.left() + 0.001)
+        if not sock.recv(65536):
+            return
 
 
-class _Visitor:
-    """One connection to the listener."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.head = b""
-        self.closes_at = time.monotonic() + VISIT_SECONDS
-        self.is_held = False  # it brought the code, and waits for the outcome
-        self.is_answered = False  # it has its answer, and should hang up
-
-    def fileno(self) -> int:
-        return self.sock.fileno()
-
-
+@hides_locals
 class AuthCodeListener:
     """Waits on the loopback interface for the browser to bring the code.
 
-    Nothing ends the wait but a callback with the right state. That request is held
-    until `finish` says what became of the login. One thread serves all connections,
-    without ever waiting for one of them; each is short of time and of memory.
+    Nothing ends the wait but a callback with the right state.  That request is held
+    until `finish` says what became of the login.  One thread accepts connections, and
+    each has a thread of its own for a short time.
 
     Raises:
         OSError: On entry, if it cannot listen; the login can go on by paste.
     """
 
     def __init__(self, state: str, *, port: int = 0) -> None:
+        import threading
+
         if not 0 <= port <= 65535:
             raise ConfigError("the port must be from 0 to 65535; 0 takes a free one")
         self.port = port
         self.redirect_uri = ""
+        self.arrived = threading.Event()
+        """Set when the code, or the server's refusal, is there."""
+        self.on_arrival: Callable[[], object] = lambda: None
         self._state = state
-        self._visitors: list[_Visitor] = []  # the listener's thread alone uses these
-        self._pages_owed = 0
-        self._leaves_at = NEVER
-        self._outcome: str | LoginDenied | None = None  # set before `arrived`
-        self._page: str | None = None  # set before `_orders`
-        self._is_stopped = False  # likewise
+        self._changed = threading.Condition()  # guards what follows; held for moments
+        self._outcome: str | LoginDenied | None = None
+        self._page: str | None = None
+        self._pages_owed = 0  # callbacks that have not got the page yet
+        self._is_closed = False
+        self._waited_for: dict[socket.socket, None] = {}  # clients, the oldest first
+        self._threads: list[threading.Thread] = []  # the accepting thread's alone
 
     def __enter__(self) -> Self:
-        import importlib
         import secrets
+        import socket
         import threading
 
-        for name in ("base64", "hashlib", "hmac", "html", "http", "re", "urllib.parse"):
-            importlib.import_module(name)  # impossible once descriptors have run out
-        self._servers = _listen_on_loopback(self.port)
-        self.port = self._servers[0].getsockname()[1]
+        self._servers = self._bind()
+        self.port = self._servers[0].server_address[1]
         self.redirect_uri = f"http://localhost:{self.port}{CALLBACK_PATH}"
         # The page names the account: not for others on this machine to find.
         self._page_path = "/done/" + secrets.token_urlsafe(12)
-        self.arrived, self._orders = _Alarm(), _Alarm()
-        self._thread = threading.Thread(
-            target=self._serve, name="claude-oauth-listener", daemon=True
-        )
-        self._thread.start()
+        self._stop, self._stopper = socket.socketpair()
+        try:
+            self._thread = threading.Thread(
+                target=self._serve, name="claude-oauth-listener", daemon=True
+            )
+            self._thread.start()
+        except RuntimeError:
+            self._close_sockets()
+            raise OSError(errno.EAGAIN, "no thread can be started") from None
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._is_stopped = True
-        self._orders.set()
-        self._thread.join()
-        self._orders.close()
-        self.arrived.close()
+        self.close()
 
     def wait(self, timeout: float | None = None) -> str:
         """Return the code.
@@ -3415,194 +3469,230 @@ class AuthCodeListener:
         Returns when the page has been fetched, at once if nobody is there to see it,
         and after PAGE_SECONDS in any case.
         """
-        self._page = page
-        self._orders.set()
-        self._thread.join()
+        try:
+            with self._changed:
+                self._page = page
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._pages_owed <= 0, PAGE_SECONDS)
+        finally:
+            self.close()
 
-    # What follows runs in the listener's thread.
+    def close(self) -> None:
+        """Stop listening; nothing of it is left afterwards."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._changed.notify_all()
+        self._stopper.send(b"!")
+        self._thread.join()
+        with self._changed:
+            while self._waited_for:
+                self._drop_oldest()
+        for thread in self._threads:
+            thread.join(VISIT_SECONDS + GOODBYE_SECONDS)
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        for server in self._servers:
+            server.server_close()
+        self._stop.close()
+        self._stopper.close()
+
+    def _bind(self) -> list[Any]:
+        """Listen on 127.0.0.1 and ::1, which browsers try in either order.
+
+        One that does not exist is left out.  One that is taken is another program's,
+        which would be handed the code: then it is another port, or an error.
+        """
+        tries = 1 if self.port else 10
+        while True:
+            tries -= 1
+            try:
+                return self._bind_addresses()
+            except OSError:
+                if not tries:
+                    raise
+
+    def _bind_addresses(self) -> list[Any]:
+        servers: list[Any] = []
+        port = self.port
+        for host in ("127.0.0.1", "::1"):
+            try:
+                server = make_server(
+                    host, port, self._handle, read_head=self._read_head
+                )
+            except OSError as error:
+                is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+                if is_taken and servers:
+                    servers[0].server_close()
+                if is_taken or (host == "::1" and not servers):
+                    raise
+            else:
+                server.socket.setblocking(False)
+                servers.append(server)
+                port = server.server_address[1]
+        return servers
 
     def _serve(self) -> None:
         import selectors
 
-        with selectors.DefaultSelector() as self._selector:
-            self._selector.register(self._orders, selectors.EVENT_READ, self._obey)
-            for server in self._servers:
-                self._selector.register(server, selectors.EVENT_READ, self._welcome)
-            while not self._is_over():
-                for key, _ in self._selector.select(self._patience()):
-                    key.data(key.fileobj)
-                self._dismiss_late()
-            for visitor in list(self._visitors):
-                self._dismiss(visitor)
-        for server in self._servers:
-            server.close()
+        with _all_purpose_selector() as selector:
+            for each in (*self._servers, self._stop):
+                selector.register(each, selectors.EVENT_READ)
+            while not self._is_closed:
+                ready = [key.fileobj for key, _ in selector.select()]
+                for server in [each for each in ready if each is not self._stop]:
+                    self._accept(server)
 
-    def _is_over(self) -> bool:
-        is_done = self._leaves_at != NEVER and self._pages_owed == 0
-        return self._is_stopped or is_done or time.monotonic() >= self._leaves_at
+    def _accept(self, server: Any) -> None:
+        import threading
 
-    def _patience(self) -> float | None:
-        moments = [visitor.closes_at for visitor in self._visitors] + [self._leaves_at]
-        soonest = min(moments)
-        return None if soonest == NEVER else max(0.0, soonest - time.monotonic())
-
-    def _obey(self, orders: _Alarm) -> None:
-        orders.clear()
-        if self._page is not None and self._leaves_at == NEVER:
-            self._leaves_at = time.monotonic() + PAGE_SECONDS
-            for visitor in [v for v in self._visitors if v.is_held]:
-                self._redirect(visitor)
-
-    def _welcome(self, server: socket.socket) -> None:
-        import selectors
-
-        for _ in range(64):  # not endlessly: those who are in want to be heard
-            try:
-                sock, _address = server.accept()
-            except BlockingIOError:
-                return
-            except OSError:  # no descriptor is left for it
-                self._make_room()
-                return
-            if len(self._visitors) >= MAX_VISITORS:
-                self._make_room()
-            sock.setblocking(False)
-            visitor = _Visitor(sock)
-            self._visitors.append(visitor)
-            self._selector.register(visitor, selectors.EVENT_READ, self._hear)
-            self._hear(visitor)  # mostly, the request is there already
-
-    def _make_room(self) -> None:
-        if self._visitors:
-            self._dismiss(min(self._visitors, key=lambda visitor: visitor.is_held))
-        else:
-            self._orders.wait(PASTE_PAUSE)
-
-    def _dismiss(self, visitor: _Visitor) -> None:
-        if visitor in self._visitors:
-            self._visitors.remove(visitor)
-            if visitor.fileno() in self._selector.get_map():
-                self._selector.unregister(visitor)
-            visitor.sock.close()
-
-    def _dismiss_late(self) -> None:
-        now = time.monotonic()
-        for visitor in [v for v in self._visitors if v.closes_at <= now]:
-            self._dismiss(visitor)
-
-    def _hear(self, visitor: _Visitor) -> None:
-        if visitor not in self._visitors:  # it made room a moment ago
-            return
         try:
-            chunk = visitor.sock.recv(MAX_HEAD_BYTES)
-        except BlockingIOError:
+            sock, address = server.socket.accept()
+        except BlockingIOError:  # it has gone again
             return
-        except OSError:
-            chunk = b""
-        if not chunk and visitor.is_held:
-            self._selector.unregister(visitor)  # it said all, and may still listen
-        elif not chunk:
-            self._dismiss(visitor)
-        elif not visitor.is_held and not visitor.is_answered:
-            visitor.head += chunk
-            self._consider(visitor)
+        except OSError:  # no descriptor is left for it
+            with self._changed:
+                self._drop_oldest()
+                self._changed.wait(PASTE_PAUSE)
+            return
+        with self._changed:
+            if len(self._waited_for) >= MAX_VISITORS:
+                self._drop_oldest()
+            self._waited_for[sock] = None
+        try:
+            thread = threading.Thread(
+                target=self._serve_connection,
+                args=(server, sock, address),
+                name="claude-oauth-connection",
+                daemon=True,
+            )
+            thread.start()
+        except RuntimeError:  # no thread can be started for it
+            self._waited_for.pop(sock, None)
+            sock.close()
+            return
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
 
-    def _consider(self, visitor: _Visitor) -> None:
-        head = visitor.head
-        if b"\r\n\r\n" in head or b"\n\n" in head:
-            self._reply(visitor)
-        elif len(head) > MAX_HEAD_BYTES:
-            self._refuse(visitor, 431)
-        elif not head[:1].isupper():  # noise, or a browser that tries TLS
-            self._refuse(visitor, 400)
+    def _drop_oldest(self) -> None:
+        import socket
 
-    def _reply(self, visitor: _Visitor) -> None:
-        status, target = parse_request_head(visitor.head, port=self.port)
-        path, _, query = target.partition("?")
-        if status != 200:
-            self._refuse(visitor, status)
+        for sock in list(self._waited_for)[:1]:
+            del self._waited_for[sock]
+            try:
+                sock.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes
+            except OSError:
+                pass
+
+    # What follows runs in a connection's thread.
+
+    def _serve_connection(self, server: Any, sock: socket.socket, address: Any) -> None:
+        try:
+            server.process_request_thread(sock, address)
+        finally:
+            with self._changed:
+                self._waited_for.pop(sock, None)
+                self._changed.notify_all()
+
+    def _read_head(self, sock: socket.socket) -> bytes:
+        """Return a request's head, once it is whole; b"" if the client hangs up.
+
+        `http.server` alone takes half a request line for HTTP/0.9, headers that end
+        early for complete ones, and waits anew for each byte.
+        """
+        import re
+
+        head, deadline = bytearray(), Deadline(VISIT_SECONDS)
+        end = None
+        while not end:
+            sock.settimeout(deadline.left() + 0.001)
+            chunk = sock.recv(65536)
+            if not chunk or deadline.passed():
+                return b""
+            head += chunk
+            if not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
+                return b"?\n"  # noise, TLS or no end: refused as no request line
+            end = re.search(rb"\n\r?\n", head[-len(chunk) - 3 :])
+        sock.settimeout(VISIT_SECONDS)
+        return bytes(head)
+
+    def _handle(self, request: Any) -> None:
+        path, _, query = self._target_of(request).partition("?")
+        refusal = self._refusal_of(request)
+        if refusal:
+            respond(request, refusal[0], stray_page(refusal[1]), Allow="GET")
         elif path == CALLBACK_PATH:
-            self._receive(visitor, query)
+            self._receive(request, query)
         elif path == self._page_path and self._page is not None:
-            self._answer(visitor, http_answer(200, self._page))
-            self._pages_owed -= 1
+            respond(request, 200, self._page)
+            self._page_is_done()
         else:
-            self._refuse(visitor, 404)
+            respond(request, 404, stray_page("nothing is at this address"))
 
-    def _receive(self, visitor: _Visitor, query: str) -> None:
+    def _hosts(self) -> list[str]:
+        names = ["localhost", "127.0.0.1", "[::1]"]
+        hosts = [f"{name}:{self.port}" for name in names]
+        return hosts + names if self.port == 80 else hosts
+
+    def _target_of(self, request: Any) -> str:
+        """Return path and query.  Source: RFC 9112 section 3.2.2 (absolute form)."""
+        target: str = request.path
+        if target[:7].lower() != "http://":
+            return target
+        authority, slash, path = target[7:].partition("/")
+        return slash + path if authority.lower() in self._hosts() else ""
+
+    def _refusal_of(self, request: Any) -> tuple[int, str] | None:
+        """Return status and reason.  Source: RFC 9112 sections 3 and 3.2 (one Host)."""
+        hosts = [host.strip().lower() for host in request.headers.get_all("Host", [])]
+        if len(hosts) != 1 or len(request.requestline.split()) != 3:
+            return 400, "this is no browser's request"
+        if hosts[0] not in self._hosts():
+            # A foreign name that was made to point here (DNS rebinding) learns nothing.
+            return 421, "it is for another host or port"
+        return None if request.command == "GET" else (405, "only GET is answered")
+
+    def _receive(self, request: Any, query: str) -> None:
         outcome: str | LoginDenied
         try:
             outcome = parse_callback(query, state=self._state)
         except LoginDenied as denied:
-            outcome = denied
-        except ValueError:
-            self._refuse(visitor, 400)
+            outcome = LoginDenied(*denied.args)  # without its traceback
+        except ValueError as reason:
+            respond(request, 400, stray_page(str(reason)))
             return
-        if self._outcome is None:
-            self._outcome = outcome
-            self.arrived.set()
-        visitor.is_held = True
-        visitor.closes_at = NEVER
-        if self._page is not None:
-            self._redirect(visitor)
-
-    def _redirect(self, visitor: _Visitor) -> None:
-        if self._answer(visitor, http_answer(303, location=self._page_path)):
+        with self._changed:
+            if self._outcome is None:
+                self._outcome = outcome
+                self.arrived.set()
+                self.on_arrival()
             self._pages_owed += 1
-
-    def _refuse(self, visitor: _Visitor, status: int) -> None:
-        # 405 answers HEAD too, which takes no body.
-        page = "" if status == 405 else stray_page()
-        self._answer(visitor, http_answer(status, page))
-
-    def _answer(self, visitor: _Visitor, answer: bytes) -> bool:
-        import socket
-
-        visitor.is_held = False
-        visitor.is_answered = True
-        visitor.closes_at = time.monotonic() + GOODBYE_SECONDS
+            self._waited_for.pop(request.connection, None)  # it waits for us now
+            self._changed.wait_for(
+                lambda: self._page is not None or self._is_closed, LOGIN_TIMEOUT
+            )
+            self._waited_for[request.connection] = None
         try:
-            visitor.sock.sendall(answer)  # a few KB, which an idle socket takes whole
-            visitor.sock.shutdown(socket.SHUT_WR)
+            if self._page is not None:
+                respond(request, 303, "", Location=self._page_path)
         except OSError:  # it is gone
-            self._dismiss(visitor)
-            return False
-        return True
+            self._page_is_done()
+
+    def _page_is_done(self) -> None:
+        with self._changed:
+            self._pages_owed -= 1
+            self._changed.notify_all()
 
 
-def make_server(host: str, port: int, handle: Callable[[Any], None]) -> Any:
-    """Return a bound `http.server` that is quiet, and has each request handled.
-
-    Args:
-        handle: Takes the request handler (``command``, ``path``, ``headers``,
-            ``rfile``, ``wfile``), whatever the method.
-    """
-    import socketserver
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = VISIT_SECONDS
-
-        def do_GET(self) -> None:
-            handle(self)
-
-        do_POST = do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing: the request line may hold a code."""
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128
-        daemon_threads = True
-
-        def server_bind(self) -> None:
-            # HTTPServer's own asks the resolver for this machine's name.
-            socketserver.TCPServer.server_bind(self)
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """Say nothing: a client went away."""
-
-    return Server((host, port), Handler)
+def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]:
+    """Return a listener that was entered, or None and why there is none."""
+    try:
+        return AuthCodeListener(state, port=port).__enter__(), ""
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    what = f"port {port} cannot be used" if port else "no local port could be opened"
+    return None, f"{what} ({reason})"
 
 
 class _SystemBrowser:
@@ -3612,26 +3702,24 @@ class _SystemBrowser:
     some of them to end, and looks away from others before they fail.
     """
 
-    _OPEN = """
-import os, sys, webbrowser
-is_open = webbrowser.open(sys.argv[1])
-try:
-    is_open = is_open and os.wait()[1] == 0
-except (AttributeError, OSError):
-    pass  # it has no child that is left to fail
-sys.exit(not is_open)
-"""
-
     def __init__(self) -> None:
         import threading
 
-        self.commands = self._find_commands()
         self._lock = threading.Lock()  # guards the two below: no start after stop()
         self._process: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
+        browsers = setting("BROWSER").split(os.pathsep)
+        self._chosen = [b for b in browsers if b and not _is_text_browser(b)]
+        self.is_there = bool(self._chosen) or (not any(browsers) and _has_screen())
+        if not self._chosen and _is_wsl():
+            self._chosen = list(WSL_BROWSERS)
 
     def __call__(self, url: str) -> bool:
-        return any(self._run([*command, url]) for command in self.commands)
+        """Open an address; tell whether that has worked, as far as one can know."""
+        if _can_start_python():
+            program = [sys.executable, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM]
+            return self._run([*program, url])
+        return any(self._run(command) for command in self._commands(url))
 
     def stop(self) -> None:
         """End the child that opens the browser; the browser itself stays."""
@@ -3640,32 +3728,39 @@ sys.exit(not is_open)
             if self._process:
                 self._process.kill()
 
-    def _find_commands(self) -> list[list[str]]:
-        browsers = os.environ.get("BROWSER", "").split(os.pathsep)
-        self._chosen = [b for b in browsers if b and not _is_text_browser(b)]
-        if not self._chosen and (any(browsers) or not _has_screen()):
-            return []
-        opener = [sys.executable, "-I", "-S", "-c", self._OPEN]
-        if self._chosen or not _is_wsl():
-            return [opener]
-        # Source: wslu's manual; url.dll is what Windows itself opens addresses with.
-        windows = ["url.dll,FileProtocolHandler"]
-        return [
-            ["wslview"],
-            ["rundll32.exe", *windows],
-            ["/mnt/c/Windows/System32/rundll32.exe", *windows],
-            opener,
-        ]
+    def _commands(self, url: str) -> Iterator[list[str]]:
+        """Yield what opens the address without `webbrowser`, for lack of a Python."""
+        import shlex
+
+        known = {"darwin": "open", "win32": "rundll32 url.dll,FileProtocolHandler %s"}
+        for browser in self._chosen or [known.get(sys.platform, "xdg-open")]:
+            is_posix = os.name == "posix"
+            words = shlex.split(browser) if is_posix or "%s" in browser else [browser]
+            words = words[:-1] if words[-1:] == ["&"] else words
+            command = [word.replace("%s", url) for word in words]
+            if "%s" not in browser:
+                command.append(url)
+            # The shell is there to be stopped in the browser's place.
+            shell = ["/bin/sh", "-c", '"$@"; exit $?', "sh"] if is_posix else []
+            yield shell + command
 
     def _run(self, command: list[str]) -> bool:
         import subprocess
 
         environ = {**os.environ, "BROWSER": os.pathsep.join(self._chosen)}
         environ.pop("TERM", None)  # without it, webbrowser knows no text-mode browser
-        try:
-            with self._lock:
-                if self._is_stopped:
-                    return False
+        for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
+            # A frozen program's libraries are not for others.  Source: PyInstaller's
+            # manual, "LD_LIBRARY_PATH / LIBPATH considerations".
+            original = environ.pop(name + "_ORIG", None)
+            if original is not None:
+                environ[name] = original
+            elif getattr(sys, "frozen", False):
+                environ.pop(name, None)
+        with self._lock:
+            if self._is_stopped:
+                return False
+            try:
                 self._process = subprocess.Popen(
                     command,
                     env=environ,
@@ -3675,9 +3770,20 @@ sys.exit(not is_open)
                     start_new_session=True,  # neither Ctrl-C nor the terminal is for it
                     creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
                 )
-            return self._process.wait() == 0
-        except OSError:
-            return False
+            except OSError:
+                return False
+        return self._process.wait() == 0
+
+
+def _can_start_python() -> bool:
+    """Tell whether sys.executable is a Python, and not the program that we are in.
+
+    A frozen program (PyInstaller, py2exe, cx_Freeze, Nuitka) and one that embeds Python
+    (QGIS, PyOxidizer) would be started a second time.
+    """
+    name = os.path.basename(sys.executable or "").lower()
+    is_compiled = getattr(sys, "frozen", False) or "__compiled__" in globals()
+    return name.startswith(("python", "pypy")) and not is_compiled
 
 
 def _is_text_browser(command: str) -> bool:
@@ -3699,207 +3805,97 @@ def _is_wsl() -> bool:
     return sys.platform == "linux" and "microsoft" in os.uname().release.lower()
 
 
-class _Opening:
-    """A browser on its way, in its own thread: it may fail, hang or never return."""
+class _PasteInput:
+    """Where a paste comes from: stdin without Python's buffers, read once it is there.
 
-    def __init__(self, opener: Callable[[str], object], url: str, news: _Alarm) -> None:
-        import threading
-
-        self.has_failed = False
-        self._opener = opener
-        self._url = url
-        self._news = news
-        self._thread = threading.Thread(
-            target=self._open, name="claude-oauth-browser", daemon=True
-        )
-        self._thread.start()
-
-    def close(self) -> None:
-        if isinstance(self._opener, _SystemBrowser):
-            self._opener.stop()
-            self._thread.join()
-
-    def _open(self) -> None:
-        try:
-            is_open = self._opener(self._url) is not False
-        except BaseException:  # the caller's function, SystemExit too: goes on by paste
-            is_open = False
-        if not is_open:
-            self.has_failed = True
-            self._news.set()
-
-
-class _Lines:
-    """Where a paste comes from, without anybody waiting for it."""
-
-    is_terminal = False
-    descriptor: int | None = None
-    """What to wait on for it; None if news come otherwise."""
-
-    def read(self) -> str | None:
-        """Return the paste that has arrived, or None; EOFError if no more will come."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Let go of it."""
-
-
-class _DescriptorLines(_Lines):
-    """What is pasted into a terminal, or written into a pipe.
-
-    Read without Python's buffers, and only once it is there: so the lines after ours,
-    and those after the browser has won, are the host program's.
+    So the lines after ours, and those after the browser has won, are the host
+    program's.  What cannot be waited on (a Windows console, a notebook's input, a
+    StringIO) is read by a daemon thread, which sends each line through a socket pair.
+    A read there cannot be called off: the one under way takes the program's next line.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        import selectors
+    def __init__(self, descriptor: int, read_line: Callable[[], str] | None) -> None:
+        import socket
 
-        self.descriptor = descriptor
         self.is_terminal = os.isatty(descriptor)
-        # A terminal gives one line at a time, whatever is asked for; a pipe all it has.
-        self._size = MAX_TERMINAL_LINE + 1 if self.is_terminal else 1
-        self._held = b""
-        self._is_over = False
-        self._selector = _all_purpose_selector()
-        self._selector.register(descriptor, selectors.EVENT_READ)
+        self.is_by_line = read_line is not None or not self.is_terminal
+        """Whether a line stands alone; else a paste may have several."""
+        self._descriptor = descriptor
+        self._read_line = read_line
+        if read_line:
+            self._near, self._far = socket.socketpair()
 
-    def read(self) -> str | None:
-        while not self._is_over and self._is_ready(0):
-            chunk = self._read_chunk()
-            self._held += chunk
-            if not chunk or self._has_whole_paste():
-                return self._take()
-        if self._is_over:
-            raise EOFError
-        return None
+    def fileno(self) -> int:
+        return self._near.fileno() if self._read_line else self._descriptor
 
-    def close(self) -> None:
-        self._selector.close()
-
-    def _is_ready(self, timeout: float) -> bool:
-        return bool(self._selector.select(timeout))
-
-    def _read_chunk(self) -> bytes:
-        assert self.descriptor is not None
+    def is_in_background(self) -> bool:
+        """Tell whether a read would stop us (SIGTTIN): the terminal is the shell's."""
+        if sys.platform == "win32":
+            return False
+        if self._read_line or not self.is_terminal:
+            return False
         try:
-            return os.read(self.descriptor, self._size)
+            return os.tcgetpgrp(self._descriptor) != os.getpgrp()
+        except OSError:  # not our terminal, which stops nobody
+            return False
+
+    def request_line(self) -> None:
+        """Have the thread read one line, where there has to be one."""
+        import threading
+
+        if not self._read_line:
+            return
+        try:
+            threading.Thread(
+                target=self._send_line, name="claude-oauth-paste", daemon=True
+            ).start()
+        except RuntimeError:  # no thread can be started
+            self._send_line()
+
+    def _send_line(self) -> None:
+        assert self._read_line
+        try:
+            line = self._read_line()[: 2 * MAX_PASTE_CHARS]
+        except BaseException:  # whatever a notebook without a front end raises
+            line = ""
+        try:
+            data = line.rstrip("\n").encode("utf-8", "replace") + b"\n"
+            self._far.sendall(data) if line else self._far.close()
+        except OSError:  # the race is over
+            pass
+
+    def read(self) -> bytes:
+        """Return what has arrived, b"" if no more will come."""
+        # A terminal gives one line at a time, whatever is asked for; a pipe all it has.
+        size = MAX_TERMINAL_LINE + 1 if self.is_terminal else 1
+        try:
+            if self._read_line:
+                return self._near.recv(65536)
+            return os.read(self._descriptor, size)
         except OSError:  # it was closed beneath the object, or the terminal is gone
             return b""
 
-    def _has_whole_paste(self) -> bool:
-        if not self.is_terminal:
-            return self._held.endswith(b"\n") or len(self._held) > 2 * MAX_PASTE_CHARS
-        return self._held.endswith((b"\n", b"\r")) and not self._is_ready(PASTE_PAUSE)
-
-    def _take(self) -> str:
-        if not self._held:
-            raise EOFError
-        # A piped line without an end is the last one, or endless.
-        self._is_over = not self.is_terminal and not self._held.endswith(b"\n")
-        text, self._held = self._held.decode("utf-8", "replace"), b""
-        return text
+    def close(self) -> None:
+        """Let go of it."""
+        if self._read_line:
+            self._near.close()
+            self._far.close()
 
 
-class _ThreadLines(_Lines):
-    """Lines of an object that cannot be waited on: a notebook's input, a StringIO.
-
-    A read cannot be called off: when the browser wins, the one under way still takes
-    the program's next line. Its thread is a daemon, and ends with that line.
-    """
-
-    def __init__(self, read_line: Callable[[], str], news: _Alarm) -> None:
-        self._read_line = read_line
-        self._news = news
-        self._line: str | None = None  # written before `_is_reading` is cleared
-        self._is_reading = False
-
-    def read(self) -> str | None:
-        if self._is_reading:
-            return None
-        line, self._line = self._line, None
-        if line == "":
-            raise EOFError
-        if line is None:
-            self._start()
-        return line
-
-    def _start(self) -> None:
-        import threading
-
-        self._is_reading = True
-        threading.Thread(
-            target=self._wait_for_line, name="claude-oauth-paste", daemon=True
-        ).start()
-
-    def _wait_for_line(self) -> None:
-        try:
-            self._line = self._read_line()
-        except (EOFError, OSError, ValueError):
-            self._line = ""
-        self._is_reading = False
-        self._news.set()
-
-
-if sys.platform == "win32":
-
-    class _ConsoleLines(_Lines):
-        """Keys of a Windows console: it cannot be waited on together with sockets."""
-
-        is_terminal = True
-
-        def __init__(self) -> None:
-            self._held = ""
-
-        def read(self) -> str | None:
-            import msvcrt
-
-            while msvcrt.kbhit():
-                self._press(msvcrt.getwch())
-            if not self._held.endswith("\n"):
-                return None
-            text, self._held = self._held, ""
-            return text
-
-        def _press(self, key: str) -> None:
-            import msvcrt
-
-            if key in ("\0", "\xe0"):  # an arrow or function key comes as two
-                msvcrt.getwch()
-            elif key == "\x03":
-                raise KeyboardInterrupt
-            elif key == "\x1a":
-                raise EOFError
-            elif key == "\b":
-                self._held = self._held[:-1]
-                self._echo("\b \b")
-            else:
-                self._held += "\n" if key == "\r" else key
-                self._echo("\r\n" if key == "\r" else key)
-
-        def _echo(self, text: str) -> None:
-            import msvcrt
-
-            for character in text:
-                msvcrt.putwch(character)
-
-
-def _open_lines(news: _Alarm) -> _Lines | None:
+def _open_paste_input() -> _PasteInput | None:
     """Return where a person can paste, or None if stdin is closed."""
     import builtins
 
     if getattr(input, "__module__", "builtins") != "builtins":  # a notebook's
-        return _ThreadLines(lambda: builtins.input() + "\n", news)
+        return _PasteInput(-1, lambda: builtins.input() + "\n")
     if sys.stdin is None or sys.stdin.closed:
         return None
     try:
         descriptor = sys.stdin.fileno()
     except (AttributeError, OSError, ValueError):
-        return _ThreadLines(sys.stdin.readline, news)
-    if sys.platform == "win32":
-        if os.isatty(descriptor):
-            return _ConsoleLines()
-        return _ThreadLines(sys.stdin.readline, news)
-    return _DescriptorLines(descriptor)
+        return _PasteInput(-1, sys.stdin.readline)
+    # Not input(): in a daemon thread it can abort the process when that ends.
+    return _PasteInput(descriptor, sys.stdin.readline if os.name == "nt" else None)
 
 
 def _all_purpose_selector() -> selectors.BaseSelector:
@@ -3922,179 +3918,256 @@ class _Race:
     def __init__(
         self,
         listener: AuthCodeListener | None,
-        *,
-        automatic_url: str | None,
-        manual_url: str,
         opener: Callable[[str], object] | None,
-        read: Callable[[str], GrantedCode],
+        parse: Callable[[str], GrantedCode],
+        *,
+        state: str,
         port: int,
-        timeout: float,
+        problem: str,
+        limit: float,
     ) -> None:
+        import socket
+
         self._listener = listener
-        self._automatic_url = automatic_url if listener else None
-        self._manual_url = manual_url
         self._opener = opener
-        self._read = read
+        self._parse = parse
+        self._state = state
         self._port = port if listener else 0
-        self._deadline = Deadline(timeout)
-        self._news = _Alarm()
-        self._opening: _Opening | None = None
-        self._lines: _Lines | None = None
+        self._problem = problem
+        self._deadline = Deadline(limit)
+        self._wake_up, self._waker = socket.socketpair()
+        self._browser = opener
+        self._browser_thread: threading.Thread | None = None
+        self._input: _PasteInput | None = None
+        self._held = b""  # of a paste that may go on
+        self._is_over = False  # stdin has ended
         self._earlier = ""  # what was refused: a paste may come in two
         self._refusals = 0
         self._is_prompting = False
 
-    def run(self, *, paste: bool) -> GrantedCode:
-        """Return the code that comes first."""
-        self._lines = _open_lines(self._news) if paste else None
-        text = self._next_paste()
+    def run(self, automatic_url: str, manual_url: str, *, paste: bool) -> GrantedCode:
+        """Return the code that comes first; the automatic URL is "" for no listener."""
+        self._input = _open_paste_input() if paste else None
+        if self._input:
+            self._input.request_line()
+            self._wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
         self._check_that_a_way_is_left()
-        self._announce()
+        self._announce(automatic_url, manual_url)
+        if self._listener:
+            self._listener.on_arrival = self._wake
         if self._opener:
-            url = self._automatic_url or self._manual_url
-            self._opening = _Opening(self._opener, url, self._news)
-        self._prompt()
+            self._start_browser(self._opener, automatic_url or manual_url)
+        is_silent = False
         while True:
-            granted = self._judge(text) if text is not None else None
+            granted = self._consider_paste(is_silent=is_silent) or self._callback()
             if granted:
                 return granted
-            if self._listener and self._listener.arrived.is_set():
-                return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
-            if text is None:
-                self._check_that_a_way_is_left()
-                self._wait()
-            text = self._next_paste()
+            self._check_that_a_way_is_left()
+            self._prompt()
+            is_silent = not self._wait(PASTE_PAUSE if self._has_line() else 3600.0)
+
+    def _callback(self) -> GrantedCode | None:
+        if self._listener and self._listener.arrived.is_set():
+            return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
+        return None
 
     def close(self) -> None:
         """Let go of stdin, and of a browser that is still being opened."""
-        if self._is_prompting:
-            _say("")
-        if self._lines:
-            self._lines.close()
-        if self._opening:
-            self._opening.close()
-        self._news.close()
+        if self._input:
+            if self._is_prompting and self._input.is_terminal:
+                say("")
+            self._input.close()
+        if self._browser_thread and isinstance(self._browser, _SystemBrowser):
+            self._browser.stop()
+            self._browser_thread.join()  # it has no child to wait for any more
+        self._wake_up.close()
+        self._waker.close()
 
-    def _announce(self) -> None:
-        if self._lines and self._opener:
-            _say("Opening your browser. If it stays away, open this address anywhere:")
-        elif self._lines:
-            _say("To sign in, open this address in a browser, on any machine:")
+    def _announce(self, automatic_url: str, manual_url: str) -> None:
+        if self._problem:
+            say(f"{self._problem[0].upper()}{self._problem[1:]}: paste the code, then.")
+        if self._input and self._opener:
+            say("Opening your browser. If it stays away, open this address anywhere:")
+        elif self._input:
+            say("To sign in, open this address in a browser, on any machine:")
         else:
-            _say("To sign in, open this address in a browser on this machine:")
-        _say_url(self._manual_url if self._lines else self._automatic_url)
-        if self._port and self._lines:
-            _say("Where this machine's port is forwarded, this one needs no paste:")
-            _say_url(self._automatic_url)
+            say("To sign in, open this address in a browser on this machine:")
+        _say_url(manual_url if self._input else automatic_url)
+        if self._port and self._input:
+            say("Where this machine's port is forwarded, this one needs no paste:")
+            _say_url(automatic_url)
         if self._port:
-            _say(f"  (forwarded by: ssh -L {self._port}:localhost:{self._port} HOST)")
-        if not self._listener:
-            _say("No local port could be opened, so the code has to be pasted.")
+            say(f"  (forwarded by: ssh -L {self._port}:localhost:{self._port} HOST)")
 
     def _prompt(self) -> None:
-        if not self._lines:
+        if not self._input or self._is_prompting or not self._readable_input():
             return
         limit = ""
         if _is_terminal(sys.stderr):
             limit = f" ({describe_seconds(self._deadline.left() + 0.5)} left)"
-        end = " " if self._lines.is_terminal else "\n"
-        _say(f"Paste the code that the page shows here{limit}:", end=end)
-        self._is_prompting = self._lines.is_terminal
+        end = " " if self._input.is_terminal else "\n"
+        say(f"Paste the code that the page shows here{limit}:", end=end)
+        self._is_prompting = True
 
     def _check_that_a_way_is_left(self) -> None:
         if self._deadline.passed():
             raise LoginTimeout(TOO_LATE)
-        if self._opening and self._opening.has_failed:
-            self._opener = None
-        if not self._lines and not (self._listener and (self._port or self._opener)):
-            raise LoginCancelled(
-                "no browser could be opened and nothing can be pasted here; log in "
-                "from a terminal, or give a port that your browser can reach"
-            )
+        if self._input or (self._listener and (self._port or self._opener)):
+            return
+        cause = self._problem or "no browser could be opened"
+        raise LoginCancelled(
+            f"{cause} and nothing can be pasted here; log in from a terminal, or give "
+            "a port that your browser can reach"
+        )
 
-    def _wait(self) -> None:
-        """Wait for the callback, a paste, a browser's failure, or the deadline."""
+    def _start_browser(self, opener: Callable[[str], object], url: str) -> None:
+        """Open it in a thread: a browser may fail, hang or never return."""
+        import threading
+
+        def run() -> None:
+            try:
+                is_open = opener(url) is not False
+            except BaseException:  # the caller's function, SystemExit too
+                is_open = False
+            if not is_open:
+                self._opener = None
+                self._wake()
+
+        try:
+            thread = threading.Thread(
+                target=run, name="claude-oauth-browser", daemon=True
+            )
+            thread.start()
+            self._browser_thread = thread
+        except RuntimeError:  # no thread can be started
+            self._opener = None
+
+    def _wake(self) -> None:
+        try:
+            self._waker.send(b"!")
+        except OSError:  # the race is over
+            pass
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait for news; tell whether input was among it, which is then in `_held`."""
         import selectors
 
-        timeout = min(self._deadline.left(), 3600.0)  # poll takes no more than 24 days
-        if sys.platform == "win32":  # neither a key nor Ctrl-C ends a wait there
-            timeout = min(timeout, PASTE_PAUSE)
+        stdin = self._readable_input()
+        seconds = min(seconds, self._deadline.left())
+        if sys.platform == "win32" or stdin is not self._input:
+            seconds = min(seconds, FOREGROUND_INTERVAL)
         with _all_purpose_selector() as selector:
-            selector.register(self._news, selectors.EVENT_READ)
-            if self._listener:
-                selector.register(self._listener.arrived, selectors.EVENT_READ)
-            if self._lines and self._lines.descriptor is not None:
-                selector.register(self._lines.descriptor, selectors.EVENT_READ)
-            selector.select(timeout)
-        self._news.clear()
-
-    def _next_paste(self) -> str | None:
-        try:
-            return self._lines.read() if self._lines else None
-        except EOFError:
+            selector.register(self._wake_up, selectors.EVENT_READ)
+            if stdin:
+                selector.register(stdin, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(seconds)]
+        if self._wake_up in ready:
+            self._wake_up.recv(4096)
+        # It may have been put into the background meanwhile.
+        if stdin is None or stdin not in ready or not self._readable_input():
+            return False
+        chunk = stdin.read()
+        self._held += chunk
+        self._is_over = not chunk
+        if not self._held:
             self._stop_pasting()
+        return True
+
+    def _readable_input(self) -> _PasteInput | None:
+        is_ours = self._input is not None and not self._input.is_in_background()
+        return self._input if is_ours else None
+
+    def _has_line(self) -> bool:
+        return self._held.endswith((b"\n", b"\r")) or self._is_last()
+
+    def _is_last(self) -> bool:
+        return self._is_over or len(self._held) > 2 * MAX_PASTE_CHARS
+
+    def _consider_paste(self, *, is_silent: bool) -> GrantedCode | None:
+        """Return the code in what was pasted, once it is known to be whole.
+
+        A code with its state behind it is whole.  Anything else may go on, until
+        nothing comes for a moment; a line of a pipe that is no code is refused at once.
+        """
+        if not self._input or not self._has_line():
             return None
-
-    def _stop_pasting(self) -> None:
-        assert self._lines is not None
-        self._lines.close()
-        self._lines = None
-        if self._is_prompting:
-            _say("\nNothing will be pasted, then. Ctrl-C gives up.")
-            self._is_prompting = False
-
-    def _judge(self, text: str) -> GrantedCode | None:
-        reason = ""
-        for reading in self._readings(text):
-            try:
-                granted = self._read(reading)
-            except ValueError as refusal:
-                reason = str(refusal) if reading == text else reason
-            else:
-                self._is_prompting = False  # the person's Enter has ended the line
-                return granted
-        self._earlier = text
-        self._refuse(text, reason)
+        is_whole = is_silent or self._is_last()
+        text = self._held.decode("utf-8", "replace")
+        granted, reason = self._read_code(text)
+        if granted and (is_whole or self._has_state_behind(text, granted.code)):
+            self._is_prompting = False  # the person's Enter has ended the line
+            return granted
+        if not granted and (is_whole or self._input.is_by_line):
+            self._refuse(text, reason)
         return None
 
-    def _readings(self, text: str) -> list[str]:
-        """Return what may have been meant: the end of the last, all of it, one line."""
-        readings = [text]
-        if "#" in self._earlier or "://" in self._earlier:
-            # A state that began there vouches that the two belong together.
-            readings.insert(0, self._earlier + text)
-        lines = text.splitlines()
-        return readings + lines if len(lines) > 1 else readings
+    def _read_code(self, text: str) -> tuple[GrantedCode | None, str]:
+        """Return the code, or None and why there is none."""
+        reason = "the terminal has cut it"
+        for reading in () if self._is_cut() else (self._earlier + text, text):
+            try:
+                return self._parse(reading), ""
+            except ValueError as refusal:
+                reason = str(refusal)
+        return None, reason
+
+    def _is_cut(self) -> bool:
+        longest = max(map(len, self._held.splitlines()))
+        is_terminal = self._input is not None and self._input.is_terminal
+        return is_terminal and longest >= MAX_TERMINAL_LINE
+
+    def _has_state_behind(self, text: str, code: str) -> bool:
+        text = "".join((self._earlier + text).split())
+        place = text.find(code)
+        return place >= 0 and self._state in text[place + len(code) :]
 
     def _refuse(self, text: str, reason: str) -> None:
-        assert self._lines is not None
-        _say(f"Not taken: {reason}. Copy the whole code that the page shows.")
-        if self._lines.is_terminal and len(text.rstrip("\r\n")) >= MAX_TERMINAL_LINE:
-            _say(f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more.")
+        assert self._input
+        is_last = self._is_last()
+        say(f"Not taken: {reason}. Copy the whole code that the page shows.")
+        if self._is_cut():
+            say(f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more.")
+        # A state that began here vouches that the next line belongs to it.  The two are
+        # tried first: a state vouches for the second half of a code as well.
+        self._earlier = text if "#" in text or "://" in text else ""
+        self._held, self._is_prompting = b"", False
         self._refusals += 1
-        if not self._lines.is_terminal and self._refusals >= MAX_PIPED_REFUSALS:
+        is_patient = self._input.is_terminal or self._refusals < MAX_PIPED_REFUSALS
+        if is_last or not is_patient:
             self._stop_pasting()
-        self._prompt()
+        else:
+            self._input.request_line()
+
+    def _stop_pasting(self) -> None:
+        assert self._input
+        if self._is_prompting and self._input.is_terminal:
+            say("\nNothing will be pasted, then. Ctrl-C gives up.")
+        self._is_prompting = self._is_over = False
+        self._input.close()
+        self._input = None
 
 
+@hides_locals
 def obtain_code(
-    *,
-    automatic_url: str | None,
-    manual_url: str,
     listener: AuthCodeListener | None,
+    *,
+    url_for: Callable[[str], str],
     state: str,
     manual_redirect_uri: str,
     open_browser: bool | Callable[[str], object],
     paste: bool,
     port: int,
+    problem: str,
     timeout: float,
 ) -> GrantedCode:
     """Have a person sign in; return the code that the browser or a paste brings first.
 
     Args:
         listener: One that was entered, or None if it could not listen.
+        url_for: Returns the authorize URL for a redirect_uri.
         open_browser: Whether to open one; or what opens one, given the address.
         port: The port that was asked for, 0 if none: that alone counts as a way.
+        problem: Why there is no listener, "" if there is one.
 
     Raises:
         LoginDenied: The server answered with an error.
@@ -4102,41 +4175,29 @@ def obtain_code(
         LoginCancelled: Neither a browser nor a paste can bring a code.
     """
 
-    def read(text: str) -> GrantedCode:
+    def parse(text: str) -> GrantedCode:
         return parse_paste(text, state=state, manual_redirect_uri=manual_redirect_uri)
 
+    opener = open_browser if callable(open_browser) else None
+    if open_browser is True:
+        browser = _SystemBrowser()
+        opener = browser if browser.is_there else None
+    automatic_url = url_for(listener.redirect_uri) if listener else ""
     race = _Race(
-        listener,
-        automatic_url=automatic_url,
-        manual_url=manual_url,
-        opener=_opener_for(open_browser),
-        read=read,
-        port=port,
-        timeout=timeout,
+        listener, opener, parse, state=state, port=port, problem=problem, limit=timeout
     )
     try:
-        return race.run(paste=paste)
+        return race.run(automatic_url, url_for(manual_redirect_uri), paste=paste)
     finally:
         race.close()
 
 
-def _opener_for(
-    wanted: bool | Callable[[str], object],
-) -> Callable[[str], object] | None:
-    if callable(wanted):
-        return wanted
-    if not wanted:
-        return None
-    if getattr(sys, "frozen", False) or not sys.executable:
-        import webbrowser  # there is no Python to start: in this process, then
+def say(text: str, end: str = "\n") -> None:
+    """Write a line for people to stderr; a program without stderr has nobody to read.
 
-        return webbrowser.open
-    browser = _SystemBrowser()
-    return browser if browser.commands else None
-
-
-def _say(text: str, *, end: str = "\n") -> None:
-    """Tell the person; a program without stderr tells nobody."""
+    Args:
+        end: What ends the line.
+    """
     try:
         if sys.stderr is not None:
             sys.stderr.write(text + end)
@@ -4145,13 +4206,13 @@ def _say(text: str, *, end: str = "\n") -> None:
         pass
 
 
-def _say_url(url: str | None) -> None:
+def _say_url(url: str) -> None:
     # Clickable by OSC 8; Windows' old console and Linux's own would print its marks.
     known = "WT_SESSION" if sys.platform == "win32" else "TERM"
     takes_links = os.environ.get(known, "dumb") not in ("dumb", "linux")
-    if url and takes_links and _is_terminal(sys.stderr):
+    if takes_links and _is_terminal(sys.stderr):
         url = f"\x1b]8;;{url}\x1b\\{url}\x1b]8;;\x1b\\"
-    _say(url or "")
+    say(url)
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -4162,30 +4223,6 @@ def _is_terminal(stream: Any) -> bool:
 
 
 # -- Refresh ---------------------------------------------------------------------------
-
-# SHIM-BEGIN
-def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]:
-    try:
-        return AuthCodeListener(state, port=port).__enter__(), ""
-    except OSError as error:
-        return None, str(error)
-
-
-_obtain_code = obtain_code
-
-
-def obtain_code(listener: Any, *, url_for: Any, problem: str, manual_redirect_uri: str, **options: Any) -> GrantedCode:  # type: ignore[no-redef]
-    return _obtain_code(
-        automatic_url=url_for(listener.redirect_uri) if listener else None,
-        manual_url=url_for(manual_redirect_uri),
-        listener=listener,
-        manual_redirect_uri=manual_redirect_uri,
-        **options,
-    )
-
-
-AuthCodeListener.close = lambda self: self.__exit__()  # type: ignore[attr-defined]
-# SHIM-END
 
 
 def seconds_left(credentials: Credentials, now: float) -> float:
@@ -4205,21 +4242,13 @@ def required(credentials: Credentials | None) -> Credentials:
     return credentials
 
 
-def have_same_tokens(one: Credentials | None, other: Credentials | None) -> bool:
-    """Tell whether two credentials are the same login at the same moment."""
-    if one is None or other is None:
-        return one is other
-    return (one.access_token, one.refresh_token) == (
-        other.access_token,
-        other.refresh_token,
-    )
+def _tokens(credentials: Credentials | None) -> object:
+    return credentials and (credentials.access_token, credentials.refresh_token)
 
 
-def console_key(credentials: Credentials | None) -> str | None:
+def console_key(credentials: Credentials) -> str | None:
     """Return the API key of a login at the Console, None on the Claude.ai path."""
-    if credentials is None or credentials.is_claude_ai:
-        return None
-    return credentials.api_key
+    return None if credentials.is_claude_ai else credentials.api_key
 
 
 def needs_key(credentials: Credentials) -> bool:
@@ -4230,8 +4259,7 @@ def needs_key(credentials: Credentials) -> bool:
 
 def safe_text(error: BaseException) -> str:
     """Return an error's text if this module wrote it: others may quote a secret."""
-    known = isinstance(error, ClaudeOAuthError)
-    return str(error) if known else type(error).__name__
+    return str(error) if isinstance(error, ClaudeOAuthError) else type(error).__name__
 
 
 def _copy_of(error: _Error) -> _Error:
@@ -4268,13 +4296,12 @@ class SharedNotes(_Value):
     def from_record(cls, record: object) -> SharedNotes:
         """Read the notes; one that is malformed was never made."""
         known: dict[str, Any] = {}
-        for name, value in record.items() if isinstance(record, dict) else ():
-            default = getattr(cls, name, None) if name in cls.__annotations__ else None
-            if isinstance(default, tuple) and isinstance(value, list):
-                known[name] = tuple(str(each) for each in value)
-            elif type(value) is type(default) or (
-                isinstance(default, float) and type(value) is int
-            ):
+        found = record if isinstance(record, dict) else {}
+        for name in cls.__annotations__:
+            default, value = getattr(cls, name), found.get(name)
+            if isinstance(value, list):
+                value = tuple(map(str, value))
+            if isinstance(value, (int, float) if default == 0 else type(default)):
                 known[name] = value
         return cls(**known)
 
@@ -4295,7 +4322,6 @@ class AccountFile:
 
     _ACCOUNT: Final = "oauthAccount"
     _NOTES: Final = "claudeOauthMemory"
-    _OWN: Final = (_ACCOUNT, _NOTES)
 
     def __init__(
         self, path: str | None, config: OAuthConfig, clock: Callable[[], float]
@@ -4338,14 +4364,24 @@ class AccountFile:
     ) -> None:
         """Change the account or the notes; write nothing if nothing changes."""
         before = self._load()
-        record = dict(before)
+        changes: dict[str, object] = {}
         if account is not None:
-            record[self._ACCOUNT] = dict(account)
+            changes[self._ACCOUNT] = dict(account)
         if notes is not None:
-            record[self._NOTES] = notes.to_record()
-        record = {k: v for k, v in record.items() if v or k not in self._OWN}
-        if record != before:
-            self._save(record)
+            changes[self._NOTES] = notes.to_record()
+        kept = {k: v for k, v in before.items() if k not in changes}
+        record = {**kept, **{k: v for k, v in changes.items() if v}}
+        if record == before:
+            return
+        found = self._read()
+        self._unwritten = {}
+        try:
+            if self._path is not None and found is not None:
+                write_private(self._path, dump_json(record).encode(), is_cache=True)
+                return
+        except StorageError:
+            pass
+        self._unwritten, self._unwritten_over = record, found
 
     def start(self, login: Credentials, account: Mapping[str, object]) -> None:
         """Begin anew for a new login."""
@@ -4460,11 +4496,8 @@ class AccountFile:
     def clear(self) -> None:
         """Remove this module's own keys, and the file if nothing else is in it."""
         self._unwritten = {}
-        found = self._read()
-        record = {k: v for k, v in (found or {}).items() if k not in self._OWN}
-        if record:
-            self._save(record)
-        elif self._path is not None and found is not None:
+        self.update(account={}, notes=SharedNotes())
+        if self._path is not None and self._read() == {}:
             try:
                 os.unlink(os.path.realpath(self._path))
             except OSError:
@@ -4474,18 +4507,6 @@ class AccountFile:
         found = self._read()
         unwritten = self._unwritten if found == self._unwritten_over else {}
         return {**(found or {}), **unwritten}
-
-    def _save(self, record: Mapping[str, object]) -> None:
-        found = self._read()
-        if self._path is not None and found is not None:
-            try:
-                data = dump_json(record).encode("ascii")
-                write_private(self._path, data, is_cache=True)
-                self._unwritten = {}
-                return
-            except StorageError:
-                pass
-        self._unwritten, self._unwritten_over = dict(record), found
 
     def _read(self) -> dict[str, object] | None:
         """Return what is in the file, None if that is not for us to replace."""
@@ -4571,14 +4592,14 @@ class StoreView:
                 self._last = (None if self._failure else stamp, found)
         else:
             found = before[1]
-        if pending and have_same_tokens(found, pending.instead_of):
+        if pending and _tokens(found) == _tokens(pending.instead_of):
             return pending.credentials
         return found
 
     def read(self) -> tuple[Credentials | None, Credentials | None]:
         """Return what the store holds now, and the login in force.  Needs the lock."""
         stored = self.storage.load()
-        if self.pending and not have_same_tokens(stored, self.pending.instead_of):
+        if self.pending and _tokens(stored) != _tokens(self.pending.instead_of):
             self.pending = None  # somebody has logged in or out since
         return stored, self.pending.credentials if self.pending else stored
 
@@ -5298,7 +5319,6 @@ class OAuthService:
         finally:
             if listener:
                 listener.finish(page)
-                listener.close()
 
     def _check_before_login(self) -> None:
         """Raise what would make somebody sign in for nothing."""

@@ -2462,6 +2462,46 @@ GOOD_PASTES = {
     "bracketed-paste-of-a-bare-code": f"\x1b[200~{CODE}\x1b[201~\n",
     "quotes-in-bracketed-paste": f'\x1b[200~"{CODE}#{STATE}"\x1b[201~',
     "just-short-enough": f"{CODE}#{STATE}".ljust(4096),
+    "label": f"Code: {CODE}#{STATE}",
+    "label-without-blank": f"Code:{CODE}#{STATE}",
+    "label-of-a-bare-code": f"Authorization code: {CODE}",
+    "prompt-copied-along": f"Paste the code that the page shows (4 min left): {CODE}",
+    "prompt-and-state": f"Paste the code here (4 min left): {CODE}#{STATE}",
+    "words-around": f"Hi, here it is: {CODE}#{STATE} thanks",
+    "full-stop": f"{CODE}#{STATE}.",
+    "full-stop-after-a-bare-code": f"{CODE}.",
+    "in-parentheses": f"({CODE}#{STATE}),",
+    "bold": f"**{CODE}#{STATE}**",
+    "fenced": f"```\n{CODE}#{STATE}\n```",
+    "twice": f"{CODE}#{STATE} {CODE}#{STATE}",
+    "twice-without-blank": f"{CODE}#{STATE}{CODE}#{STATE}",
+    "bare-code-twice": f"{CODE}\n{CODE}\n",
+    "bare-code-twice-without-blank": f"{CODE}{CODE}",
+    "address-twice": f"{MANUAL_URI}?{CALLBACK}{MANUAL_URI}?{CALLBACK}",
+    "mark-encoded": f"{CODE}%23{STATE}",
+    "query-alone": CALLBACK,
+    "query-with-its-mark": f"?{CALLBACK}",
+    "query-for-html": CALLBACK.replace("&", "&amp;"),
+    "query-encoded": urllib.parse.quote(CALLBACK, safe=""),
+    "query-with-the-state-first": f"state={STATE}&code={CODE}",
+    "address-with-the-state-first": f"{MANUAL_URI}?state={STATE}&code={CODE}.",
+    "address-for-html": f"{MANUAL_URI}?{CALLBACK}".replace("&", "&amp;"),
+    "address-encoded": urllib.parse.quote(f"{MANUAL_URI}?{CALLBACK}", safe=""),
+    "address-escaped-for-a-shell": f"{MANUAL_URI}\\?{CALLBACK}".replace("&", "\\&"),
+    "address-in-a-sentence": f"The address is {MANUAL_URI}?{CALLBACK} and thanks",
+    "address-in-markdown": f"[here]({MANUAL_URI}?{CALLBACK})",
+    "address-in-html": f'<a href="{MANUAL_URI}?{CALLBACK}">here</a>',
+    "mail-quote": f"> {CODE}#{STATE[:20]}\n> {STATE[20:]}\n",
+    "mail-quote-of-an-address": f"> {MANUAL_URI}?code={CODE[:9]}\n> {CODE[9:]}"
+    f"&state={STATE}\n",
+    "state-on-its-own-line": f"{CODE}\n#{STATE}",
+    "mark-at-the-line-end": f"{CODE}#\n{STATE}",
+    "two-labels": f"Code: {CODE}\nState: {STATE}",
+    "two-labels-the-state-first": f"State: {STATE}\nCode: {CODE}",
+    "two-parameters-on-two-lines": f"code={CODE}\nstate={STATE}",
+    "json": json.dumps({"code": CODE, "state": STATE}),
+    "the-whole-screen": "https://claude.com/cai/oauth/authorize?code=true"
+    f"&state={STATE}&code_challenge=x\nPaste the code here: {CODE}#{STATE}",
 }
 
 
@@ -2534,6 +2574,24 @@ BAD_PASTES = {
     "sentence": ("where do I find this code", "not a code"),
     "not-ascii": (f"caf\u00e9{CODE}", "not a code"),
     "not-ascii-before-state": (f"caf\u00e9#{STATE}", "not a code"),
+    "longer-state": (f"{CODE}#{STATE}x", "another sign-in"),
+    "label-and-wrong-state": (f"Code: {CODE} State: {CODE}", "another sign-in"),
+    "query-with-wrong-state": (f"code={CODE}&state={CODE}", "state differs"),
+    "query-without-state": (f"code={CODE}&scope=x", "state differs"),
+    "cut-with-a-full-stop": (f"Code: {CODE}#{STATE[:9]}.", "end of the code is miss"),
+    "something-before-the-code": (f"Step 2 {CODE}#{STATE}", "not a code"),
+    "word-after-a-bare-code": (f"{CODE} please", "not a code"),
+    "word-before-a-bare-code": (f"hello {CODE}", "not a code"),
+    "code-cut-behind-its-state": (
+        f"{MANUAL_URI}?state={STATE}&code={CODE[:9]}\n{CODE[9:]}",
+        "in that address is cut",
+    ),
+    "message-of-a-program": ("error: correct-horse-battery-staple", "not a code"),
+    "mail-address": ("first.name.surname@example.com", "not a code"),
+    "path": ("/usr/lib/python3.11/site-packages", "not a code"),
+    "path-of-windows": ("C:\\Users\\person\\claude_oauth.py", "not a code"),
+    "command": ("claude-oauth login --no-browser", "not a code"),
+    "two-long-lines": ("x" * 3000 + "\n" + "x" * 3000, "longer than"),
     "begun-bracketed-paste": (f"\x1b[200~{CODE[:20]}\n", "not a code"),
 }
 
@@ -2565,44 +2623,12 @@ def test_a_granted_code_is_silent_about_the_code():
     assert CODE not in repr(claude_oauth.GrantedCode(CODE, MANUAL_URI))
 
 
-HEAD = b"GET /callback?a=b HTTP/1.1\r\nHost: localhost:49152\r\n\r\n"
-BAD_HEADS = {
-    "post": (HEAD.replace(b"GET", b"POST"), 405),
-    "head": (HEAD.replace(b"GET", b"HEAD"), 405),
-    "unheard-of-method": (HEAD.replace(b"GET", b"BREW"), 405),
-    "no-version": (HEAD.replace(b" HTTP/1.1", b""), 400),
-    "http-2": (HEAD.replace(b"HTTP/1.1", b"HTTP/2.0"), 400),
-    "blank-in-target": (HEAD.replace(b"a=b", b"a b"), 400),
-    "control-character-in-target": (HEAD.replace(b"a=b", b"a\x00b"), 400),
-    "no-host": (b"GET /callback HTTP/1.1\r\n\r\n", 400),
-    "two-hosts": (HEAD.replace(b"\r\n\r\n", b"\r\nHost: localhost:49152\r\n\r\n"), 400),
-    "foreign-host": (HEAD.replace(b"localhost", b"evil.example"), 421),
-    "host-that-begins-alike": (HEAD.replace(b"localhost", b"localhost.evil"), 421),
-    "other-port": (HEAD.replace(b"49152", b"49153"), 421),
-    "host-without-port": (HEAD.replace(b":49152", b""), 421),
-    "empty-host": (HEAD.replace(b"localhost:49152", b""), 421),
-    "nothing": (b"\r\n\r\n", 400),
-}
-
-
-@pytest.mark.parametrize(("head", "status"), BAD_HEADS.values(), ids=BAD_HEADS)
-def test_a_request_that_no_browser_of_ours_sends_is_refused(head, status):
-    assert claude_oauth.parse_request_head(head, port=49152) == (status, "")
-
-
-@pytest.mark.parametrize("host", [b"localhost", b"127.0.0.1", b"[::1]", b"LocalHost"])
-def test_a_request_to_any_of_our_names_gives_its_target(host):
-    head = HEAD.replace(b"localhost", host)
-
-    assert claude_oauth.parse_request_head(head, port=49152) == (200, "/callback?a=b")
-
-
 PAGES = {
     "success": claude_oauth.success_page("person@example.com"),
     "success-without-name": claude_oauth.success_page(None),
     "failure": claude_oauth.failure_page("the server did not answer; try again later"),
     "denied": claude_oauth.denied_page(),
-    "stray": claude_oauth.stray_page(),
+    "stray": claude_oauth.stray_page("nothing is at this address"),
 }
 
 
@@ -2625,26 +2651,6 @@ def test_the_failure_page_says_what_happened_without_markup_or_token():
 
     assert "Refused: &lt;script&gt; sk-ant-" in page
     assert "abcdefgh" not in page and "<script>" not in page
-
-
-def test_the_style_of_a_page_is_the_one_that_its_headers_allow():
-    answer = claude_oauth.http_answer(200, PAGES["success"]).decode()
-    style = re.search("<style>(.*)</style>", answer, re.DOTALL)[1]
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-
-    assert f"style-src 'sha256-{digest}'" in answer
-
-
-@pytest.mark.parametrize("status", [200, 303, 400, 404, 405, 421, 431])
-def test_no_answer_is_stored_sniffed_framed_or_has_a_banner(status):
-    answer = claude_oauth.http_answer(status, "", location="/x")
-    head = answer.partition(b"\r\n\r\n")[0]
-
-    assert b"Cache-Control: no-store\r\n" in head
-    assert b"X-Content-Type-Options: nosniff\r\n" in head
-    assert b"Referrer-Policy: no-referrer\r\n" in head
-    assert b"default-src 'none'" in head and b"frame-ancestors 'none'" in head
-    assert b"Server" not in head and b"ython" not in head
 
 
 REASONS = {
@@ -2727,37 +2733,6 @@ def test_a_long_error_of_a_callback_is_cut():
     assert caught.value.code == "e" * 63 + "…"
 
 
-def test_an_answer_to_the_browser_says_no_more_than_it_must():
-    head, _, body = claude_oauth.http_answer(404).partition(b"\r\n\r\n")
-    status, *lines = head.decode("ascii").split("\r\n")
-    headers = dict(line.split(": ", 1) for line in lines)
-    policy = headers.pop("Content-Security-Policy").split("; ")
-    assert (status, body) == ("HTTP/1.1 404 Not Found", b"")
-    assert headers == {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Length": "0",
-        "Cache-Control": "no-store",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-        "Connection": "close",
-    }
-    assert policy[0] == "default-src 'none'"
-    assert policy[2:] == [
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
-
-
-def test_a_refused_method_is_told_which_one_is_allowed():
-    assert b"\r\nAllow: GET\r\n" in claude_oauth.http_answer(405)
-
-
-def test_a_page_that_is_no_text_is_answered_all_the_same():
-    assert claude_oauth.http_answer(200, "\ud800").endswith(b"\r\n\r\n?")
-
-
 WORDS_OF_PAGES = {
     "success": (
         lambda: claude_oauth.success_page("Ada"),
@@ -2780,9 +2755,10 @@ WORDS_OF_PAGES = {
         "Nothing was stored.\nIf that was a mistake, close this window and try again.",
     ),
     "stray": (
-        lambda: claude_oauth.stray_page(),
+        lambda: claude_oauth.stray_page("it is so"),
         ("failure", "Nothing to see here"),
-        "A sign-in is waiting here for something else.\nGo back to the terminal, and "
+        "A sign-in is waiting here for something else: it is so.\nGo back to the "
+        "terminal, and "
         "open the address that it shows.",
     ),
 }
@@ -4275,15 +4251,6 @@ DAMAGED = {
     "token-is-a-number": record(accessToken=5),
     "token-with-a-line-break": record(accessToken="a\nb"),
     "refresh-token-is-a-list": record(refreshToken=["x"]),
-    "expiry-is-text": record(expiresAt="soon"),
-    "expiry-is-true": record(expiresAt=True),
-    "expiry-is-not-a-number": record(expiresAt=float("nan")),
-    "expiry-is-infinite": record(expiresAt=float("inf")),
-    "expiry-is-negative": record(expiresAt=-1),
-    "expiry-is-not-a-time": record(expiresAt=10**30),
-    "scopes-are-text": record(scopes="user:profile"),
-    "scope-is-a-number": record(scopes=[1]),
-    "client-id-is-a-number": record(clientId=1),
     "key-with-a-line-break": record()[:-1] + b', "consoleApiKey": "sk-ant-api03-a\\n"}',
 }
 
@@ -6669,7 +6636,7 @@ def test_a_broken_package_is_told_by_its_own_error(
 # What an error tracker records
 
 
-def frames_of(error):
+def module_frames_of(error):
     """What the frames of the module hold below the call that raised, as text."""
     found, todo = [], [error]
     while todo:
@@ -6715,7 +6682,7 @@ def test_no_frame_of_a_failed_call_holds_a_token(folder, keychain, backend, make
     store = make(folder, keychain)[-1]
     with pytest.raises(claude_oauth.StorageError) as caught:
         store.load(), store.save(credentials_of_size(300))
-    assert not secrets_in(frames_of(caught.value) + chain_text(caught.value))
+    assert not secrets_in(module_frames_of(caught.value) + chain_text(caught.value))
 
 
 def test_no_frame_of_a_wrong_passphrase_holds_it(encrypted, passphrase_file):
@@ -6723,7 +6690,7 @@ def test_no_frame_of_a_wrong_passphrase_holds_it(encrypted, passphrase_file):
     store = claude_oauth.make_storage("file")
     with pytest.raises(claude_oauth.StorageError) as caught:
         store.load()
-    assert "barley" not in frames_of(caught.value) + chain_text(caught.value)
+    assert "barley" not in module_frames_of(caught.value) + chain_text(caught.value)
 
 
 # Encryption
@@ -7167,7 +7134,8 @@ STRAY_REQUESTS = {
     "other-path": (f"GET /other?{CALLBACK}", 404),
     "longer-path": (f"GET /callback/?{CALLBACK}", 404),
     "page-before-its-time": ("GET /done/", 404),
-    "whole-address": (f"GET http://localhost/callback?{CALLBACK}", 404),
+    "whole-address-without-port": (f"GET http://localhost/callback?{CALLBACK}", 404),
+    "whole-address-elsewhere": (f"GET http://evil.example/callback?{CALLBACK}", 404),
     "head": (f"HEAD /callback?{CALLBACK}", 405),
     "post": (f"POST /callback?{CALLBACK}", 405),
     "options": (f"OPTIONS /callback?{CALLBACK}", 405),
@@ -7188,6 +7156,111 @@ def test_a_stray_request_is_answered_and_changes_nothing(
     assert not listener.arrived.is_set()
 
 
+REASONS_ON_PAGES = {
+    "another-path": ("/other", None, "nothing is at this address"),
+    "wrong-state": ("/callback?code=x&state=y", None, "its state differs"),
+    "parameter-twice": ("/callback?a=1&a=2", None, "a parameter twice"),
+    "no-code": (f"/callback?state={STATE}", None, "has no code"),
+    "foreign-host": ("/callback", "evil.example", "for another host or port"),
+    "host-that-begins-alike": ("/callback", "localhost.evil", "for another host"),
+    "host-without-port": ("/callback", "localhost", "for another host or port"),
+    "other-port": ("/callback", "localhost:1", "for another host or port"),
+    "two-hosts": ("/callback", "localhost\r\nHost: localhost", "no browser"),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "reason"), REASONS_ON_PAGES.values(), ids=REASONS_ON_PAGES
+)
+def test_a_page_that_refuses_says_why(listener, target, host, reason):
+    answer = tell(listener, head_for(listener, target, host=host)).decode()
+
+    text = html.unescape(re.search("<p>(.*?)</p>", answer, re.DOTALL)[1])
+    assert reason in text
+
+
+@pytest.mark.parametrize("method", ["HEAD", "POST", "BREW"])
+def test_another_method_is_told_which_one_is_allowed(listener, method):
+    answer = tell(listener, head_for(listener, f"/callback?{CALLBACK}", method))
+    head, _, body = answer.partition(b"\r\n\r\n")
+
+    assert status_of(answer) == 405 and b"\r\nAllow: GET" in head
+    assert (b"only GET is answered" in body) == (method != "HEAD")
+
+
+@pytest.mark.parametrize("target", ["/", "/callback", f"/callback?{CALLBACK}"])
+def test_no_answer_is_stored_sniffed_framed_or_has_a_banner(listener, target):
+    finishing = threading.Thread(target=listener.finish, args=(PAGES["success"],))
+    with connect(listener) as sock:
+        sock.sendall(head_for(listener, target))
+        if CALLBACK in target:
+            listener.wait(LIMIT)
+            finishing.start()
+            finishing.join(LIMIT)
+        answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+
+    head, _, body = answer.partition("\r\n\r\n")
+    headers = dict(line.split(": ", 1) for line in head.split("\r\n")[1:])
+    policy = headers.pop("Content-Security-Policy").split("; ")
+    assert headers.pop("Location", "/done/").startswith("/done/")
+    assert headers == {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Length": str(len(body.encode())),
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Connection": "close",
+    }
+    assert policy[0] == "default-src 'none'" and policy[2:] == [
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+
+
+def test_the_style_of_a_page_is_the_one_that_its_headers_allow(listener):
+    answer = tell(listener, head_for(listener)).decode()
+    style = re.search("<style>(.*)</style>", answer, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+
+    assert f"style-src 'sha256-{digest}'" in answer
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "LocalHost"])
+@pytest.mark.parametrize("form", ["", "http://{}"], ids=["path", "whole-address"])
+def test_a_callback_to_any_of_our_names_is_taken(listener, host, form):
+    host = f"{host}:{listener.port}"
+    target = f"{form.format(host)}/callback?{CALLBACK}"
+    with connect(listener) as sock:
+        sock.sendall(head_for(listener, target, host=host))
+
+        assert listener.wait(LIMIT) == CODE
+
+
+@pytest.mark.parametrize("target", ["", "http://localhost"], ids=["path", "whole"])
+def test_on_port_80_a_host_needs_no_port(target):
+    listener, problem = claude_oauth.start_listener(STATE, 80)
+    if not listener:
+        pytest.skip(problem)
+    with contextlib.closing(listener), connect(listener) as sock:
+        head = head_for(listener, f"{target}/callback?{CALLBACK}", host="localhost")
+        sock.sendall(head)
+
+        assert listener.wait(LIMIT) == CODE
+
+
+@pytest.mark.parametrize("size", [16_384, 30_000, 64_000])
+@pytest.mark.parametrize("cookies", [1, 8])
+def test_the_cookies_of_other_servers_do_no_harm(listener, size, cookies):
+    cookie = b"Cookie: a=%b\r\n" % (b"x" * (size // cookies))
+    head = head_for(listener, f"/callback?{CALLBACK}")[:-2] + cookie * cookies
+    with connect(listener) as sock:
+        sock.sendall(head + b"\r\n")
+
+        assert listener.wait(LIMIT) == CODE
+
+
 HOSTILE_BYTES = {
     "foreign-host": b"GET /callback?%b HTTP/1.1\r\nHost: evil.example\r\n\r\n"
     % CALLBACK.encode(),
@@ -7199,6 +7272,9 @@ HOSTILE_BYTES = {
     "long-header": b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000,
     "many-headers": b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000,
     "long-line": b"GET /" + b"a" * 100_000,
+    "no-version": b"GET /callback?%b\r\n\r\n" % CALLBACK.encode(),
+    "http-2": b"GET / HTTP/2.0\r\n\r\n",
+    "blank-in-target": b"GET /call back HTTP/1.1\r\n\r\n",
     "big-body": b"POST /callback HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n"
     + b"x" * 1_000_000,
 }
@@ -7206,7 +7282,7 @@ HOSTILE_BYTES = {
 
 @pytest.mark.parametrize("data", HOSTILE_BYTES.values(), ids=HOSTILE_BYTES)
 def test_hostile_bytes_get_a_refusal_or_a_closed_connection(listener, data):
-    assert status_of(tell(listener, data)) in (None, 400, 405, 421, 431)
+    assert status_of(tell(listener, data)) in (None, 400, 405, 421, 431, 505)
     assert not listener.arrived.is_set()
 
 
@@ -7417,15 +7493,45 @@ with claude_oauth.AuthCodeListener("s" * 43) as listener:
         except OSError:
             print("no", host)
 """
+NETWORKS = {
+    "both": (":", "127.0.0.1\n::1\n"),
+    "without-ipv6": (
+        "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6",
+        "127.0.0.1\nno ::1\n",
+    ),
+    "without-ipv4": ("ip address del 127.0.0.1/8 dev lo", "no 127.0.0.1\n::1\n"),
+}
 
 
-@pytest.mark.parametrize("lacks", ["0", "1"], ids=["with-ipv6", "without-ipv6"])
-def test_the_listener_is_on_every_loopback_address_that_there_is(bwrap, lacks):
-    script = f'echo {lacks} >/proc/sys/net/ipv6/conf/all/disable_ipv6; exec "$@"'
+@pytest.mark.parametrize(("change", "served"), NETWORKS.values(), ids=NETWORKS)
+def test_the_listener_is_on_every_loopback_address_that_there_is(
+    bwrap, change, served
+):
     network = [bwrap, "--dev-bind", "/", "/", "--unshare-net", "--cap-add", "ALL"]
+    script = f'{change}; exec "$@"'
     done = run_python(LISTEN, under=[*network, "sh", "-c", script, "sh"])
-    assert done.stdout.split("\n")[0] == "127.0.0.1", done
-    assert done.stdout.split("\n")[1] == ("no ::1" if lacks == "1" else "::1")
+
+    assert done.stdout == served, done
+
+
+def test_a_port_that_is_taken_is_named_with_the_reason(listener):
+    found, problem = claude_oauth.start_listener(STATE, listener.port)
+
+    assert found is None
+    assert problem == f"port {listener.port} cannot be used (address already in use)"
+
+
+ONE_PORT_TOO_LOW = """
+import claude_oauth
+print(claude_oauth.start_listener("s" * 43, 79))
+"""
+
+
+def test_a_port_that_is_forbidden_is_named_with_the_reason(bwrap):
+    network = [bwrap, "--dev-bind", "/", "/", "--unshare-net", "--cap-drop", "ALL"]
+    done = run_python(ONE_PORT_TOO_LOW, under=network)
+
+    assert done.stdout == "(None, 'port 79 cannot be used (permission denied)')\n", done
 
 
 # -- Sign-in: the browser --------------------------------------------------------------
@@ -7460,11 +7566,17 @@ class World:
         return calls.read_text().split("\n")[:-1] if calls.exists() else []
 
 
+def url_for(redirect_uri):
+    """The address to open: here it only says which redirect it is for."""
+    name = "manual" if redirect_uri == MANUAL_URI else "auto"
+    return f"https://{name}.example/?a=1&b=2"
+
+
 def race(listener=None, **changes):
     """`obtain_code`, as a program calls it that changes nothing."""
     options = {
-        "automatic_url": "https://auto.example/?a=1&b=2",
-        "manual_url": "https://manual.example/?a=1&b=2",
+        "url_for": url_for,
+        "problem": "",
         "state": STATE,
         "manual_redirect_uri": MANUAL_URI,
         "open_browser": False,
@@ -7642,11 +7754,125 @@ def test_a_browser_that_fails_and_no_paste_is_a_cancelled_login(listener, opener
         race(listener, open_browser=opener)
 
 
-def test_a_program_that_is_no_python_opens_the_browser_itself(monkeypatch, listener):
-    monkeypatch.setattr(sys, "executable", "")
-    monkeypatch.setattr("webbrowser.open", lambda url: bring_code(listener))
+NO_PYTHONS = {
+    "frozen": ("frozen", True),
+    "no-executable": ("executable", ""),
+    "unknown-executable": ("executable", None),
+    "embedded": ("executable", "qgis"),
+}
+
+
+@pytest.fixture(params=NO_PYTHONS.values(), ids=NO_PYTHONS)
+def no_python(request, world, monkeypatch):
+    """A program without a Python to start; started again, it would note that."""
+    name, value = request.param
+    program = world.add("qgis")
+    executable = program if value in (True, "qgis") else value
+    monkeypatch.setattr(sys, "executable", executable)
+    if name == "frozen":
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+
+
+def test_a_program_that_is_no_python_is_not_started_again(
+    no_python, world, listener, capfd
+):
+    callback = f"{listener.redirect_uri}?{CALLBACK}"
+    python = shlex.quote(os.path.realpath("/proc/self/exe"))
+    started = f"exec {shlex.quote(sys.executable or '')}"
+    visiting = visit(callback).replace(started, python)
+    world.setenv("BROWSER", world.add("browser", f"echo noise\n{visiting}"))
 
     assert race(listener, open_browser=True).code == CODE
+    assert world.calls == ["browser https://auto.example/?a=1&b=2"]
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a screen is differs")
+@pytest.mark.parametrize("setting", SILENT_WORLDS.values(), ids=SILENT_WORLDS)
+def test_a_program_that_is_no_python_starts_no_browser_either_that_is_not_seen(
+    no_python, world, listener, setting
+):
+    for name in "lynx w3m elinks links links2 www-browser xdg-open xterm".split():
+        world.add(name)
+    for name, value in setting.items():
+        world.setenv(name, value)
+
+    with pytest.raises(claude_oauth.LoginCancelled, match="no browser"):
+        race(listener, open_browser=True)
+    assert world.calls == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other openers")
+def test_a_program_that_is_no_python_asks_the_desktop(no_python, world, listener):
+    world.setenv("DISPLAY", ":99")
+    world.add("xdg-open", "exit 1")
+
+    with pytest.raises(claude_oauth.LoginCancelled, match="no browser"):
+        race(listener, open_browser=True)
+    assert world.calls == ["xdg-open https://auto.example/?a=1&b=2"]
+
+
+@pytest.mark.parametrize("original", ["/usr/lib/mine", None], ids=["set", "unset"])
+def test_a_frozen_programs_libraries_are_not_for_the_browser(
+    world, listener, monkeypatch, original
+):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    world.setenv("LD_LIBRARY_PATH", "/tmp/_MEI123")
+    if original:
+        world.setenv("LD_LIBRARY_PATH_ORIG", original)
+    note = shlex.quote(str(world.folder / "path"))
+    browser = world.add("browser", f'echo "$LD_LIBRARY_PATH" > {note}; exit 1')
+    world.setenv("BROWSER", browser)
+
+    with pytest.raises(claude_oauth.LoginCancelled):
+        race(listener, open_browser=True)
+    assert (world.folder / "path").read_text().strip() == (original or "")
+
+
+def test_a_command_with_a_place_for_the_address_works_without_a_python(
+    no_python, world, listener
+):
+    world.setenv("BROWSER", f"{world.add('browser', 'exit 1')} '--new tab' %s --last")
+
+    with pytest.raises(claude_oauth.LoginCancelled):
+        race(listener, open_browser=True)
+    assert world.calls == ["browser --new tab https://auto.example/?a=1&b=2 --last"]
+
+
+def refuse_to_start(*args, **options):
+    raise RuntimeError("can't start new thread")
+
+
+def test_where_no_thread_can_be_started_the_login_goes_on_by_paste(
+    stdin_pipe, monkeypatch, capsys
+):
+    monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
+    listener, problem = claude_oauth.start_listener(STATE, 0)
+    stdin_pipe.write(f"{CODE}#{STATE}\n".encode())
+
+    assert listener is None
+    assert race(None, problem=problem, paste=True, open_browser=print).code == CODE
+    assert "no thread can be started" in capsys.readouterr().err
+
+
+def test_where_no_thread_can_be_started_an_object_is_read_all_the_same(monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"help\n{CODE}#{STATE}\nmine\n"))
+
+    assert race(paste=True).code == CODE
+    assert sys.stdin.readline() == "mine\n"
+
+
+def test_without_a_port_and_a_paste_the_error_says_why(capsys):
+    with pytest.raises(claude_oauth.LoginCancelled, match="port 80 cannot be used"):
+        race(None, problem="port 80 cannot be used (permission denied)", port=80)
+
+
+def test_a_port_that_cannot_be_used_is_said_beside_the_prompt(stdin_pipe, capsys):
+    stdin_pipe.write(f"{CODE}#{STATE}\n".encode())
+
+    race(None, problem="port 80 cannot be used (in use)", port=80, paste=True)
+    assert "Port 80 cannot be used (in use)" in capsys.readouterr().err
 
 
 def test_a_listener_without_a_browser_is_no_way(listener, capsys):
@@ -7674,6 +7900,27 @@ def test_a_port_that_was_asked_for_is_shown_beside_the_prompt(
     shown = capsys.readouterr().err
     assert "\nhttps://auto.example/?a=1&b=2\n" in shown
     assert "\nhttps://manual.example/?a=1&b=2\n" in shown
+
+
+WAYS_TO_FAIL = {
+    "cancelled": {"paste": False},
+    "too-late": {"port": 1, "timeout": 0.05},
+    "denied": {"open_browser": lambda url: None, "port": 1},
+}
+
+
+@pytest.mark.parametrize("options", WAYS_TO_FAIL.values(), ids=WAYS_TO_FAIL)
+def test_no_frame_below_the_call_holds_the_state(listener, options):
+    with connect(listener) as sock:
+        if "open_browser" in options:
+            target = f"/callback?error=access_denied&state={STATE}"
+            sock.sendall(head_for(listener, target))
+        with pytest.raises(claude_oauth.LoginError) as caught:
+            race(listener, **options)
+
+    frames = [e.frame for e in caught.traceback if Path(e.path) == MODULE]
+    assert len(frames) > 1
+    assert not [f for f in frames[1:] if STATE in repr(f.f_locals)]
 
 
 def test_nobody_is_waited_for_longer_than_the_limit(listener):
@@ -7742,7 +7989,6 @@ def test_a_pipe_that_never_ends_its_nonsense_is_given_up(stdin_pipe, capsys):
     assert refusals == claude_oauth.MAX_PIPED_REFUSALS
 
 
-@pytest.mark.posix("a pipe of Windows holds less than is written to it here")
 def test_a_line_that_never_ends_is_refused(stdin_pipe, capsys):
     stdin_pipe.write(b"x" * 20_000)
     stdin_pipe.close()
@@ -7761,6 +8007,13 @@ def test_the_browser_wins_while_the_prompt_waits_for_a_pipe(listener, stdin_pipe
 
     assert granted.redirect_uri == listener.redirect_uri
     assert sys.stdin.readline() == "mine\n"
+
+
+class NoFrontEnd(io.StringIO):
+    """Raises what a notebook's `input` does without a front end."""
+
+    def readline(self):
+        raise NotImplementedError("raw_input was called, but there is no front end")
 
 
 class Unreadable(io.StringIO):
@@ -7786,6 +8039,7 @@ USELESS_STDINS = {
     "closed": closed,
     "empty": io.StringIO,
     "unreadable": Unreadable,
+    "without-front-end": NoFrontEnd,
     "closed-beneath": Gone,
     "no-file-at-all": lambda: open(os.devnull),
 }
@@ -7832,6 +8086,18 @@ def test_an_input_of_the_programs_own_is_asked(monkeypatch):
     assert race(paste=True).code == CODE
 
 
+def test_a_notebook_without_a_front_end_has_nothing_to_paste_from(
+    monkeypatch, listener, capsys
+):
+    def ask():
+        raise NotImplementedError("raw_input was called, but there is no front end")
+
+    monkeypatch.setattr("builtins.input", ask)
+    with pytest.raises(claude_oauth.LoginCancelled, match="nothing can be pasted"):
+        race(listener, paste=True)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("stderr", [lambda: None, closed], ids=["none", "closed"])
 def test_a_program_without_stderr_can_sign_in(monkeypatch, stdin_pipe, stderr):
     monkeypatch.setattr(sys, "stderr", stderr())
@@ -7857,9 +8123,9 @@ with c.AuthCodeListener(state) as listener:
     print("listening on", listener.redirect_uri)
     try:
         granted = c.obtain_code(
-            automatic_url="https://auto.example/",
-            manual_url="https://manual.example/" + "long" * 150,
-            listener=listener,
+            listener,
+            url_for=lambda uri: "https://manual.example/" + "long" * 150,
+            problem="",
             state=state,
             manual_redirect_uri=manual_uri,
             open_browser=lambda url: None if os.environ.get("BROWSER") else False,
@@ -7917,7 +8183,6 @@ TERMINAL_PASTES = {
     "bracketed": f"\x1b[200~{CODE}#{STATE}\x1b[201~\r",
     "broken-in-one-write": f"{CODE}#{STATE[:20]}\n{STATE[20:]}\n",
     "bare-and-broken-in-one-write": f"{CODE[:20]}\n{CODE[20:]}\n",
-    "two-lines-the-first-is-it": f"{CODE}#{STATE}\nhelp\n",
     "corrected": f"help\x15{CODE}#{STATE}\r",
     "ended-without-a-line-end": f"{CODE}#{STATE}\x04\x04",
 }
@@ -7927,6 +8192,30 @@ TERMINAL_PASTES = {
 def test_in_a_terminal_one_write_is_one_paste(host_program, typed):
     child = host_program()
     child.send(typed)
+    child.expect_exact(f"granted True {MANUAL_URI}")
+    finish(child)
+
+
+def test_what_follows_a_code_with_its_state_is_the_programs(host_program):
+    child = host_program()
+    child.send(f"{CODE}#{STATE}\nmine\n")
+    child.expect_exact(f"granted True {MANUAL_URI}")
+    child.expect_exact("next line 'mine'")
+
+
+LONG_PASTES = {
+    "one-line-that-the-terminal-cuts": "x" * 5000,
+    "two-lines": "x" * 3000 + "\n" + "x" * 3000,
+}
+
+
+@pytest.mark.parametrize("text", LONG_PASTES.values(), ids=LONG_PASTES)
+def test_a_paste_that_is_too_long_is_refused_whole(host_program, text):
+    child = host_program()
+    child.sendline(text)
+    child.expect("Not taken: (the terminal has cut it|that is longer)")
+    child.expect_exact("Paste the code")
+    child.sendline(f"{CODE}#{STATE}")
     child.expect_exact(f"granted True {MANUAL_URI}")
     finish(child)
 
@@ -8012,6 +8301,45 @@ def test_a_login_that_was_stopped_by_ctrl_z_goes_on_after_fg(tmp_path):
     shell.expect_exact("mode kept True")
     shell.sendline("mine")
     shell.expect_exact("next line 'mine'")
+    shell.close(force=True)
+
+
+@pytest.mark.parametrize("ends", ["by-browser", "by-paste-after-fg"])
+def test_a_login_in_the_background_of_a_shell_is_not_stopped(tmp_path, ends):
+    pexpect = pytest.importorskip("pexpect")
+    program = tmp_path / "host_program.py"
+    program.write_text(HOST_PROGRAM.replace("repr(input())", "'not read'"))
+    shell = pexpect.spawn(
+        "bash",
+        ["--norc", "--noprofile", "-i"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(MODULE.parent),
+            "TERM": "dumb",
+            "BROWSER": "x",
+        },
+        encoding="utf-8",
+        timeout=LIMIT,
+        dimensions=(40, 2000),
+    )
+    command = [sys.executable, str(program), CODE, STATE, MANUAL_URI, str(LIMIT)]
+    shell.sendline(shlex.join(command) + " &")
+    shell.expect(r"listening on (\S+)\r\n")
+    redirect_uri = shell.match[1]
+    shell.sendline("echo typed by the $((40 + 2))nd person")
+    shell.expect_exact("typed by the 42nd person")
+    shell.sendline("jobs")
+    shell.expect("Running|Stopped")
+    assert shell.after == "Running"
+    if ends == "by-browser":
+        requests.get(f"{redirect_uri}?{CALLBACK}", timeout=LIMIT)
+        shell.expect_exact(f"granted True {redirect_uri}")
+    else:
+        shell.sendline("fg")
+        shell.expect_exact("Paste the code")
+        shell.sendline(f"{CODE}#{STATE}")
+        shell.expect_exact(f"granted True {MANUAL_URI}")
+    shell.expect_exact("next line")
     shell.close(force=True)
 
 
@@ -10027,7 +10355,6 @@ def check_the_round(kept, ends, ended):
 def check_the_end(kept):
     """After one more bad moment and one more refresh nothing is left of the chaos."""
     kept.server.TROUBLES = [None]
-    make_old(kept.path.parent)
     kept.account.unlink()
     kept.service().refresh()
     assert kept.is_alive()
