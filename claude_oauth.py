@@ -8,11 +8,9 @@
 # ///
 """Sign a program in to Claude, and never let that login lapse.
 
-    python claude_oauth.py login            a person signs in, by browser or by paste
-    python claude_oauth.py token            a token that works, for scripts
-
-    service = claude_oauth.OAuthService()
-    requests.get(url, auth=claude_oauth.BearerAuth(service))
+    python claude_oauth.py login        a person signs in, by browser or by paste
+    python claude_oauth.py token        a token that works, for scripts
+    requests.get(url, auth=BearerAuth(OAuthService()))        the same, for programs
 
 Copy this file into your tree, unchanged; it needs `requests`, and that only when it
 talks to a server.  Every section uses only the sections above it:
@@ -59,8 +57,8 @@ import sys
 import time
 import types
 
-# Importing this module must cost next to nothing, because `token` stands in shell
-# loops: what is slow to import is imported where it is needed, and `typing` never is.
+# `token` stands in shell loops, so importing must cost next to nothing: what is slow to
+# import is imported where it is needed, and `typing` never is.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -68,24 +66,10 @@ if TYPE_CHECKING:
     import socket
     import subprocess
     import threading
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from types import FrameType
-    from typing import (
-        Any,
-        Callable,
-        ClassVar,
-        ContextManager,
-        Final,
-        Generator,
-        Iterable,
-        Iterator,
-        Mapping,
-        NoReturn,
-        Protocol,
-        Sequence,
-        TextIO,
-        TypeVar,
-    )
+    from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
 
     import requests
     from typing_extensions import Self, dataclass_transform
@@ -100,54 +84,17 @@ else:
 
 
 __all__ = [
-    "ALLOWED_SCOPE_EXPANSIONS",
-    "ALL_SCOPES",
-    "AuthCodeListener",
-    "BadAnswer",
-    "BearerAuth",
-    "CLAUDE_AI_SCOPES",
-    "CONSOLE_SCOPES",
-    "ClaudeOAuthError",
-    "ConfigError",
-    "Credentials",
-    "DPAPICipher",
-    "FernetCipher",
-    "FileStorage",
-    "KeychainStorage",
-    "KeyringStorage",
-    "LoginCancelled",
-    "LoginDenied",
-    "LoginError",
-    "LoginTimeout",
-    "MemoryStorage",
-    "NotLoggedIn",
-    "OAuthClient",
-    "OAuthConfig",
-    "OAuthService",
-    "Profile",
-    "REFRESH_BUFFER",
-    "SCOPE_ORG_CREATE_API_KEY",
-    "SCOPE_USER_FILE_UPLOAD",
-    "SCOPE_USER_INFERENCE",
-    "SCOPE_USER_MCP_SERVERS",
-    "SCOPE_USER_PROFILE",
-    "SCOPE_USER_SESSIONS_CLAUDE_CODE",
-    "SECURITY",
-    "SUBSCRIPTION_TYPES",
-    "Sandbox",
-    "Storage",
-    "StorageCorrupt",
-    "StorageError",
-    "StorageLocked",
-    "TokenRefused",
-    "Unavailable",
-    "code_challenge",
-    "default_storage",
-    "generate_code_verifier",
-    "generate_state",
-    "main",
-    "make_parser",
-    "merge_record",
+    "ALLOWED_SCOPE_EXPANSIONS", "ALL_SCOPES", "AuthCodeListener", "BadAnswer",
+    "BearerAuth", "CLAUDE_AI_SCOPES", "CONSOLE_SCOPES", "ClaudeOAuthError",
+    "ConfigError", "Credentials", "DPAPICipher", "FernetCipher", "FileStorage",
+    "KeychainStorage", "KeyringStorage", "LoginCancelled", "LoginDenied", "LoginError",
+    "LoginTimeout", "MemoryStorage", "NotLoggedIn", "OAuthClient", "OAuthConfig",
+    "OAuthService", "Profile", "REFRESH_BUFFER", "SCOPE_ORG_CREATE_API_KEY",
+    "SCOPE_USER_FILE_UPLOAD", "SCOPE_USER_INFERENCE", "SCOPE_USER_MCP_SERVERS",
+    "SCOPE_USER_PROFILE", "SCOPE_USER_SESSIONS_CLAUDE_CODE", "SECURITY",
+    "SUBSCRIPTION_TYPES", "Sandbox", "Storage", "StorageCorrupt", "StorageError",
+    "StorageLocked", "TokenRefused", "Unavailable", "code_challenge", "default_storage",
+    "generate_code_verifier", "generate_state", "main", "make_parser", "merge_record",
 ]
 
 __version__ = "0.2.0"
@@ -179,24 +126,22 @@ SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
 SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
-CLAUDE_AI_SCOPES: Final = (
-    SCOPE_USER_PROFILE,
-    SCOPE_USER_INFERENCE,
-    SCOPE_USER_SESSIONS_CLAUDE_CODE,
-    SCOPE_USER_MCP_SERVERS,
-    SCOPE_USER_FILE_UPLOAD,
-)
-CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
-
-ALL_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, *CLAUDE_AI_SCOPES)
-"""What both paths ask for; the server grants those that fit the account."""
-
 ALLOWED_SCOPE_EXPANSIONS: Final = (
     SCOPE_USER_SESSIONS_CLAUDE_CODE,
     SCOPE_USER_MCP_SERVERS,
     SCOPE_USER_FILE_UPLOAD,
 )
 """Scopes that a refresh may add to an older login, without a new login."""
+
+CLAUDE_AI_SCOPES: Final = (
+    SCOPE_USER_PROFILE,
+    SCOPE_USER_INFERENCE,
+    *ALLOWED_SCOPE_EXPANSIONS,
+)
+CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
+
+ALL_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, *CLAUDE_AI_SCOPES)
+"""What both paths ask for; the server grants those that fit the account."""
 
 SUBSCRIPTION_TYPES: Final = {
     "claude_max": "max",
@@ -398,9 +343,8 @@ def hides_locals(subject: _T) -> _T:
                 continue
             if isinstance(member, types.FunctionType):
                 setattr(function, name, hides_locals(member))
-            elif isinstance(member, (classmethod, staticmethod)):
-                guarded = hides_locals(member.__func__)
-                setattr(function, name, type(member)(guarded))
+            elif isinstance(member, classmethod):
+                setattr(function, name, classmethod(hides_locals(member.__func__)))
         return subject
 
     def call(*args: Any, **options: Any) -> Any:
@@ -493,7 +437,8 @@ class _Value:
                 f" it got {len(values)} values and {sorted(named)}"
             )
         for name in names:
-            self.__dict__[name] = given.get(name, getattr(cls, name, None))
+            value = given.get(name, getattr(cls, name, None))
+            self.__dict__[name] = tuple(value) if isinstance(value, list) else value
         self._validate()
 
     def _validate(self) -> None:
@@ -551,18 +496,12 @@ class OAuthConfig(_Value):
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
         """Return the settings for a server that has every endpoint at one origin.
 
-        Args:
-            origin: Scheme, host and port (``http://127.0.0.1:8000``), without a path.
-
         Raises:
-            ConfigError: The origin has a path or is not https (or loopback http).
+            ConfigError: The origin is not ``https://host:port`` (or loopback http).
         """
         origin = origin.rstrip("/")
         if origin.count("/") != 2 or "?" in origin or "#" in origin:
-            raise ConfigError(
-                "a server is given as scheme, host and port alone,"
-                " as in https://auth.example.com"
-            )
+            raise ConfigError("a server is given as https://host:port, without a path")
         endpoints = {
             name: f"{origin}/{url.split('/', 3)[3]}"
             for name, url in vars(OAuthConfig).items()
@@ -592,23 +531,18 @@ class OAuthConfig(_Value):
         for name, url in self.__dict__.items():
             # The defaults are known to be good, and urllib is slow to import.
             if name.endswith(("_url", "_uri")) and url != getattr(type(self), name):
-                _check_endpoint(name, url)
+                self._check_endpoint(name, url)
         own = "" if USER_AGENT in self.user_agent else USER_AGENT
-        self.__dict__.update(
-            client_id=(self.client_id or "").strip(),
-            scopes=tuple(self.scopes),
-            user_agent=f"{self.user_agent} {own}".strip(),
-        )
+        self.__dict__["user_agent"] = f"{self.user_agent} {own}".strip()
+        self.__dict__["client_id"] = (self.client_id or "").strip()
 
-
-def _check_endpoint(name: str, url: str) -> None:
-    if name == "revoke_url" and not url:
-        return
-    if not is_header_safe(url) or "@" in url or not may_carry_token(url):
-        raise ConfigError(
-            f"{name} must be a URL like https://host/path, without name or password"
-            " (plain http is for loopback alone)"
-        )
+    def _check_endpoint(self, name: str, url: str) -> None:
+        is_left_out = name == "revoke_url" and not url
+        if not is_left_out and (not may_carry_token(url) or "@" in url):
+            raise ConfigError(
+                f"{name} must be a URL like https://host/path, without a password"
+                " (plain http is for loopback alone)"
+            )
 
 
 def may_carry_token(url: str) -> bool:
@@ -616,12 +550,12 @@ def may_carry_token(url: str) -> bool:
     from urllib.parse import urlsplit
 
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url if is_header_safe(url) else "")
         host = (parts.port != 0 and parts.hostname) or ""
     except ValueError:  # a port that is no number, brackets that do not match
         return False
-    is_plain = parts.scheme == "http" and is_loopback(host)
-    return bool(host) and (parts.scheme == "https" or is_plain)
+    is_safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
+    return bool(host) and is_safe
 
 
 def is_loopback(host: str) -> bool:
@@ -750,9 +684,6 @@ class Credentials(_Value):
     def is_claude_ai(self) -> bool:
         """Whether this is a Claude.ai subscriber's login rather than the Console's."""
         return SCOPE_USER_INFERENCE in self.scopes
-
-    def _validate(self) -> None:
-        self.__dict__["scopes"] = tuple(self.scopes)
 
     def to_record(self) -> dict[str, object]:
         """Return the JSON object to store; what is None is left out."""
@@ -1060,23 +991,23 @@ def error_of_answer(
     found = answer.get("error")
     inner = found if isinstance(found, dict) else {}
     codes = (found, inner.get("type"), inner.get("code"))
-    texts = (answer.get("error_description"), inner.get("message"))
+    descriptions = [answer.get("error_description"), inner.get("message")]
+    descriptions.append(answer.get("message"))
     code = printable(next(filter(_text, codes), ""), secrets=secrets, limit=60)
-    text = next(filter(_text, (*texts, answer.get("message"))), "")
-    notes = [printable(text, secrets=secrets)]
+    notes = [printable(next(filter(_text, descriptions), ""), secrets=secrets)]
     if request_id:
         notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
     details = "; ".join(filter(None, notes))
     if status == 429:
-        problem = "the server is limiting requests"
+        text = "the server is limiting requests"
     elif status >= 500:
-        problem = f"the server is out of order ({status})"
+        text = f"the server is out of order ({status})"
     elif code in _PASSING_CODES:
-        problem = f"the answer ({status}) is not the service's; a proxy may stand between"
+        text = f"the answer ({status}) is not the service's; a proxy may stand between"
     else:
         return TokenRefused(code, details or None, status)
-    problem += f" ({details})" if details else ""
-    return Unavailable(f"{problem}; try again later", retry_after, status)
+    text += f" ({details})" if details else ""
+    return Unavailable(f"{text}; try again later", retry_after, status)
 
 
 _PASSING_CODES: Final = (
@@ -5604,12 +5535,12 @@ class BearerAuth:
                 hooks["response"].append(self._repeater(_position(request.body)))
         return request
 
-    def auth_flow(self, request: Any) -> Generator[Any, Any, None]:
+    def auth_flow(self, request: Any) -> Iterator[Any]:
         """Sign, send, and repeat once after a 401: what ``httpx.Auth`` asks for."""
         is_ours = self._may_sign(str(request.url))
         if is_ours:
             self._sign(request)
-        response = yield request
+        response: Any = yield request
         if is_ours and response.status_code == 401 and self._renew(request):
             response = yield request
             if response.status_code == 401:

@@ -1270,10 +1270,6 @@ class Guarded:
         assert cls is Guarded
         spend(secret)
 
-    @staticmethod
-    def of_nobody(secret):
-        spend(secret)
-
     def __call__(self, secret):
         spend(secret)
 
@@ -1296,7 +1292,6 @@ METHODS = {
     "init": lambda: Guarded("sesame"),
     "method": lambda: Guarded().method("sesame"),
     "classmethod": lambda: Guarded.of_class("sesame"),
-    "staticmethod": lambda: Guarded.of_nobody("sesame"),
     "call": lambda: Guarded()("sesame"),
     "enter": enter_it,
 }
