@@ -102,19 +102,14 @@ __version__ = "0.2.0"
 
 # -- Constants -------------------------------------------------------------------------
 
+# Source of the endpoints: the public client's traffic.
 CLAUDE_AI_AUTHORIZE_URL: Final = "https://claude.com/cai/oauth/authorize"
-"""Where a Claude.ai subscriber signs in.  Source: the public client's traffic."""
-
 CONSOLE_AUTHORIZE_URL: Final = "https://platform.claude.com/oauth/authorize"
-"""Where a Console user signs in.  Source: as above."""
-
 TOKEN_URL: Final = "https://platform.claude.com/v1/oauth/token"
 PROFILE_URL: Final = "https://api.anthropic.com/api/oauth/profile"
 API_KEY_URL: Final = "https://api.anthropic.com/api/oauth/claude_cli/create_api_key"
-
 REVOKE_URL: Final = "https://platform.claude.com/v1/oauth/token/revoke"
-"""Not documented.  Source: six independent public programs, one of them a capture of
-the public client's traffic at logout."""
+"""Seen at logout.  Source: six independent public programs."""
 
 MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
 """The page that shows ``code#state`` to copy, for who cannot reach the loopback."""
@@ -133,15 +128,12 @@ ALLOWED_SCOPE_EXPANSIONS: Final = (
 )
 """Scopes that a refresh may add to an older login, without a new login."""
 
-CLAUDE_AI_SCOPES: Final = (
-    SCOPE_USER_PROFILE,
-    SCOPE_USER_INFERENCE,
-    *ALLOWED_SCOPE_EXPANSIONS,
-)
 CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
-
-ALL_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, *CLAUDE_AI_SCOPES)
+ALL_SCOPES: Final = (*CONSOLE_SCOPES, SCOPE_USER_INFERENCE, *ALLOWED_SCOPE_EXPANSIONS)
 """What both paths ask for; the server grants those that fit the account."""
+
+CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
+"""All but the one that makes Console API keys."""
 
 SUBSCRIPTION_TYPES: Final = {
     "claude_max": "max",
@@ -244,8 +236,8 @@ class LoginError(ClaudeOAuthError):
 class LoginDenied(LoginError):
     """The server answered the callback with an error.
 
-    ``code`` is for programs (``access_denied``), ``description`` for people; the server
-    wrote it.  Source: RFC 6749 section 4.1.2.1.
+    ``code`` is for programs (``access_denied``), ``description`` for people.
+    Source: RFC 6749 section 4.1.2.1.
     """
 
     def __init__(self, code: str, description: str | None = None) -> None:
@@ -291,8 +283,7 @@ class TokenRefused(ClaudeOAuthError):
 class Unavailable(ClaudeOAuthError):
     """No usable answer, for a reason that may pass: try later.
 
-    ``retry_after`` is in seconds, or None if nobody said; ``status`` is HTTP's, or None
-    if there was no answer at all.
+    ``retry_after`` is in seconds, ``status`` is HTTP's; each is None if nobody said.
     """
 
     def __init__(
@@ -807,8 +798,7 @@ class Profile(_Value):
 def generate_code_verifier() -> str:
     """Return a new code verifier: 32 random bytes, 43 characters.
 
-    Make one anew for each login, and keep it in memory alone.  Source: RFC 7636
-    section 4.1.
+    It is for one login, and for memory alone.  Source: RFC 7636 section 4.1.
     """
     import secrets
 
@@ -825,10 +815,7 @@ def code_challenge(verifier: str) -> str:
 
 
 def generate_state() -> str:
-    """Return a new state, which only the right callback knows: 32 random bytes.
-
-    Source: RFC 6749 section 10.12.
-    """
+    """Return a new state: 32 random bytes.  Source: RFC 6749 section 10.12."""
     return generate_code_verifier()
 
 
@@ -841,8 +828,7 @@ def parse_json_object(
 ) -> dict[str, object] | None:
     """Return the JSON object in data, or None if it holds anything else.
 
-    Args:
-        lenient: Replace broken characters in bytes, and take control characters.
+    With ``lenient``, broken characters are replaced and control characters taken.
     """
     import json
 
@@ -887,13 +873,10 @@ def read_answer(
     The grant behind it is spent, so nothing beside the tokens may cost them: not a
     broken character, nor what follows them.
 
-    Args:
-        field: What the answer is for.  An ``error`` without it is a refusal.
-
     Raises:
         BadAnswer: It is JSON, but no object.
         Unavailable: It is not the service's.
-        TokenRefused: It is a refusal, whatever its status.
+        TokenRefused: There is an ``error`` in it in place of the field asked for.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
@@ -931,21 +914,18 @@ def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[st
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
-    """Return a Retry-After header, a number or a date, in seconds.
+    """Return a Retry-After header in seconds, None if it is no number and no date.
 
-    None if it is absent, malformed or not in the future.  Source: RFC 9110 section
-    10.2.3.
+    None, too, if it is not in the future.  Source: RFC 9110 section 10.2.3.
     """
     from email.utils import parsedate_to_datetime
 
     text = (value or "").strip()
     try:
-        is_number = text.isascii() and text.isdigit()
-        seconds = (
-            float(text[:12])
-            if is_number
-            else parsedate_to_datetime(text).timestamp() - now
-        )
+        if text.isdigit():
+            seconds = float(text[:12])
+        else:
+            seconds = parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
     return min(seconds, WAIT_CEILING) if seconds > 0 else None
@@ -956,10 +936,8 @@ def seconds_to_wait(
 ) -> float:
     """Return how long to leave the server alone after a 429 or a 5xx.
 
-    Args:
-        asked_for: Its Retry-After in seconds, if it gave one.
-        failures: How many in a row, this one included.
-        chance: 0 to 1, drawn by lot, so that many machines do not return at once.
+    It asked for so many seconds, or doubles them with each of the failures in a row.
+    A chance, drawn from 0 to 1, keeps many machines from returning at once.
     """
     floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
     seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
@@ -974,18 +952,14 @@ def error_of_answer(
     request_id: str | None = None,
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
-    """Return the error that an answer stands for.
+    """Return the error that an answer stands for, without the secrets it may quote.
 
     Both envelopes are read: RFC 6749 section 5.2's, and the API's
     ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
-
-    Args:
-        secrets: What the request carried; a server may quote it.
     """
     if status == 403 and b"error code: 1010" in body:
         return ConfigError(
-            "the service's edge refuses this User-Agent; set user_agent to name your"
-            " program"
+            "the edge refuses this User-Agent; set user_agent to name your program"
         )
     answer = parse_json_object(body, lenient=True) or {}
     found = answer.get("error")
@@ -1020,8 +994,7 @@ _PASSING_CODES: Final = (
 def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored record with our part replaced.
 
-    Keys that are not this module's stay, at the top and inside: another program put
-    them there.
+    The keys of other programs stay, at the top and inside.
     """
     own_keys = {key for key, _read in _RECORD_FIELDS.values()}
     tokens = stored.get("claudeAiOauth")
@@ -1033,22 +1006,17 @@ def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str
 
 @hides_locals
 def clean_token(value: str) -> str:
-    """Return a token from the environment without the blanks that secrets arrive with.
+    """Return a token from the environment without the blanks around it.
 
     Raises:
-        ConfigError: It is no token, but a quoted one, an assignment, JSON, a
-            placeholder.
-
-    Source: RFC 6750 section 2.1, ``b64token``.
+        ConfigError: It is no ``b64token`` of RFC 6750 section 2.1, but a quoted one, an
+            assignment, JSON, a placeholder.
     """
     import re
 
     token = value.strip()
     if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
-        raise ConfigError(
-            "CLAUDE_OAUTH_TOKEN holds something that no token has;"
-            " set it to the token alone"
-        )
+        raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
 
 

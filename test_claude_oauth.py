@@ -2313,7 +2313,7 @@ def test_a_refresh_token_that_is_no_text_has_a_fingerprint():
     assert claude_oauth.fingerprint("\ud800", client_id="c", token_url="u")
 
 
-EDGE = "the service's edge refuses this User-Agent; set user_agent to name your program"
+EDGE = "the edge refuses this User-Agent; set user_agent to name your program"
 
 
 def test_the_edges_refusal_says_what_to_do():
