@@ -148,58 +148,42 @@ OAUTH_BETA: Final = "oauth-2025-04-20"
 
 REFRESH_BUFFER: Final = 300
 """Seconds before expiry from which a token is refreshed while it is still served."""
-
 DEFAULT_LIFETIME: Final = 3600.0
 """Seconds that a token counts for if its answer does not say so usably."""
-
 MAX_LIFETIME: Final = 366 * 86400.0
 """Seconds; a longer lifetime in an answer is a mistake, and counts as malformed."""
-
 LOGIN_END_WARNING: Final = 3 * 86400.0
 """Seconds before the end of the login itself (30 days) from which `status` warns."""
 
 LOGIN_TIMEOUT: Final = 300.0
 """Seconds for a person to sign in."""
-
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
-
 MAX_REQUEST_TIMEOUT: Final = 86400.0
 """Seconds; what is far longer does not fit the system's own limits."""
-
 LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
-
 SLOW_FAILURE: Final = 0.1
 """Seconds; a store that took longer to fail is not asked again for some time."""
-
 LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
 """Seconds to wait for a refresh elsewhere: as long as one request may take there."""
-
 PUT_OFF: Final = 30.0
 """Seconds until the next try when a refresh failed and the token is still alive."""
-
 SHORT_WAIT: Final = 2.0
 """Seconds; a pause up to this is waited out on the spot when the token has expired."""
-
 WAIT_FLOOR: Final = 1.0
 """Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
-
 RATE_LIMIT_FLOOR: Final = 30.0
 """Seconds to pause after a 429 that names none or 0: knocking makes it worse."""
-
 WAIT_CEILING: Final = 3600.0
 """Seconds; no Retry-After is believed beyond this."""
-
 FLUSH_TIMEOUT: Final = 5.0
 """Seconds that a logout gives to telemetry, and then to revocation."""
 
 MAX_ANSWER_BYTES: Final = 1 << 20
 """No answer of the service comes near; more is not read."""
-
 MAX_FILE_BYTES: Final = 1 << 20
 """A credential file beyond this is not one."""
-
 MAX_PASTE_CHARS: Final = 4096
 """What a person pastes is a code or an address; nothing longer is either."""
 
@@ -505,8 +489,7 @@ class OAuthConfig(_Value):
     def from_env(cls, environ: Mapping[str, str] | None = None) -> OAuthConfig:
         """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say.
 
-        Raises:
-            ConfigError: CLAUDE_OAUTH_SERVER is not a usable origin.
+        Raises what `for_server` does.
         """
         client_id = setting("CLAUDE_OAUTH_CLIENT_ID", environ)
         server = setting("CLAUDE_OAUTH_SERVER", environ)
@@ -576,6 +559,10 @@ def _text(value: object) -> str | None:
 
 def _header_text(value: object) -> str | None:
     return value if isinstance(value, str) and is_header_safe(value) else None
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _flag(value: object) -> bool | None:
@@ -695,9 +682,8 @@ class Credentials(_Value):
             StorageCorrupt: A token has the wrong type, or no header can carry it; the
                 text names the field.
         """
-        tokens = record.get("claudeAiOauth")
-        stored = {**tokens} if isinstance(tokens, dict) else {}
-        stored["consoleApiKey"] = record.get("consoleApiKey")
+        tokens = _object(record.get("claudeAiOauth"))
+        stored = {**tokens, "consoleApiKey": record.get("consoleApiKey")}
         found = {n: read(stored.get(key)) for n, (key, read) in _RECORD_FIELDS.items()}
         for name in cls._secret:
             key = _RECORD_FIELDS[name][0]
@@ -766,10 +752,10 @@ class Profile(_Value):
         Raises:
             BadAnswer: It names no account.
         """
-        found: dict[str, Any] = {}
-        for name, (part, key, _stored, read) in _PROFILE_FIELDS.items():
-            fields = answer.get(part)
-            found[name] = read(fields.get(key)) if isinstance(fields, dict) else None
+        found = {
+            name: read(_object(answer.get(part)).get(key))
+            for name, (part, key, _stored, read) in _PROFILE_FIELDS.items()
+        }
         if not found["account_uuid"]:
             raise BadAnswer("account.uuid")
         plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
@@ -883,7 +869,9 @@ def read_answer(
         answer = _fields_of(content)
     if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
         raise BadAnswer("the answer", "is not a JSON object")
-    if answer is None or (answer.get("error") and not answer.get(field)):
+    found = _object(answer).get(field)
+    is_granted = isinstance(found, dict) or _header_text(found)
+    if answer is None or (answer.get("error") and not is_granted):
         raise error_of_answer(status, content, secrets=secrets)
     return answer
 
@@ -961,17 +949,19 @@ def error_of_answer(
         return ConfigError(
             "the edge refuses this User-Agent; set user_agent to name your program"
         )
-    answer = parse_json_object(body, lenient=True) or {}
-    found = answer.get("error")
-    inner = found if isinstance(found, dict) else {}
-    codes = (found, inner.get("type"), inner.get("code"))
-    descriptions = [answer.get("error_description"), inner.get("message")]
-    descriptions.append(answer.get("message"))
-    code = printable(next(filter(_text, codes), ""), secrets=secrets, limit=60)
-    notes = [printable(next(filter(_text, descriptions), ""), secrets=secrets)]
+    answer = _object(parse_json_object(body, lenient=True))
+    error = _object(answer.get("error"))
+
+    def first_text(*found: object, limit: int) -> str:
+        return printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
+
+    codes = (answer.get("error"), error.get("type"), error.get("code"))
+    code = first_text(*codes, limit=60)
+    texts = (answer.get("error_description"), error.get("message"))
+    details = first_text(*texts, answer.get("message"), limit=200)
     if request_id:
-        notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
-    details = "; ".join(filter(None, notes))
+        details += f"; request {first_text(request_id, limit=80)}"
+    details = details.lstrip("; ")
     if status == 429:
         text = "the server is limiting requests"
     elif status >= 500:
@@ -997,10 +987,9 @@ def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str
     The keys of other programs stay, at the top and inside.
     """
     own_keys = {key for key, _read in _RECORD_FIELDS.values()}
-    tokens = stored.get("claudeAiOauth")
-    inside = tokens.items() if isinstance(tokens, dict) else ()
-    foreign = {key: value for key, value in inside if key not in own_keys}
-    kept = {key: value for key, value in stored.items() if key not in RECORD_KEYS}
+    tokens = _object(stored.get("claudeAiOauth"))
+    foreign = {key: tokens[key] for key in tokens if key not in own_keys}
+    kept = {key: stored[key] for key in stored if key not in RECORD_KEYS}
     return {**kept, **ours, "claudeAiOauth": {**foreign, **ours["claudeAiOauth"]}}
 
 
@@ -1681,8 +1670,9 @@ class OAuthClient:
 
 def import_requests() -> Any:
     """Return the package `requests`; raises ConfigError if it is missing or broken."""
+    package = import_package("requests", "requests")
     import_package("requests.sessions", "requests")  # a stray requests.py has none
-    return sys.modules["requests"]
+    return package
 
 
 def proxies_for(url: str) -> dict[str, str]:

@@ -3550,7 +3550,7 @@ def own_frames(error):
             if step.tb_frame.f_code.co_filename == claude_oauth.__file__:
                 shown = dict(step.tb_frame.f_locals)
                 if step.tb_frame.f_code.co_name == "call":
-                    own = ("args", "options", "handled", "function")
+                    own = ("args", "options", "has_failed", "function")
                     shown = {k: v for k, v in shown.items() if k not in own}
                 found.append((step.tb_frame.f_code.co_name, shown))
             step = step.tb_next
