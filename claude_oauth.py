@@ -342,8 +342,8 @@ def hides_locals(subject: _T) -> _T:
 
 def _clear_frames(error: BaseException | None) -> None:
     # Not traceback.clear_frames: where no file can be opened, its import would fail.
-    chain = [error] if error else []
-    for failure in chain:  # it grows meanwhile
+    chain = [error]
+    for failure in filter(None, chain):  # it grows meanwhile
         step = failure.__traceback__
         if step and failure is not error and not _is_cleared(step.tb_frame):
             continue  # the caller is handling it: those frames are the caller's
@@ -351,7 +351,7 @@ def _clear_frames(error: BaseException | None) -> None:
             _is_cleared(step.tb_frame)
             step = step.tb_next
         others = (failure.__cause__, failure.__context__)
-        chain += [other for other in others if other and other not in chain]
+        chain += [other for other in others if other not in chain]
 
 
 def _is_cleared(frame: FrameType) -> bool:
@@ -689,10 +689,9 @@ class Credentials(_Value):
             key = _RECORD_FIELDS[name][0]
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if is_needed and found[name] is None:
-                place = key if key in RECORD_KEYS else f"claudeAiOauth.{key}"
                 raise StorageCorrupt(
-                    f"the stored record is damaged: {place} is missing or malformed;"
-                    " move it away and log in again"
+                    f"the stored record is damaged: {key} is missing or malformed (in"
+                    " claudeAiOauth or beside it); move it away and log in again"
                 )
         return cls(**found)
 
@@ -5515,7 +5514,6 @@ class BearerAuth:
             self._decided[origin] = may_carry_token(origin) and host in self._hosts
         return self._decided[origin]
 
-    @hides_locals
     def _sign(self, request: Any) -> None:
         """Put the headers on a request, in the place of another's credential."""
         headers = self._service.auth_headers()

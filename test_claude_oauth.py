@@ -12782,6 +12782,19 @@ def test_no_frame_of_an_error_shows_a_secret(kept, auth_server, call, answer):
     assert set(names) & set(FRAMES), names
 
 
+def test_no_frame_of_a_flow_whose_refresh_fails_shows_a_secret(kept, auth_server):
+    kept.save()
+    auth_server.fail_next("token", 400, {"error": "invalid_grant"})
+    request = requests.Request("GET", "https://api.anthropic.com/v1/messages")
+    flow = claude_oauth.BearerAuth(kept.service()).auth_flow(request)
+    next(flow)
+    refused = requests.Response()
+    refused.status_code = 401
+    with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant") as caught:
+        flow.send(refused)
+    assert locals_with_secrets(caught.value) == []
+
+
 @pytest.mark.parametrize("answer", TROUBLE.values(), ids=TROUBLE)
 def test_no_frame_of_a_login_that_fails_shows_a_secret(
     account_service, auth_server, browser, answer
