@@ -370,15 +370,17 @@ def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
     return (os.environ if environ is None else environ).get(name, "").strip()
 
 
-def import_package(name: str, package: str) -> Any:
-    """Import a module of a package that may be absent; nothing else needs it.
+def import_package(name: str) -> Any:
+    """Import a module of a package that may be absent.
 
     Raises:
         ConfigError: The package is missing, or it is there and cannot be imported.
     """
     from importlib import import_module
 
+    package = name.partition(".")[0]
     try:
+        import_module(package)
         return import_module(name)
     except (ImportError, AttributeError, SyntaxError, OSError, ValueError) as error:
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
@@ -1669,9 +1671,8 @@ class OAuthClient:
 
 def import_requests() -> Any:
     """Return the package `requests`; raises ConfigError if it is missing or broken."""
-    package = import_package("requests", "requests")
-    import_package("requests.sessions", "requests")  # a stray requests.py has none
-    return package
+    import_package("requests.sessions")  # a stray requests.py has none
+    return sys.modules["requests"]
 
 
 def proxies_for(url: str) -> dict[str, str]:
@@ -2873,7 +2874,7 @@ class KeyringStorage(_SecretStorage):
         return True
 
     def _call(self, function: str, service: str, *secret: str) -> object:
-        call = getattr(import_package("keyring", "keyring"), function)
+        call = getattr(import_package("keyring"), function)
         try:
             return call_with_limit(
                 lambda: call(service, self._account, *secret), self.time_limit
@@ -2915,9 +2916,8 @@ class FernetCipher:
             passphrase = passphrase.encode()
         if not passphrase:
             raise ConfigError("the passphrase is empty")
-        self._fernet = import_package("cryptography.fernet", "cryptography")
-        kdf = "cryptography.hazmat.primitives.kdf.scrypt"
-        self._kdf = import_package(kdf, "cryptography")
+        self._fernet = import_package("cryptography.fernet")
+        self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
         self._keys: dict[tuple[int, int, int, bytes], bytes] = {}
         """Derived keys, by cost and salt: deriving one is slow on purpose."""

@@ -6605,7 +6605,8 @@ def test_a_missing_package_is_named(monkeypatch, package, use):
     for name in [package, *sys.modules]:
         if name.partition(".")[0] == package:
             monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(claude_oauth.ConfigError, match=rf"is missing; .*pip install {package}$"):
+    words = rf"is missing; .*pip install {package}$"
+    with pytest.raises(claude_oauth.ConfigError, match=words):
         use()
 
 
