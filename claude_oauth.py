@@ -133,7 +133,7 @@ ALL_SCOPES: Final = (*CONSOLE_SCOPES, SCOPE_USER_INFERENCE, *ALLOWED_SCOPE_EXPAN
 """What both paths ask for; the server grants those that fit the account."""
 
 CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
-"""All but the one that makes Console API keys."""
+"""What a Claude.ai subscriber can have: all but Console API keys."""
 
 SUBSCRIPTION_TYPES: Final = {
     "claude_max": "max",
@@ -379,10 +379,11 @@ def import_package(name: str) -> Any:
     from importlib import import_module
 
     package = name.partition(".")[0]
+    broken = (AttributeError, OSError, RuntimeError, SyntaxError, ValueError)
     try:
         import_module(package)
         return import_module(name)
-    except (ImportError, AttributeError, SyntaxError, OSError, ValueError) as error:
+    except (ImportError, *broken) as error:
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         problem = "is missing" if is_missing else f"is broken: {printable(error)}"
     raise ConfigError(
@@ -567,10 +568,6 @@ def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _flag(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
 def _number(value: object) -> float | None:
     if isinstance(value, str) and value.isascii() and value.isdigit():
         value = float(value[:400])
@@ -631,7 +628,7 @@ _PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]
         "organization",
         "has_extra_usage_enabled",
         "hasExtraUsageEnabled",
-        _flag,
+        lambda value: value if isinstance(value, bool) else None,
     ),
 }
 """The profile's fields: part and key in the server's answer, the key in account.json
