@@ -11285,36 +11285,15 @@ def test_a_key_made_with_the_environments_token_is_not_stored(
     assert account_service.storage.load().api_key == granted.api_key
 
 
-class Overtaken(claude_oauth.FileStorage):
-    """A store in which somebody else logs in just before its lock is had."""
-
-    def lock(self, timeout):
-        claude_oauth.FileStorage(self.path).save(NEW_LOGIN)
-        return super().lock(timeout)
-
-
-def test_a_key_is_not_stored_with_somebody_elses_login(
-    account_service, auth_server, browser, caplog
+def test_no_permanent_key_is_made_while_its_store_is_busy(
+    account_service, auth_server, browser, config
 ):
     sign_in_at_console(account_service, auth_server, browser)
-    storage = Overtaken(account_service.storage.path)
-    key = claude_oauth.OAuthService(account_service.config, storage).create_api_key()
-
-    assert key == auth_server.api_keys[-1]
-    assert "could not be stored: somebody else has logged in" in caplog.text
-    assert storage.load().api_key != key
-
-
-def test_a_key_is_given_although_its_store_is_busy(
-    account_service, auth_server, browser, config, caplog
-):
-    granted = sign_in_at_console(account_service, auth_server, browser)
     service = claude_oauth.OAuthService(config, Impatient())
     with account_service.storage.lock(0):
-        assert service.create_api_key() == auth_server.api_keys[1]
-
-    assert "the new API key could not be stored" in caplog.text
-    assert account_service.storage.load().api_key == granted.api_key
+        with pytest.raises(claude_oauth.Unavailable, match="another process holds"):
+            service.create_api_key()
+    assert len(auth_server.api_keys) == 1
 
 
 def test_a_profile_that_cannot_be_kept_is_had_all_the_same(signed_in, caplog):
