@@ -174,7 +174,7 @@ SHORT_WAIT: Final = 2.0
 WAIT_FLOOR: Final = 1.0
 """Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
 RATE_LIMIT_FLOOR: Final = 30.0
-"""Seconds to pause after a 429 that names none or 0: knocking makes it worse."""
+"""Seconds to pause after a 429 that names none or 0; asking sooner prolongs it."""
 WAIT_CEILING: Final = 3600.0
 """Seconds; no Retry-After is believed beyond this."""
 FLUSH_TIMEOUT: Final = 5.0
@@ -371,7 +371,7 @@ def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def import_package(name: str) -> Any:
-    """Import a module of a package that may be absent.
+    """Import a module of an optional package.
 
     Raises:
         ConfigError: The package is missing, or it is there and cannot be imported.
