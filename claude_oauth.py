@@ -209,8 +209,10 @@ class ConfigError(ClaudeOAuthError):
 class NotLoggedIn(ClaudeOAuthError):
     """There is no credential: log in."""
 
-    def __init__(self, text: str = "not logged in; run `claude-oauth login`") -> None:
-        super().__init__(text)
+    def __init__(
+        self, message: str = "not logged in; run `claude-oauth login`"
+    ) -> None:
+        super().__init__(message)
 
 
 class LoginError(ClaudeOAuthError):
@@ -271,9 +273,9 @@ class Unavailable(ClaudeOAuthError):
     """
 
     def __init__(
-        self, text: str, retry_after: float | None = None, status: int | None = None
+        self, message: str, retry_after: float | None = None, status: int | None = None
     ) -> None:
-        super().__init__(text, retry_after, status)
+        super().__init__(message, retry_after, status)
         self.retry_after = retry_after
         self.status = status
 
