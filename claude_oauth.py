@@ -966,6 +966,8 @@ def error_of_answer(
         text = "the server is limiting requests"
     elif status >= 500:
         text = f"the server is out of order ({status})"
+    elif 300 <= status < 400:
+        text = f"the server redirects the request ({status}), which is not followed"
     elif code in _PASSING_CODES:
         text = f"the answer ({status}) is not the service's; a proxy may stand between"
     else:

@@ -2082,7 +2082,7 @@ PASSING_ANSWERS = {
     "overloaded": (529, b'{"error": {"type": "overloaded_error"}}', "out of order"),
     "passing-code": (400, b'{"error": "temporarily_unavailable"}', "not the service"),
     "challenge-page": (403, b"<title>Just a moment...</title>", "a proxy may stand"),
-    "captive-portal": (302, b"", "a proxy may stand"),
+    "captive-portal": (302, b"", "redirect"),
     "empty": (400, b"", "a proxy may stand"),
     "json-of-others": (404, b'{"detail": "x"}', "a proxy may stand"),
     "error-is-a-list": (400, b'{"error": ["invalid_grant"]}', "a proxy may stand"),
@@ -2325,6 +2325,7 @@ def test_the_edges_refusal_says_what_to_do():
     ("status", "text"),
     [
         (429, "the server is limiting requests"),
+        (300, "the server redirects the request (300), which is not followed"),
         (400, "the answer (400) is not the service's; a proxy may stand between"),
         (500, "the server is out of order (500)"),
     ],
