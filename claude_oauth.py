@@ -8,11 +8,9 @@
 # ///
 """Sign a program in to Claude, and never let that login lapse.
 
-    python claude_oauth.py login            a person signs in, by browser or by paste
-    python claude_oauth.py token            a token that works, for scripts
-
-    service = claude_oauth.OAuthService()
-    requests.get(url, auth=claude_oauth.BearerAuth(service))
+    python claude_oauth.py login        a person signs in, by browser or by paste
+    python claude_oauth.py token        a token that works, for scripts
+    requests.get(url, auth=BearerAuth(OAuthService()))        the same, for programs
 
 Copy this file into your tree, unchanged; it needs `requests`, and that only when it
 talks to a server.  Every section uses only the sections above it:
@@ -59,8 +57,8 @@ import sys
 import time
 import types
 
-# Importing this module must cost next to nothing, because `token` stands in shell
-# loops: what is slow to import is imported where it is needed, and `typing` never is.
+# `token` stands in shell loops, so importing must cost next to nothing: what is slow to
+# import is imported where it is needed, and `typing` never is.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -68,24 +66,10 @@ if TYPE_CHECKING:
     import socket
     import subprocess
     import threading
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from types import FrameType
-    from typing import (
-        Any,
-        Callable,
-        ClassVar,
-        ContextManager,
-        Final,
-        Generator,
-        Iterable,
-        Iterator,
-        Mapping,
-        NoReturn,
-        Protocol,
-        Sequence,
-        TextIO,
-        TypeVar,
-    )
+    from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
 
     import requests
     from typing_extensions import Self, dataclass_transform
@@ -100,54 +84,17 @@ else:
 
 
 __all__ = [
-    "ALLOWED_SCOPE_EXPANSIONS",
-    "ALL_SCOPES",
-    "AuthCodeListener",
-    "BadAnswer",
-    "BearerAuth",
-    "CLAUDE_AI_SCOPES",
-    "CONSOLE_SCOPES",
-    "ClaudeOAuthError",
-    "ConfigError",
-    "Credentials",
-    "DPAPICipher",
-    "FernetCipher",
-    "FileStorage",
-    "KeychainStorage",
-    "KeyringStorage",
-    "LoginCancelled",
-    "LoginDenied",
-    "LoginError",
-    "LoginTimeout",
-    "MemoryStorage",
-    "NotLoggedIn",
-    "OAuthClient",
-    "OAuthConfig",
-    "OAuthService",
-    "Profile",
-    "REFRESH_BUFFER",
-    "SCOPE_ORG_CREATE_API_KEY",
-    "SCOPE_USER_FILE_UPLOAD",
-    "SCOPE_USER_INFERENCE",
-    "SCOPE_USER_MCP_SERVERS",
-    "SCOPE_USER_PROFILE",
-    "SCOPE_USER_SESSIONS_CLAUDE_CODE",
-    "SECURITY",
-    "SUBSCRIPTION_TYPES",
-    "Sandbox",
-    "Storage",
-    "StorageCorrupt",
-    "StorageError",
-    "StorageLocked",
-    "TokenRefused",
-    "Unavailable",
-    "code_challenge",
-    "default_storage",
-    "generate_code_verifier",
-    "generate_state",
-    "main",
-    "make_parser",
-    "merge_record",
+    "ALLOWED_SCOPE_EXPANSIONS", "ALL_SCOPES", "AuthCodeListener", "BadAnswer",
+    "BearerAuth", "CLAUDE_AI_SCOPES", "CONSOLE_SCOPES", "ClaudeOAuthError",
+    "ConfigError", "Credentials", "DPAPICipher", "FernetCipher", "FileStorage",
+    "KeychainStorage", "KeyringStorage", "LoginCancelled", "LoginDenied", "LoginError",
+    "LoginTimeout", "MemoryStorage", "NotLoggedIn", "OAuthClient", "OAuthConfig",
+    "OAuthService", "Profile", "REFRESH_BUFFER", "SCOPE_ORG_CREATE_API_KEY",
+    "SCOPE_USER_FILE_UPLOAD", "SCOPE_USER_INFERENCE", "SCOPE_USER_MCP_SERVERS",
+    "SCOPE_USER_PROFILE", "SCOPE_USER_SESSIONS_CLAUDE_CODE", "SECURITY",
+    "SUBSCRIPTION_TYPES", "Sandbox", "Storage", "StorageCorrupt", "StorageError",
+    "StorageLocked", "TokenRefused", "Unavailable", "code_challenge", "default_storage",
+    "generate_code_verifier", "generate_state", "main", "make_parser", "merge_record",
 ]
 
 __version__ = "0.2.0"
@@ -155,19 +102,14 @@ __version__ = "0.2.0"
 
 # -- Constants -------------------------------------------------------------------------
 
+# Source of the endpoints: the public client's traffic.
 CLAUDE_AI_AUTHORIZE_URL: Final = "https://claude.com/cai/oauth/authorize"
-"""Where a Claude.ai subscriber signs in.  Source: the public client's traffic."""
-
 CONSOLE_AUTHORIZE_URL: Final = "https://platform.claude.com/oauth/authorize"
-"""Where a Console user signs in.  Source: as above."""
-
 TOKEN_URL: Final = "https://platform.claude.com/v1/oauth/token"
 PROFILE_URL: Final = "https://api.anthropic.com/api/oauth/profile"
 API_KEY_URL: Final = "https://api.anthropic.com/api/oauth/claude_cli/create_api_key"
-
 REVOKE_URL: Final = "https://platform.claude.com/v1/oauth/token/revoke"
-"""Not documented.  Source: six independent public programs, one of them a capture of
-the public client's traffic at logout."""
+"""Seen at logout.  Source: six independent public programs."""
 
 MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
 """The page that shows ``code#state`` to copy, for who cannot reach the loopback."""
@@ -179,24 +121,19 @@ SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
 SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
-CLAUDE_AI_SCOPES: Final = (
-    SCOPE_USER_PROFILE,
-    SCOPE_USER_INFERENCE,
-    SCOPE_USER_SESSIONS_CLAUDE_CODE,
-    SCOPE_USER_MCP_SERVERS,
-    SCOPE_USER_FILE_UPLOAD,
-)
-CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
-
-ALL_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, *CLAUDE_AI_SCOPES)
-"""What both paths ask for; the server grants those that fit the account."""
-
 ALLOWED_SCOPE_EXPANSIONS: Final = (
     SCOPE_USER_SESSIONS_CLAUDE_CODE,
     SCOPE_USER_MCP_SERVERS,
     SCOPE_USER_FILE_UPLOAD,
 )
 """Scopes that a refresh may add to an older login, without a new login."""
+
+CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
+ALL_SCOPES: Final = (*CONSOLE_SCOPES, SCOPE_USER_INFERENCE, *ALLOWED_SCOPE_EXPANSIONS)
+"""What both paths ask for; the server grants those that fit the account."""
+
+CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
+"""What a Claude.ai subscriber can have: all but Console API keys."""
 
 SUBSCRIPTION_TYPES: Final = {
     "claude_max": "max",
@@ -211,58 +148,42 @@ OAUTH_BETA: Final = "oauth-2025-04-20"
 
 REFRESH_BUFFER: Final = 300
 """Seconds before expiry from which a token is refreshed while it is still served."""
-
 DEFAULT_LIFETIME: Final = 3600.0
 """Seconds that a token counts for if its answer does not say so usably."""
-
 MAX_LIFETIME: Final = 366 * 86400.0
 """Seconds; a longer lifetime in an answer is a mistake, and counts as malformed."""
-
 LOGIN_END_WARNING: Final = 3 * 86400.0
 """Seconds before the end of the login itself (30 days) from which `status` warns."""
 
 LOGIN_TIMEOUT: Final = 300.0
 """Seconds for a person to sign in."""
-
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
-
 MAX_REQUEST_TIMEOUT: Final = 86400.0
 """Seconds; what is far longer does not fit the system's own limits."""
-
 LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
-
 SLOW_FAILURE: Final = 0.1
 """Seconds; a store that took longer to fail is not asked again for some time."""
-
 LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
 """Seconds to wait for a refresh elsewhere: as long as one request may take there."""
-
 PUT_OFF: Final = 30.0
 """Seconds until the next try when a refresh failed and the token is still alive."""
-
 SHORT_WAIT: Final = 2.0
 """Seconds; a pause up to this is waited out on the spot when the token has expired."""
-
 WAIT_FLOOR: Final = 1.0
 """Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
-
 RATE_LIMIT_FLOOR: Final = 30.0
-"""Seconds to pause after a 429 that names none or 0: knocking makes it worse."""
-
+"""Seconds to pause after a 429 that names none or 0; asking sooner prolongs it."""
 WAIT_CEILING: Final = 3600.0
 """Seconds; no Retry-After is believed beyond this."""
-
 FLUSH_TIMEOUT: Final = 5.0
 """Seconds that a logout gives to telemetry, and then to revocation."""
 
 MAX_ANSWER_BYTES: Final = 1 << 20
 """No answer of the service comes near; more is not read."""
-
 MAX_FILE_BYTES: Final = 1 << 20
 """A credential file beyond this is not one."""
-
 MAX_PASTE_CHARS: Final = 4096
 """What a person pastes is a code or an address; nothing longer is either."""
 
@@ -276,8 +197,8 @@ USER_AGENT: Final = "claude-oauth-py/" + __version__
 class ClaudeOAuthError(Exception):
     """Whatever this module reports; ``str()`` says what is wrong and what to do.
 
-    No token, code, verifier, request or response is in an error or in its chain, and
-    each survives pickle and copy: its arguments are the facts, in order.
+    No secret, request or response is in an error or in its chain.  The arguments are
+    the facts, in order, so that an error survives pickle and copy.
     """
 
 
@@ -301,8 +222,8 @@ class LoginError(ClaudeOAuthError):
 class LoginDenied(LoginError):
     """The server answered the callback with an error.
 
-    ``code`` is for programs (``access_denied``), ``description`` for people; the server
-    wrote it.  Source: RFC 6749 section 4.1.2.1.
+    ``code`` is for programs (``access_denied``), ``description`` for people.
+    Source: RFC 6749 section 4.1.2.1.
     """
 
     def __init__(self, code: str, description: str | None = None) -> None:
@@ -348,15 +269,11 @@ class TokenRefused(ClaudeOAuthError):
 class Unavailable(ClaudeOAuthError):
     """No usable answer, for a reason that may pass: try later.
 
-    ``retry_after`` is in seconds, or None if nobody said; ``status`` is HTTP's, or None
-    if there was no answer at all.
+    ``retry_after`` is in seconds, ``status`` is HTTP's; each is None if nobody said.
     """
 
     def __init__(
-        self,
-        message: str,
-        retry_after: float | None = None,
-        status: int | None = None,
+        self, message: str, retry_after: float | None = None, status: int | None = None
     ) -> None:
         super().__init__(message, retry_after, status)
         self.retry_after = retry_after
@@ -372,10 +289,9 @@ class BadAnswer(ClaudeOAuthError):
     def __init__(self, field: str, problem: str = "is missing or malformed") -> None:
         super().__init__(field, problem)
         self.field = field
-        self.problem = problem
 
     def __str__(self) -> str:
-        return f"the server's answer is wrong: {self.field} {self.problem}; try later"
+        return "the server's answer is wrong: {} {}; try later".format(*self.args)
 
 
 class StorageError(ClaudeOAuthError):
@@ -391,110 +307,118 @@ class StorageCorrupt(StorageError):
 
 
 def hides_locals(subject: _T) -> _T:
-    """Decorate a function, or a class with public methods: no exception shows a secret.
+    """Decorate a function, or the public methods of a class: no error shows a secret.
 
     Error trackers record the local variables of each frame of a traceback.  When an
-    exception leaves, the frames below the call are cleared; each keeps its function's
-    name and its line.  The chain of the exception is treated alike, except for what the
-    caller was handling already: those frames are the caller's.
+    exception leaves, the frames below the call lose theirs, those of its causes and
+    contexts too; each keeps its function's name and its line.
     """
     function: Any = subject
     if isinstance(function, type):
-        _guard_methods(function)
+        for name, member in list(vars(function).items()):
+            if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
+                continue
+            if isinstance(member, types.FunctionType):
+                setattr(function, name, hides_locals(member))
+            elif isinstance(member, classmethod):
+                setattr(function, name, classmethod(hides_locals(member.__func__)))
         return subject
 
     def call(*args: Any, **options: Any) -> Any:
-        handled = sys.exc_info()[1]
+        has_failed = True
         try:
-            return function(*args, **options)
+            result = function(*args, **options)
+            has_failed = False
         finally:
-            if sys.exc_info()[1] is not handled:
-                _clear_frames(handled)
+            if has_failed:
+                _clear_frames(sys.exc_info()[1])
+        return result
 
-    def generate(*args: Any, **options: Any) -> Any:
-        handled, is_leaving = sys.exc_info()[1], True
-        try:
-            result = yield from function(*args, **options)
-            is_leaving = False
-            return result
-        finally:
-            if is_leaving:
-                _clear_frames(handled)
-
-    wrapper: Any = generate if function.__code__.co_flags & _CO_GENERATOR else call
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(wrapper, name, getattr(function, name))
+        setattr(call, name, getattr(function, name))
+    wrapper: Any = call
     wrapper.__wrapped__ = function
     decorated: _T = wrapper
     return decorated
 
 
-_CO_GENERATOR: Final = 0x20
-"""The flag of a generator function's code.  `inspect` has it, and is slow to import."""
-
-
-def _guard_methods(cls: type) -> None:
-    for name, member in list(vars(cls).items()):
-        if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
-            continue
-        if isinstance(member, types.FunctionType):
-            setattr(cls, name, hides_locals(member))
-        elif isinstance(member, (classmethod, staticmethod)):
-            setattr(cls, name, type(member)(hides_locals(member.__func__)))
-
-
-def _clear_frames(handled: BaseException | None) -> None:
+def _clear_frames(error: BaseException | None) -> None:
     # Not traceback.clear_frames: where no file can be opened, its import would fail.
-    chain = [sys.exc_info()[1]]
-    for error in chain:  # it grows meanwhile
-        step = error.__traceback__ if error else None
+    chain = [error]
+    for failure in filter(None, chain):  # it grows meanwhile
+        step = failure.__traceback__
+        if step and failure is not error and not _is_cleared(step.tb_frame):
+            continue  # the caller is handling it: those frames are the caller's
         while step:
-            try:
-                step.tb_frame.clear()
-            except RuntimeError:
-                pass  # it still runs: the public function's wrapper, and its callers
+            _is_cleared(step.tb_frame)
             step = step.tb_next
-        for other in (error and error.__cause__, error and error.__context__):
-            if other is not handled and other not in chain:
-                chain.append(other)
+        others = (failure.__cause__, failure.__context__)
+        chain += [other for other in others if other not in chain]
+
+
+def _is_cleared(frame: FrameType) -> bool:
+    try:
+        frame.clear()
+    except RuntimeError:  # it runs still
+        return False
+    return True
 
 
 # -- Values ----------------------------------------------------------------------------
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return a setting of the environment, "" if it is unset or empty.
-
-    It loses the blanks and line ends that files with Windows line ends leave around it.
-    """
+    """Return a setting of the environment without blanks and line ends around it."""
     return (os.environ if environ is None else environ).get(name, "").strip()
+
+
+def import_package(name: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        ConfigError: The package is missing, or it is there and cannot be imported.
+    """
+    from importlib import import_module
+
+    package = name.partition(".")[0]
+    broken = (AttributeError, OSError, RuntimeError, SyntaxError, ValueError)
+    try:
+        import_module(package)
+        return import_module(name)
+    except (ImportError, *broken) as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        problem = "is missing" if is_missing else f"is broken: {printable(error)}"
+    raise ConfigError(
+        f"the package `{package}` {problem}; get it by `apt install python3-{package}`,"
+        f" `dnf install python3-{package}` or pip install {package}"
+    )
 
 
 @hides_locals
 @dataclass_transform(frozen_default=True)
 class _Value:
-    """A frozen record: its annotations are its fields, in order.
+    """A frozen record whose annotations are its fields, in order.
 
-    A frozen dataclass in little.  `import dataclasses` alone takes longer than starting
-    Python does, and would be most of what `token` costs.
+    A dataclass in little: `import dataclasses` takes longer than Python's own start.
     """
 
     _secret: ClassVar[tuple[str, ...]] = ()
     """Fields whose content no repr shows."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        fields = tuple(type(self).__annotations__)
-        if len(values) > len(fields):
-            raise TypeError(f"{type(self).__name__} takes {len(fields)} values at most")
-        given = dict(zip(fields, values))
-        for name in named:
-            if name in given or name not in fields:
-                raise TypeError(f"{type(self).__name__} got an unfitting {name!r}")
-        given.update(named)
-        for name in fields:
-            if name not in given and not hasattr(type(self), name):
-                raise TypeError(f"{type(self).__name__} needs {name!r}")
-            self.__dict__[name] = given.get(name, getattr(type(self), name, None))
+        cls = type(self)
+        names = cls.__annotations__
+        given = {**dict(zip(names, values)), **named}
+        needed = {name for name in names if not hasattr(cls, name)}
+        is_clear = len(given) == len(values) + len(named)
+        if not (is_clear and needed <= given.keys() <= names.keys()):
+            raise TypeError(
+                f"{cls.__name__} takes {', '.join(names)};"
+                f" it got {len(values)} values and {sorted(named)}"
+            )
+        for name in names:
+            value = given.get(name, getattr(cls, name, None))
+            self.__dict__[name] = tuple(value) if isinstance(value, list) else value
         self._validate()
 
     def _validate(self) -> None:
@@ -504,11 +428,10 @@ class _Value:
         """Return a copy with these fields changed."""
         return type(self)(**{**self.__dict__, **changes})
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
+    def __setattr__(self, name: str, value: object = None) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} is frozen; use replace()")
 
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{type(self).__name__} is frozen")
+    __delattr__ = __setattr__
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.__dict__ == other.__dict__
@@ -528,10 +451,9 @@ class _Value:
 class OAuthConfig(_Value):
     """Who asks, and where: the client id, the endpoints, the scopes.
 
-    Endpoints must be https; plain http is for loopback hosts alone.
-
     Raises:
-        ConfigError: An endpoint, the User-Agent or the time limit is unusable.
+        ConfigError: The User-Agent or the time limit is unusable, or an endpoint is not
+            https; plain http is for loopback hosts alone.
     """
 
     client_id: str
@@ -554,35 +476,25 @@ class OAuthConfig(_Value):
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
         """Return the settings for a server that has every endpoint at one origin.
 
-        Args:
-            origin: Scheme, host and port (``http://127.0.0.1:8000``), without a path.
-
         Raises:
-            ConfigError: The origin has a path or is not https (or loopback http).
+            ConfigError: The origin is not ``https://host:port`` (or loopback http).
         """
         origin = origin.rstrip("/")
         if origin.count("/") != 2 or "?" in origin or "#" in origin:
-            raise ConfigError(
-                "a server is given as scheme, host and port alone,"
-                " as in https://auth.example.com"
-            )
+            raise ConfigError("a server is given as https://host:port, without a path")
         endpoints = {
-            "claude_ai_authorize_url": origin + "/oauth/authorize",
-            "console_authorize_url": origin + "/oauth/authorize",
-            "token_url": origin + "/v1/oauth/token",
-            "profile_url": origin + "/api/oauth/profile",
-            "api_key_url": origin + "/api/oauth/claude_cli/create_api_key",
-            "manual_redirect_uri": origin + "/oauth/code/callback",
-            "revoke_url": origin + "/v1/oauth/token/revoke",
+            name: f"{origin}/{url.split('/', 3)[3]}"
+            for name, url in vars(OAuthConfig).items()
+            if name.endswith(("_url", "_uri"))
         }
+        endpoints["claude_ai_authorize_url"] = endpoints["console_authorize_url"]
         return cls(client_id, **{**endpoints, **settings})
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> OAuthConfig:
         """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say.
 
-        Raises:
-            ConfigError: CLAUDE_OAUTH_SERVER is not a usable origin.
+        Raises what `for_server` does.
         """
         client_id = setting("CLAUDE_OAUTH_CLIENT_ID", environ)
         server = setting("CLAUDE_OAUTH_SERVER", environ)
@@ -591,38 +503,25 @@ class OAuthConfig(_Value):
     def _validate(self) -> None:
         if isinstance(self.scopes, str):
             raise ConfigError("scopes must be a list of strings, not one string")
-        self.__dict__["scopes"] = tuple(self.scopes)
-        self.__dict__["client_id"] = (self.client_id or "").strip()
         if not 0 < self.timeout <= MAX_REQUEST_TIMEOUT:
-            raise ConfigError(
-                "the time limit of a request must be above 0 seconds and at most a day"
-            )
+            raise ConfigError("timeout must be above 0 seconds and at most a day")
         if not self.user_agent.isprintable() or not self.user_agent.isascii():
-            raise ConfigError("a User-Agent must be printable ASCII")
-        if USER_AGENT not in self.user_agent:
-            self.__dict__["user_agent"] = f"{self.user_agent} {USER_AGENT}".strip()
+            raise ConfigError("user_agent must be printable ASCII")
         for name, url in self.__dict__.items():
             # The defaults are known to be good, and urllib is slow to import.
             if name.endswith(("_url", "_uri")) and url != getattr(type(self), name):
-                _check_endpoint(name, url)
+                self._check_endpoint(name, url)
+        own = "" if USER_AGENT in self.user_agent else USER_AGENT
+        self.__dict__["user_agent"] = f"{self.user_agent} {own}".strip()
+        self.__dict__["client_id"] = (self.client_id or "").strip()
 
-
-def _check_endpoint(name: str, url: str) -> None:
-    from urllib.parse import urlsplit
-
-    if name == "revoke_url" and not url:
-        return
-    try:
-        parts = urlsplit(url if is_header_safe(url) else "")
-        is_usable = parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, brackets that do not match
-        is_usable = False
-    if not is_usable:
-        raise ConfigError(f"{name} is not a usable URL; give it as https://host/path")
-    if parts.username is not None:
-        raise ConfigError(f"{name} must not carry a name or password; leave them out")
-    if not may_carry_token(url):
-        raise ConfigError(f"{name} must be https (plain http is for loopback alone)")
+    def _check_endpoint(self, name: str, url: str) -> None:
+        is_left_out = name == "revoke_url" and not url
+        if not is_left_out and (not may_carry_token(url) or "@" in url):
+            raise ConfigError(
+                f"{name} must be a URL like https://host/path, without a password"
+                " (plain http is for loopback alone)"
+            )
 
 
 def may_carry_token(url: str) -> bool:
@@ -630,13 +529,12 @@ def may_carry_token(url: str) -> bool:
     from urllib.parse import urlsplit
 
     try:
-        parts = urlsplit(url)
-        host = parts.hostname
-    except ValueError:
+        parts = urlsplit(url if is_header_safe(url) else "")
+        host = (parts.port != 0 and parts.hostname) or ""
+    except ValueError:  # a port that is no number, brackets that do not match
         return False
-    return bool(host) and (
-        parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or ""))
-    )
+    is_safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
+    return bool(host) and is_safe
 
 
 def is_loopback(host: str) -> bool:
@@ -666,6 +564,10 @@ def _text(value: object) -> str | None:
 
 def _header_text(value: object) -> str | None:
     return value if isinstance(value, str) and is_header_safe(value) else None
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: object) -> float | None:
@@ -715,12 +617,7 @@ _PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]
     "account_created_at": ("account", "created_at", "accountCreatedAt", _text),
     "organization_uuid": ("organization", "uuid", "organizationUuid", _text),
     "organization_name": ("organization", "name", "organizationName", _text),
-    "subscription_type": (
-        "organization",
-        "organization_type",
-        "",
-        lambda value: SUBSCRIPTION_TYPES.get(_text(value) or ""),
-    ),
+    "subscription_type": ("organization", "organization_type", "", _text),
     "rate_limit_tier": ("organization", "rate_limit_tier", "", _text),
     "billing_type": ("organization", "billing_type", "billingType", _text),
     "subscription_created_at": (
@@ -767,9 +664,6 @@ class Credentials(_Value):
         """Whether this is a Claude.ai subscriber's login rather than the Console's."""
         return SCOPE_USER_INFERENCE in self.scopes
 
-    def _validate(self) -> None:
-        self.__dict__["scopes"] = tuple(self.scopes)
-
     def to_record(self) -> dict[str, object]:
         """Return the JSON object to store; what is None is left out."""
         tokens = {}
@@ -778,7 +672,7 @@ class Credentials(_Value):
             if value is not None:
                 tokens[key] = int(value * 1000) if read is _moment else value
         tokens["scopes"] = list(self.scopes)
-        top = {k: tokens.pop(k) for k in RECORD_KEYS if k in tokens}
+        top = {key: tokens.pop(key) for key in RECORD_KEYS if key in tokens}
         return {"claudeAiOauth": tokens, **top}
 
     @classmethod
@@ -789,36 +683,30 @@ class Credentials(_Value):
             StorageCorrupt: A token has the wrong type, or no header can carry it; the
                 text names the field.
         """
-        tokens = record.get("claudeAiOauth")
-        if not isinstance(tokens, dict):
-            raise _corrupt("claudeAiOauth")
+        tokens = _object(record.get("claudeAiOauth"))
         stored = {**tokens, "consoleApiKey": record.get("consoleApiKey")}
         found = {n: read(stored.get(key)) for n, (key, read) in _RECORD_FIELDS.items()}
         for name in cls._secret:
             key = _RECORD_FIELDS[name][0]
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if is_needed and found[name] is None:
-                raise _corrupt(key)
+                raise StorageCorrupt(
+                    f"the stored record is damaged: {key} is missing or malformed (in"
+                    " claudeAiOauth or beside it); move it away and log in again"
+                )
         return cls(**found)
 
     @classmethod
     def from_answer(
-        cls,
-        answer: object,
-        *,
-        received_at: float,
-        previous: Credentials | None = None,
+        cls, answer: object, *, received_at: float, previous: Credentials | None = None
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        What the answer leaves out stays as it was.  An unusable lifetime counts as
-        3600 s: the refresh token behind this answer is spent, so a good successor must
-        not be thrown away for it.
+        The refresh token behind the answer is spent: what it leaves out stays as it
+        was, and an unusable lifetime counts as 3600 s.  Source: RFC 6749 section 5.1.
 
         Raises:
             BadAnswer: There is no usable access token in it.
-
-        Source: RFC 6749 section 5.1.
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
@@ -838,13 +726,6 @@ class Credentials(_Value):
             expires_at=received_at + lifetime,
             scopes=_scopes(answer.get("scope")) or base.scopes,
         )
-
-
-def _corrupt(field: str) -> StorageCorrupt:
-    return StorageCorrupt(
-        f"the stored record is damaged: {field} is missing or malformed;"
-        " move it away and log in again"
-    )
 
 
 @hides_locals
@@ -871,22 +752,14 @@ class Profile(_Value):
         Raises:
             BadAnswer: It names no account.
         """
-        account = answer.get("account")
-        if not isinstance(account, dict):
-            raise BadAnswer("account")
-        organization = answer.get("organization")
-        parts: dict[str, dict[str, object]] = {
-            "account": account,
-            "organization": organization if isinstance(organization, dict) else {},
-        }
         found = {
-            name: read(parts[part].get(key))
+            name: read(_object(answer.get(part)).get(key))
             for name, (part, key, _stored, read) in _PROFILE_FIELDS.items()
         }
         if not found["account_uuid"]:
             raise BadAnswer("account.uuid")
-        found["display_name"] = found["display_name"] or _text(account.get("full_name"))
-        return cls(**found)
+        plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
+        return cls(**{**found, "subscription_type": plan})
 
     def to_record(self) -> dict[str, object]:
         """Return what account.json keeps; plan and tier stay with the credential."""
@@ -911,8 +784,7 @@ class Profile(_Value):
 def generate_code_verifier() -> str:
     """Return a new code verifier: 32 random bytes, 43 characters.
 
-    Make one anew for each login, and keep it in memory alone.  Source: RFC 7636
-    section 4.1.
+    It is for one login, and for memory alone.  Source: RFC 7636 section 4.1.
     """
     import secrets
 
@@ -929,13 +801,8 @@ def code_challenge(verifier: str) -> str:
 
 
 def generate_state() -> str:
-    """Return a new state: 32 random bytes, which only the right callback can know.
-
-    Source: RFC 6749 section 10.12.
-    """
-    import secrets
-
-    return secrets.token_urlsafe(32)
+    """Return a new state: 32 random bytes.  Source: RFC 6749 section 10.12."""
+    return generate_code_verifier()
 
 
 # -- Messages --------------------------------------------------------------------------
@@ -947,16 +814,14 @@ def parse_json_object(
 ) -> dict[str, object] | None:
     """Return the JSON object in data, or None if it holds anything else.
 
-    Args:
-        lenient: Replace broken characters, and take raw control characters.
+    With ``lenient``, broken characters are replaced and control characters taken.
     """
     import json
 
     # A JSONDecodeError carries the whole text, tokens included: it ends here.
     try:
-        if isinstance(data, bytes):
-            errors = "replace" if lenient else "surrogatepass"
-            data = data.decode(json.detect_encoding(data), errors)
+        if lenient and isinstance(data, bytes):
+            data = data.decode(json.detect_encoding(data), "replace")
         found = json.loads(data, strict=not lenient)
     except (ValueError, RecursionError):
         return None
@@ -994,23 +859,19 @@ def read_answer(
     The grant behind it is spent, so nothing beside the tokens may cost them: not a
     broken character, nor what follows them.
 
-    Args:
-        field: What the answer is for.  An ``error`` without it is a refusal.
-
     Raises:
         BadAnswer: It is JSON, but no object.
         Unavailable: It is not the service's.
-        TokenRefused: It is a refusal, whatever its status.
+        TokenRefused: There is an ``error`` in it in place of the field asked for.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
         answer = _fields_of(content)
-    if answer is None:
-        if parse_json_object(b'{"answer":' + content + b"}", lenient=True):
-            raise BadAnswer("the answer", "is not a JSON object")
-        raise Unavailable(_unavailable_text(status, ""), None, status)
-    found = answer.get(field)
-    if answer.get("error") and not (isinstance(found, dict) or _header_text(found)):
+    if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
+        raise BadAnswer("the answer", "is not a JSON object")
+    found = _object(answer).get(field)
+    is_granted = isinstance(found, dict) or _header_text(found)
+    if answer is None or (answer.get("error") and not is_granted):
         raise error_of_answer(status, content, secrets=secrets)
     return answer
 
@@ -1019,16 +880,15 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     """Return what a JSON object that is cut or damaged says of the tokens."""
     import re
 
-    if not content.lstrip().startswith(b"{"):
-        return None
     names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
     value = rb'"(?:[ !#-\[\]-~]|\\["/\\])*"|\d{1,9}(?=[\s,}])'
     fields = re.findall(rb'"(?:%s)"\s*:\s*(?:%s)' % (names, value), content)
-    found = parse_json_object(b"{" + b",".join(fields) + b"}") or {}
+    found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
     # What is cut may have lost its refresh token: half a login is none.
     is_cut = not content.rstrip().endswith(b"}")
     is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
-    return found if is_whole or "raw_key" in found else None
+    is_object = content.lstrip().startswith(b"{")
+    return found if is_object and (is_whole or "raw_key" in found) else None
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
@@ -1042,21 +902,20 @@ def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[st
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
-    """Return a Retry-After header in seconds: it is a number or a date.
+    """Return a Retry-After header in seconds, None if it is no number and no date.
 
-    None if it is absent, malformed or not in the future.  Source: RFC 9110 section
-    10.2.3.
+    None, too, if it is not in the future.  Source: RFC 9110 section 10.2.3.
     """
     from email.utils import parsedate_to_datetime
 
     text = (value or "").strip()
-    if text.isascii() and text.isdigit():
-        seconds = float(text[:12])
-    else:
-        try:
+    try:
+        if text.isdigit():
+            seconds = float(text[:12])
+        else:
             seconds = parsedate_to_datetime(text).timestamp() - now
-        except (TypeError, ValueError, IndexError, OverflowError):
-            return None
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
     return min(seconds, WAIT_CEILING) if seconds > 0 else None
 
 
@@ -1065,10 +924,8 @@ def seconds_to_wait(
 ) -> float:
     """Return how long to leave the server alone after a 429 or a 5xx.
 
-    Args:
-        asked_for: Its Retry-After in seconds, if it gave one.
-        failures: How many in a row, this one included.
-        chance: 0 to 1, drawn by lot, so that many machines do not return at once.
+    It asked for so many seconds, or doubles them with each of the failures in a row.
+    A chance, drawn from 0 to 1, keeps many machines from returning at once.
     """
     floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
     seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
@@ -1083,98 +940,74 @@ def error_of_answer(
     request_id: str | None = None,
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
-    """Return the error that an answer stands for.
+    """Return the error that an answer stands for, without the secrets it may quote.
 
     Both envelopes are read: RFC 6749 section 5.2's, and the API's
     ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
-
-    Args:
-        secrets: What the request carried; a server may quote it.
     """
     if status == 403 and b"error code: 1010" in body:
         return ConfigError(
-            "the service's edge refuses this User-Agent; set user_agent to name your"
-            " program"
+            "the edge refuses this User-Agent; set user_agent to name your program"
         )
-    answer = parse_json_object(body, lenient=True) or {}
-    found = answer.get("error")
-    inner = found if isinstance(found, dict) else {}
-    codes = (found, inner.get("type"), inner.get("code"))
-    code = printable(next(filter(_text, codes), ""), secrets=secrets, limit=60)
-    texts = (answer.get("error_description"), inner.get("message"))
-    description = next(filter(_text, (*texts, answer.get("message"))), "")
-    notes = [printable(description, secrets=secrets)]
+    answer = _object(parse_json_object(body, lenient=True))
+    error = _object(answer.get("error"))
+
+    def first_text(*found: object, limit: int) -> str:
+        return printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
+
+    codes = (answer.get("error"), error.get("type"), error.get("code"))
+    code = first_text(*codes, limit=60)
+    texts = (answer.get("error_description"), error.get("message"))
+    details = first_text(*texts, answer.get("message"), limit=200)
     if request_id:
-        notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
-    details = "; ".join(filter(None, notes))
-    if status == 429 or status >= 500 or code in _PASSING_CODES:
-        return Unavailable(_unavailable_text(status, details), retry_after, status)
-    return TokenRefused(code, details or None, status)
+        details += f"; request {first_text(request_id, limit=80)}"
+    details = details.lstrip("; ")
+    if status == 429:
+        text = "the server is limiting requests"
+    elif status >= 500:
+        text = f"the server is out of order ({status})"
+    elif 300 <= status < 400:
+        text = f"the server redirects the request ({status}), which is not followed"
+    elif code in _PASSING_CODES:
+        text = f"the answer ({status}) is not the service's; a proxy may stand between"
+    else:
+        return TokenRefused(code, details or None, status)
+    text += f" ({details})" if details else ""
+    return Unavailable(f"{text}; try again later", retry_after, status)
 
 
-_PASSING_CODES: Final = frozenset(
-    (
-        "",  # no error of OAuth's at all
-        "temporarily_unavailable",
-        "server_error",
-        "rate_limit_error",
-        "overloaded_error",
-        "api_error",
-        "timeout_error",
-    )
+_PASSING_CODES: Final = (
+    *("", "temporarily_unavailable", "server_error", "rate_limit_error"),
+    *("overloaded_error", "api_error", "timeout_error"),
 )
 """Error codes that say nothing about the grant, whatever the status beside them."""
 
 
-def _unavailable_text(status: int, details: str) -> str:
-    if status == 429:
-        text = "the server is limiting requests"
-    elif 300 <= status < 400:
-        text = f"the server redirects the request ({status}), which is not followed"
-    elif status >= 500:
-        text = f"the server is out of order ({status})"
-    else:
-        text = f"the answer ({status}) is not the service's; a proxy may stand between"
-    return f"{text}{f' ({details})' if details else ''}; try again later"
-
-
-def merge_record(
-    stored: Mapping[str, object], ours: Mapping[str, object]
-) -> dict[str, object]:
+def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored record with our part replaced.
 
-    Keys that are not this module's stay, at the top and inside: another program put
-    them there.
+    The keys of other programs stay, at the top and inside.
     """
     own_keys = {key for key, _read in _RECORD_FIELDS.values()}
-    stored_tokens, tokens = stored.get("claudeAiOauth"), ours["claudeAiOauth"]
-    assert isinstance(tokens, dict)
-    if isinstance(stored_tokens, dict):
-        foreign = {k: v for k, v in stored_tokens.items() if k not in own_keys}
-        tokens = {**foreign, **tokens}
-    kept = {k: v for k, v in stored.items() if k not in RECORD_KEYS}
-    return {**kept, **ours, "claudeAiOauth": tokens}
+    tokens = _object(stored.get("claudeAiOauth"))
+    foreign = {key: tokens[key] for key in tokens if key not in own_keys}
+    kept = {key: stored[key] for key in stored if key not in RECORD_KEYS}
+    return {**kept, **ours, "claudeAiOauth": {**foreign, **ours["claudeAiOauth"]}}
 
 
 @hides_locals
 def clean_token(value: str) -> str:
-    """Return a token from the environment without the blanks that secrets arrive with.
+    """Return a token from the environment without the blanks around it.
 
     Raises:
-        ConfigError: It is no token, but a quoted one, an assignment, JSON, a
-            placeholder.
-
-    Source: RFC 6750 section 2.1, ``b64token``.
+        ConfigError: It is no ``b64token`` of RFC 6750 section 2.1, but a quoted one, an
+            assignment, JSON, a placeholder.
     """
+    import re
+
     token = value.strip()
-    characters = token.rstrip("=")
-    if not characters.isascii() or not all(
-        c.isalnum() or c in "-._~+/" for c in characters or "="
-    ):
-        raise ConfigError(
-            "CLAUDE_OAUTH_TOKEN holds something that no token has;"
-            " set it to the token alone"
-        )
+    if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
+        raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
 
 
@@ -1820,20 +1653,9 @@ def _error_of_failure(error: Exception, way: str) -> ClaudeOAuthError:
 
 
 def import_requests() -> Any:
-    """Return the package `requests`; ConfigError if it is missing or broken."""
-    try:
-        import requests
-
-        requests.Session, requests.exceptions.InvalidSchema  # noqa: B018 - is it it?
-    except (ImportError, AttributeError, SyntaxError, OSError, ValueError) as error:
-        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "requests"
-        problem = "is missing" if is_missing else f"is broken: {printable(error)}"
-    else:
-        return requests
-    raise ConfigError(
-        f"the package `requests` {problem}; get it by `pip install requests`,"
-        " `apt install python3-requests` or `dnf install python3-requests`"
-    )
+    """Return the package `requests`; raises ConfigError if it is missing or broken."""
+    import_package("requests.sessions")  # a stray requests.py has none
+    return sys.modules["requests"]
 
 
 def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
@@ -2944,7 +2766,7 @@ class KeyringStorage(_SecretStorage):
         return True
 
     def _call(self, function: str, service: str, *secret: str) -> object:
-        call = getattr(import_extra("keyring", "keyring"), function)
+        call = getattr(import_package("keyring"), function)
         try:
             return call_with_limit(
                 lambda: call(service, self._account, *secret), self.time_limit
@@ -2967,29 +2789,6 @@ class KeyringStorage(_SecretStorage):
         )
 
 
-def import_extra(package: str, module: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        ConfigError: The package is missing, or is there and broken.
-    """
-    from importlib import import_module
-
-    # Not by `import`: a type checker would miss the package beside a vendored copy.
-    try:
-        return import_module(module)
-    except (ImportError, AttributeError, OSError, RuntimeError, SyntaxError) as error:
-        name = getattr(error, "name", None) or ""
-        missing = isinstance(error, ImportError) and name.partition(".")[0] == package
-        reason = printable(error) or type(error).__name__
-    if missing and "cannot import" not in reason:
-        raise ConfigError(f"this needs `{package}`: pip install {package}")
-    raise ConfigError(
-        f"the package `{package}` is there but broken ({reason}); repair it with"
-        f" pip install --force-reinstall {package}"
-    )
-
-
 @hides_locals
 class FernetCipher:
     """Encrypts with a passphrase: scrypt, then Fernet (AES-128-CBC and HMAC-SHA256).
@@ -3009,9 +2808,8 @@ class FernetCipher:
             passphrase = passphrase.encode()
         if not passphrase:
             raise ConfigError("the passphrase is empty")
-        self._fernet = import_extra("cryptography", "cryptography.fernet")
-        kdf = "cryptography.hazmat.primitives.kdf.scrypt"
-        self._kdf = import_extra("cryptography", kdf)
+        self._fernet = import_package("cryptography.fernet")
+        self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
         self._keys: dict[tuple[int, int, int, bytes], bytes] = {}
         """Derived keys, by cost and salt: deriving one is slow on purpose."""
@@ -5565,12 +5363,12 @@ class BearerAuth:
                 )
         return request
 
-    def auth_flow(self, request: Any) -> Generator[Any, Any, None]:
+    def auth_flow(self, request: Any) -> Iterator[Any]:
         """Sign, send, and repeat once after a 401: what ``httpx.Auth`` asks for."""
         is_ours = self._may_sign(str(request.url))
         if is_ours:
             self._sign(request)
-        response = yield request
+        response: Any = yield request
         if is_ours and response.status_code == 401 and self._renew(request):
             response = yield request
             if response.status_code == 401:
