@@ -62,9 +62,7 @@ import types
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    import selectors
     import socket
-    import subprocess
     import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
@@ -1043,8 +1041,26 @@ def describe_moment(moment: float | None) -> str | None:
 CALLBACK_PATH: Final = "/callback"
 """The loopback redirect's path; the server takes any port, but no other path."""
 
-MIN_BARE_CODE_CHARS: Final = 16
-"""A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10."""
+PASTE_REFUSALS: Final = (
+    ("^$", "nothing was pasted"),
+    ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
+    ("(?i)sk-ant-", "that is a token or an API key, not a code: keep it safe"),
+)
+
+# A terminal breaks a code into long pieces.  A word of a sentence is none of them.
+_PROSE: Final = (
+    r"(?<!\S)(?=\S*[aeiouyAEIOUY\x80-\uffff])"
+    r"(?:[^\W\d_][^\W\d_A-Z]{0,14}|[A-Z]{1,15})(?!\S)"
+)
+_LABEL: Final = rf"(?::|{_PROSE}) "
+_VOUCHED_CODE: Final = (
+    rf"(?:.*{_LABEL})?((?:(?!{_PROSE})[^#&? ]{{8,}}(?<!:) )*[^#&? ]+(?<!:))"
+)
+# A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
+_BARE_CODE: Final = (
+    rf"(?:.*(?i:code)(?: |.*{_LABEL}))?"
+    rf"([^#&?/:@ ]{{16,}}(?: (?!{_PROSE})[^#&?/:@ ]+){{0,2}})"
+)
 
 
 class GrantedCode(_Value):
@@ -1106,149 +1122,96 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
     if len(text) > MAX_PASTE_CHARS:
         raise ValueError(f"that is longer than any code ({MAX_PASTE_CHARS} characters)")
     cleaned = _without_paste_noise(text, state)
-    _refuse_what_is_no_code(cleaned)
+    for pattern, reason in PASTE_REFUSALS:
+        if re.search(pattern, cleaned.replace(" ", "")):
+            raise ValueError(reason)
+    # A terminal that marks the begin of a paste, but not its end, will send more.
+    if "\x1b[200~" in text and "\x1b[201~" not in text and state not in cleaned:
+        raise ValueError("that is not a code")
     # The whole screen may have been copied: the code stands below the address then.
     cleaned, is_screen = re.subn(r"\S*code_challenge=\S*", "", cleaned)
     if is_screen and "#" + state not in cleaned:
         raise ValueError("that is the address to open, not what comes after signing in")
     if re.search(r"://|[?&]\w+=", cleaned):
         return _parse_pasted_address(cleaned, state, manual_redirect_uri)
-    code = _parse_pasted_code(cleaned, state)
-    # A terminal that marks the begin of a paste, but not its end, will send more.
-    if "\x1b[200~" in text and "\x1b[201~" not in text and state not in cleaned:
-        raise ValueError("that is not a code")
-    return GrantedCode(code, manual_redirect_uri)
-
-
-def _refuse_what_is_no_code(cleaned: str) -> None:
-    if not cleaned:
-        raise ValueError("nothing was pasted")
-    if not cleaned.isprintable():
-        raise ValueError("that has control characters in it")
-    if "sk-ant-" in cleaned.replace(" ", "").lower():
-        raise ValueError("that is a token or an API key, not a code: keep it safe")
+    return GrantedCode(_parse_pasted_code(cleaned, state), manual_redirect_uri)
 
 
 def _without_paste_noise(text: str, state: str) -> str:
-    """Return a paste as one line of words, and the state in it in one piece."""
+    """Return a paste as words with one blank between; the state is in one piece."""
     import re
-    import unicodedata
     from urllib.parse import unquote
 
-    text = re.sub("\x1b\\[20[01]~", "", text)  # bracketed paste
-    text = re.sub("&(amp;)+", "&", text.replace("\\", ""))
+    # Bracketed paste, a shell's escapes, zero-width characters and direction marks.
+    invisible = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    text = re.sub(rf"\x1b\[20[01]~|[\\{invisible}]", "", text)
+    text = re.sub("&(amp;)+", "&", text)
     if "=" not in text and "%3d" in text.lower():
         text = unquote(text)
     # Quotes and brackets stand around an address or a code; separators are blanks too.
-    quotes = "\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb\u2039\u203a"
-    text = re.sub(f"[\t\r\n\"'`<>(){quotes}]", " ", text)
-    kinds = [(c, unicodedata.category(c)) for c in text]
-    # Cf: zero-width characters, soft hyphens and direction marks.
-    text = "".join(" " if kind[0] == "Z" else c for c, kind in kinds if kind != "Cf")
+    quotes = "\"'`<>(){}\u2018-\u201f\xab\xbb\u2039\u203a"
+    text = re.sub(rf"[{quotes}]|[^\S\x0b\x0c\x1c-\x1f]", " ", text)
     text = re.sub(" *".join(map(re.escape, state)), state, text)
     text = re.sub(f" *(#|%23) *{re.escape(state)}", f"#{state}", text)
-    words = (word.lstrip("*[").rstrip(".,;!*]") for word in text.split(" "))
-    text = " ".join(filter(None, words))
+    text = re.sub(r"(?<!\S)[*\[]+|[.,;!*\]]+(?!\S)", "", text)
+    text = re.sub(" +", " ", text).strip(" ")
     # The same once more: Ctrl-V was pressed twice.
-    copies = re.fullmatch(rf"(.{{{MIN_BARE_CODE_CHARS},}}?)(?: *\1)+", text)
+    copies = re.fullmatch(r"(.{16,}?)(?: *\1)+", text)
     return copies[1] if copies and len(set(copies[1])) > 1 else text
 
 
 def _parse_pasted_code(text: str, state: str) -> str:
     import re
 
-    text = re.sub(r"(?i)\b(code)\s*[:=]", r"\1: ", text)
-    label = r"(?:#|(?:^|[\s&,;]+)(?i:state)\s*[:=]?\s*|\s)"
+    text = re.sub(r"(?i)\b(code) ?[:=] ?", r"\1: ", text)
+    label = r"(?:#|(?:^|[ &,;]+)(?i:state) ?[:=]? ?| )"
     found = re.search(rf"{label}{re.escape(state)}(?![\w#-])", text)
-    if not found:
-        _refuse_another_state(text, state)
-        return _join_pieces(text.split(), is_vouched_for=False)
-    before = text[: found.start()].split()
-    # Where the state comes first, it has its label, and the code comes after it.
-    return _join_pieces(before or text[found.end() :].split(), is_vouched_for=True)
-
-
-def _refuse_another_state(text: str, state: str) -> None:
-    import re
-
-    _, mark, given = re.sub("%23", "#", text).partition("#")
-    if mark and state.startswith(given.replace(" ", "")):
-        raise ValueError("the end of the code is missing")
-    if mark or re.search(r"(?i)\bstate\s*[:=]", text):
-        raise ValueError("that code belongs to another sign-in (its state differs)")
-    if state in text:
-        raise ValueError("that is not a code")
-
-
-def _join_pieces(words: list[str], *, is_vouched_for: bool) -> str:
-    """Return the code that stands in one or more words, without the text before it.
-
-    A terminal breaks a code into long pieces.  Without a state, words that do not speak
-    of a code in front of it, or any behind it, make the whole no code.
-    """
-    import re
-
-    last = len(words) - is_vouched_for
-    labels = [i for i, w in enumerate(words) if w[-1:] == ":" or _is_prose(w, i < last)]
-    start = max([-1, *labels]) + 1
-    pieces, label = words[start:], " ".join(words[:start]).lower()
-    if len(set(pieces)) == 1:
-        del pieces[1:]  # it was copied twice
-    if is_vouched_for:
-        shape = ".*\n([^#&? ]{8,} )*[^#&? ]+"
+    if found:
+        # Where the state comes first, it has its label, and the code comes after it.
+        text = text[: found.start()].strip() or text[found.end() :].strip()
     else:
-        piece = "[^#&?/:@ ]"
-        shape = f"(|.*code.*)\n{piece}{{{MIN_BARE_CODE_CHARS},}}( {piece}+){{0,2}}"
-    code = "".join(pieces)
-    found = re.fullmatch(shape, label + "\n" + " ".join(pieces))
-    if not found or not _is_code(code):
+        mark = re.search(r"#(.*)", text.replace("%23", "#"))
+        if mark and state.startswith(mark[1].replace(" ", "")):
+            raise ValueError("the end of the code is missing")
+        if re.search(r"(?i)#|%23|\bstate ?[:=]", text):
+            raise ValueError("that code belongs to another sign-in (its state differs)")
+    code = re.fullmatch(_VOUCHED_CODE if found else _BARE_CODE, text)
+    pieces = code[1].split() if code else []
+    joined = pieces[0] if len(set(pieces)) == 1 else "".join(pieces)
+    if not _is_code(joined.replace(state, " ")):  # nor is the state one
         raise ValueError("that is not a code")
-    return code
-
-
-def _is_prose(word: str, may_be: bool) -> bool:
-    """Tell a word of a sentence from a piece of a code."""
-    import re
-
-    shape = "(?=.*[aeiouyAEIOUY])(?:[A-Za-z][a-z]*|[A-Z]+)"
-    is_word = len(word) < MIN_BARE_CODE_CHARS and bool(re.fullmatch(shape, word))
-    return may_be and (is_word or not word.isascii())
+    return joined
 
 
 def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode:
     import re
 
-    words = re.sub("(?=https?://)", " ", text).split()
-    query = r"\bstate=.*\b(code|error)=|\b(code|error)=.*\bstate="
-    whole = [word for word in words if re.search(query, word)]
-    if not whole:  # a line break is in it
-        parts = [i for i, word in enumerate(words) if re.search(r"://|[?=/]", word)]
-        whole = ["".join(words[parts[0] : parts[-1] + 1])]
-    address = whole[0]
-    if re.search(r"[?&]code=[^&]*$", address) and address != words[-1]:
+    text = re.sub("(?=https?://)", " ", text)
+    shapes = (  # a line break may be in it, before the state
+        r"((?:https?://(?:(?!://).)*?|\S*)"
+        r"\b(?:code|error)=(?:(?!://).)*?\bstate=\S*)(.*)",
+        r"(\S*\bstate=\S*\b(?:code|error)=\S*)(.*)",
+        r"(\S*[/?=].*)()",
+    )
+    found = next(filter(None, (re.search(shape, text) for shape in shapes)))
+    address = found[1].replace(" ", "")
+    behind = (found[1] + found[2]).partition("code=")[2]
+    if re.search("[?&]code=[^&]*$", address) and " " in behind:
         raise ValueError("the code in that address is cut: copy the address alone")
     page, _, query = address.partition("?")
     if re.match(r"&?\w+=", page):  # what follows the question mark, alone
         page, query = "", page.lstrip("&")
-    redirect_uri = _known_redirect_uri(page, manual_uri)
-    if not redirect_uri:
+    # Browsers hide the scheme, and some leave it out of what is copied.  We said
+    # localhost, whatever a person made of it to reach this machine.
+    manual = re.escape(re.sub("(?i)^https?://", "", manual_uri))
+    loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\]):(\d{{1,5}}){CALLBACK_PATH}"
+    known = re.search(rf"(?i)(?<![\w.@-])(?:{manual}|{loopback})$", page)
+    if page and not known:
         raise ValueError("that is the address of another page")
     code = parse_callback(query.partition("#")[0], state=state)
-    return GrantedCode(code, redirect_uri)
-
-
-def _known_redirect_uri(page: str, manual_uri: str) -> str:
-    """Return the redirect_uri that a page is, or "" if it is none of ours."""
-    import re
-
-    # Browsers hide the scheme, and some leave it out of what is copied.
-    manual = re.sub("(?i)^https?://", "", manual_uri)
-    if not page or re.search(rf"(?i)(?<![\w.@-]){re.escape(manual)}$", page):
-        return manual_uri
-    # We said localhost, whatever a person made of it to reach this machine.
-    loopback = r"(?i)(?<![\w.@-])(?:localhost|127\.0\.0\.1|\[::1\]):(\d{1,5})/callback$"
-    found = re.search(loopback, page)
-    return f"http://localhost:{found[1]}{CALLBACK_PATH}" if found else ""
+    if known and known[1]:
+        return GrantedCode(code, f"http://localhost:{known[1]}{CALLBACK_PATH}")
+    return GrantedCode(code, manual_uri)
 
 
 def success_page(account: str | None) -> str:
@@ -1268,21 +1231,18 @@ def failure_page(reason: str) -> str:
 
 def denied_page() -> str:
     """Return the page after the server's, or the person's, no."""
-    return result_page(
-        "denied",
-        "Access was not granted",
-        "Nothing was stored.\nIf that was a mistake, close this window and try again.",
-    )
+    hint = "If that was a mistake, close this window and try again."
+    text = f"Nothing was stored.\n{hint}"
+    return result_page("denied", "Access was not granted", text)
 
 
 def stray_page(reason: str) -> str:
     """Return the page for a request that is not what the login waits for, and why."""
-    return result_page(
-        "failure",
-        "Nothing to see here",
+    text = (
         f"A sign-in is waiting here for something else: {reason}.\nGo back to the "
-        "terminal, and open the address that it shows.",
+        "terminal, and open the address that it shows."
     )
+    return result_page("failure", "Nothing to see here", text)
 
 
 def result_page(kind: str, title: str, text: str) -> str:
@@ -1294,43 +1254,32 @@ def result_page(kind: str, title: str, text: str) -> str:
     import html
 
     mark = {"success": "\u2713", "failure": "!", "denied": "\u2715"}[kind]
-    title, text = html.escape(title), html.escape(text)
     return f"""<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
-<title>{title}</title>
+<title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
-</head>
-<body>
 <main>
 <p class="mark {kind}" aria-hidden="true">{mark}</p>
-<h1>{title}</h1>
-<p>{text}</p>
+<h1>{html.escape(title)}</h1>
+<p>{html.escape(text)}</p>
 </main>
-</body>
 </html>
 """
 
 
 _STYLE: Final = """
-:root { color-scheme: light dark; --back: #f6f5f1; --card: #fff; --text: #1f1e1b;
+:root { color-scheme: light dark; --card: #fff; --text: #1f1e1b;
   --success: #17663a; --failure: #a3261b; --denied: #7a4b00; }
-@media (prefers-color-scheme: dark) { :root { --back: #191816; --card: #262522;
-  --text: #f1efe9; --success: #6fd39b; --failure: #ff9b8f; --denied: #f0bd6a; } }
-* { box-sizing: border-box; }
-body { margin: 0; min-height: 100vh; display: grid; place-items: center; padding: 1rem;
-  background: var(--back); color: var(--text);
-  font: 1.0625rem/1.55 system-ui, sans-serif; }
-main { width: 100%; max-width: 30rem; padding: 2.5rem 2rem; border-radius: 1rem;
-  background: var(--card); text-align: center; overflow-wrap: anywhere; }
-h1 { margin: 0 0 .75rem; font-size: 1.625rem; line-height: 1.25;
-  text-wrap: balance; }
-p { margin: 0; white-space: pre-line; }
-.mark { width: 3.5rem; margin: 0 auto 1.25rem; border: 2px solid; border-radius: 50%;
-  font-size: 1.75rem; line-height: calc(3.5rem - 4px); }
+@media (prefers-color-scheme: dark) { :root { --card: #262522; --text: #f1efe9;
+  --success: #6fd39b; --failure: #ff9b8f; --denied: #f0bd6a; } }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center;
+  background: var(--card); color: var(--text); font: 1.0625rem/1.55 system-ui; }
+main { max-width: 30rem; padding: 2rem; text-align: center; background: var(--card); }
+p { white-space: pre-line; overflow-wrap: anywhere; }
+.mark { font-size: 2.5rem; margin: 0; }
 .success { color: var(--success); }
 .failure { color: var(--failure); }
 .denied { color: var(--denied); }
@@ -1735,11 +1684,7 @@ class Storage(Protocol):
         """Return the stored credential, or None if it is certain that there is none."""
 
     def save(self, credentials: Credentials) -> None:
-        """Write a credential so that a crash leaves the old one or the new one, whole.
-
-        Raises:
-            StorageError: It is not written; what was there still is.
-        """
+        """Write a credential whole, or raise StorageError and leave the old one."""
 
     def delete(self) -> bool:
         """Remove this module's own keys; return whether there were any."""
@@ -1750,15 +1695,11 @@ class Storage(Protocol):
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a context that one thread of one process is in at a time.
 
-        Raises:
-            Unavailable: On entering, when the seconds are over; 0 tries once.
+        To enter it raises Unavailable when the seconds are over; 0 tries once.
         """
 
     def stamp(self) -> object:
-        """Return a cheap value that changes when the stored record may have changed.
-
-        None if that is not known: then the record is read.
-        """
+        """Return a cheap value that changes when the record may have; None: read it."""
 
     def describe(self) -> str:
         """Say for people where the credential is."""
@@ -1767,9 +1708,7 @@ class Storage(Protocol):
 def absolute_path(path: str | os.PathLike[str]) -> str:
     """Return a path from the root, with ``~`` filled in.
 
-    Raises:
-        ConfigError: It is empty, is not expanded, or needs a home that nobody knows:
-            never a folder of such a name below the current one.
+    What is empty or not expanded is a ConfigError, never a folder below this one.
     """
     found = os.path.expanduser(os.fsdecode(path))
     if not found.strip() or found[0] in "\"'$%" or "\0" in found:
@@ -1793,41 +1732,49 @@ def default_directory(environ: Mapping[str, str] | None = None) -> str:
     return absolute_path(chosen)
 
 
-def warn(message: str) -> None:
+def warn(message: str, *, once: bool = False) -> None:
     """Tell the program's log, or stderr if it has none, what a person should know."""
     import logging
 
+    if once:
+        if message in _WARNED:
+            return
+        _WARNED.add(message)
     logging.getLogger("claude_oauth").warning(message)
 
 
-def _warn_once(subject: str, problem: str) -> None:
-    if (subject, problem) not in _WARNED:
-        _WARNED.add((subject, problem))
-        warn(f"{subject}: {problem}")
-
-
-_WARNED: Final[set[tuple[str, str]]] = set()
-"""What this process has complained about."""
+_WARNED: Final[set[str]] = set()
+"""What this process says only once."""
 
 _NO_MODES: Final = "others can read this, by its mode; set its mode to 0600 if you can"
-_NO_SYNC: Final = "this file system refuses fsync; a power cut may cost the login"
 
 
-def make_private_directory(path: str) -> None:
+def _make_private(target: int | str, mode: int, subject: str) -> bool:
+    """Set the mode of a file or directory; warn once where that has no effect."""
+    if sys.platform == "win32":
+        return False  # the mode is invented there, and access follows from the ACL
+    try:
+        os.chmod(target, mode)
+        if not os.stat(target).st_mode & 0o077:
+            return True
+    except OSError:
+        pass
+    warn(f"{subject}: {_NO_MODES}", once=True)
+    return False
+
+
+def _make_directory(path: str) -> None:
     """Create a directory and those above it, 0700 each; leave existing ones alone."""
     # os.makedirs would apply the mode to the last level only.
     if os.path.isdir(path):
         return
     if os.path.dirname(path) != path:
-        make_private_directory(os.path.dirname(path))
+        _make_directory(os.path.dirname(path))
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
         return
-    try:
-        os.chmod(path, 0o700)  # a umask of 0777 would have left 0000
-    except OSError:
-        _warn_once(path, _NO_MODES)
+    _make_private(path, 0o700, path)  # a umask of 0777 has left 0000
 
 
 def read_private(
@@ -1835,21 +1782,16 @@ def read_private(
 ) -> bytes | None:
     """Return a private file's content, None if there is no file.
 
-    A file of ours that others can read is set to 0600 with a warning.
-
-    Raises:
-        StorageError: It is not a regular file of this user, or it cannot be read.
+    A file of ours that others can read is set to 0600 with a warning.  What is no
+    regular file of this user is a StorageError.
     """
-    # O_NONBLOCK, or a named pipe would hold the program up.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        fd = os.open(path, flags)
-        try:
-            _check_owner_and_mode(fd, path, is_ours, any_owner)
-            with open(fd, "rb", closefd=False) as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-        finally:
-            os.close(fd)
+        # Not after opening it: a named pipe would hold the program up.
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise StorageError(f"{path} is not a regular file; move it away")
+        with open(path, "rb") as file:
+            _check_owner_and_mode(file.fileno(), path, is_ours, any_owner)
+            data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -1860,43 +1802,28 @@ def read_private(
 
 
 def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) -> None:
-    import stat
-
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode):
-        raise StorageError(f"{path} is not a regular file; move it away")
     if sys.platform == "win32":
-        return  # the mode is invented there, and access follows from the folder's ACL
+        return
+    found = os.fstat(fd)
     if found.st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    if found.st_mode & 0o077:
-        if not is_ours:
-            _warn_once(path, _NO_MODES)
-        elif _make_private(fd, path):
-            warn(f"others could read {path}; it is set to 0600 now")
+    if not found.st_mode & 0o077:
+        return
+    if not is_ours:
+        warn(f"{path}: {_NO_MODES}", once=True)
+    elif _make_private(fd, 0o600, os.path.dirname(path)):
+        warn(f"others could read {path}; it is set to 0600 now")
 
 
-def _make_private(fd: int, path: str) -> bool:
-    """Set a file's mode to 0600; warn once where the file system does not do that."""
-    if sys.platform != "win32":
-        try:
-            os.fchmod(fd, 0o600)
-            if not os.fstat(fd).st_mode & 0o077:
-                return True
-        except OSError:
-            pass
-        _warn_once(os.path.dirname(path), _NO_MODES)
-    return False
+def _reason(error: OSError) -> str:
+    return f"{error.strerror or type(error).__name__}".lower()
 
 
 def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
-    """Replace a private file whole: 0600, and on the disk when this returns.
+    """Replace a private file whole, or raise StorageError and leave it as it was.
 
-    Hold the lock: two writers would not damage the file, but one of them would lose its
-    change.  A cache is not worth the wait for the disk.
-
-    Raises:
-        StorageError: The file is as it was.
+    Hold the lock, or two writers could lose a change.  The file is 0600, and on the
+    disk when this returns; a cache is not worth the wait.
     """
     _AtomicFile(path).commit(data, sync=not is_cache)
 
@@ -1905,47 +1832,41 @@ class _AtomicFile:
     """The successor of a private file: made beside it, and renamed over it once whole.
 
     It can be made before a refresh token is spent, with room on the disk for what comes
-    back: then neither a disk that fills meanwhile nor a mode can cost the answer.  A
-    symbolic link is followed.
-
-    Raises:
-        StorageError: The file cannot be replaced, or there is no room.
+    back: then neither a disk that fills meanwhile nor a mode can cost the answer.
     """
 
-    def __init__(self, path: str, *, reserve: int = 0) -> None:
+    def __init__(self, path: str, *, reserve: bool = False) -> None:
         # os.replace onto a link would replace the link, and leave the old token there.
         self._path, self._real = path, os.path.realpath(path)
-        directory, name = os.path.split(self._real)
+        self._directory, name = os.path.split(self._real)
         unique = f".{name}.{os.urandom(8).hex()}{_TEMPORARY_SUFFIX}"
-        self._temporary = os.path.join(directory, unique)
-        self._file: io.FileIO | None = None
+        self._temporary = os.path.join(self._directory, unique)
+        self._file: Any = None
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
         try:
-            make_private_directory(directory)
+            _make_directory(self._directory)
             self._file = io.FileIO(os.open(self._temporary, flags, 0o600), "r+")
-            _make_private(self._file.fileno(), self._real)
+            _make_private(self._file.fileno(), 0o600, self._directory)
             if reserve:
-                reserve += _check_replaceable(self._real)
-                _write_all(self._file, b" " * reserve)
-                _sync(self._file, directory)
+                room = RESERVED_BYTES + self._size_if_replaceable()
+                _write_all(self._file, b" " * room)
+                _sync(self._file, self._directory)
         except OSError as error:
             self.discard()
             raise StorageError(f"cannot write {path}: {_reason(error)}") from None
 
     def commit(self, data: bytes, *, sync: bool = True) -> None:
         """Put the data in the file's place, through the descriptor that has room."""
-        directory = os.path.dirname(self._real)
         try:
-            assert self._file is not None
             self._file.seek(0)
             _write_all(self._file, data)
             self._file.truncate()
             if sync:
-                _sync(self._file, directory)
+                _sync(self._file, self._directory)
             self._file.close()
-            _replace(self._temporary, self._real, data)
+            self._replace(data)
             if sync:
-                _sync_directory(directory)
+                _sync_directory(self._directory)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {_reason(error)}") from None
         finally:
@@ -1954,39 +1875,51 @@ class _AtomicFile:
     def discard(self) -> None:
         """Remove what was not committed."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
-            _unlink_quietly(self._temporary)
+            _quietly(self._file.close)  # a full NFS says so only now
+            _quietly(os.unlink, self._temporary)
+
+    def _size_if_replaceable(self) -> int:
+        """Return the file's size; raise if it can be neither replaced nor rewritten."""
+        try:
+            with io.FileIO(self._real, "r+") as file:
+                return file.seek(0, os.SEEK_END)
+        except FileNotFoundError:
+            return 0
+        except PermissionError:
+            os.chmod(self._real, 0o600)  # fails unless it is ours, and can be replaced
+            return os.path.getsize(self._real)
+
+    def _replace(self, data: bytes) -> None:
+        """Rename over the file, or rewrite it in place where that is refused.
+
+        That is a mount of its own, as in containers, a sticky directory, or on Windows
+        another program that has the file open for more than a moment.
+        """
+        pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else (0.0,)
+        for pause in pauses:
+            try:
+                os.replace(self._temporary, self._real)
+                return
+            except OSError as error:
+                refusals = (errno.EBUSY, errno.EPERM, errno.EACCES)
+                if error.errno not in refusals or not os.path.isfile(self._real):
+                    raise
+            time.sleep(pause)
+        # Blanks, which JSON allows, first take the room for a longer record, and then
+        # hide the end of a longer old one until it is cut off.
+        with io.FileIO(self._real, "r+") as file:
+            size = file.seek(0, os.SEEK_END)
+            _write_all(file, b" " * (len(data) - size))
+            file.seek(0)
+            _write_all(file, data.ljust(size))
+            file.truncate(len(data))
+            _sync(file, self._directory)
 
 
 RESERVED_BYTES: Final = 16384
 """Room for what a credential's successor may be longer."""
 
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
-
-
-def _check_replaceable(real: str) -> int:
-    """Return a file's size, 0 if there is none; raise where a rename onto it fails."""
-    import stat
-
-    try:
-        os.close(os.open(real, os.O_WRONLY))
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        # EROFS is a mount of its own that cannot be written, EPERM one that is
-        # immutable; EACCES is a mode, and a rename does not ask for it.
-        if error.errno != errno.EACCES:
-            raise
-    file, folder = os.stat(real), os.stat(os.path.dirname(real))
-    if sys.platform != "win32" and folder.st_mode & stat.S_ISVTX:
-        if os.geteuid() not in (0, folder.st_uid, file.st_uid):
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-    return file.st_size
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.strerror or type(error).__name__}".lower()
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
@@ -2005,51 +1938,25 @@ def _sync(file: io.FileIO, directory: str) -> None:
         refusals = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
         if error.errno not in (*refusals, errno.EPERM, errno.EACCES, errno.ENOTTY):
             raise
-        _warn_once(directory, _NO_SYNC)
-
-
-def _replace(temporary: str, real: str, data: bytes) -> None:
-    """Rename over a file, or rewrite one that is a mount of its own."""
-    # On Windows, scanners and indexers open files without sharing their deletion.
-    pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
-    for pause in (*pauses, None):
-        try:
-            os.replace(temporary, real)
-            return
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                break
-            if pause is None or getattr(error, "winerror", None) not in (5, 32, 33):
-                raise
-        time.sleep(pause)
-    # A file that is mounted on its own, as in containers: only its content can be
-    # replaced.  Blanks, which JSON allows, first take the room for a longer record, and
-    # then hide the end of a longer old one until it is cut off.
-    with io.FileIO(real, "r+") as file:
-        size = file.seek(0, os.SEEK_END)
-        _write_all(file, b" " * (len(data) - size))
-        file.seek(0)
-        _write_all(file, data.ljust(size))
-        file.truncate(len(data))
-        _sync(file, os.path.dirname(real))
+        text = "this file system refuses fsync; a power cut may cost the login"
+        warn(f"{directory}: {text}", once=True)
 
 
 def _sync_directory(directory: str) -> None:
+    # Not on Windows, nor where it may be written but not read; some network file
+    # systems cannot.  The file itself is on the disk.
     try:
         fd = os.open(directory, os.O_RDONLY)
     except OSError:
-        return  # on Windows, or one that may be written but not read
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass  # some network file systems cannot; the file itself is on the disk
-    finally:
-        os.close(fd)
+        return
+    _quietly(os.fsync, fd)
+    _quietly(os.close, fd)
 
 
-def _unlink_quietly(path: str) -> None:
+def _quietly(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function of the system whose failure changes nothing."""
     try:
-        os.unlink(path)
+        function(*arguments)
     except OSError:
         pass
 
@@ -2058,25 +1965,19 @@ class FileLock:
     """A lock that processes share, held while its context lasts.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
-    processes hold locks on two files of one name.  Whoever holds it is alone, and
-    removes the temporary files of processes that died.
-
-    Args:
-        on_change: Called with True when the lock is taken, False before it is released.
+    processes hold locks on two files of one name.  Whoever holds it removes what
+    processes that died have left.
     """
 
-    def __init__(
-        self,
-        path: str,
-        timeout: float,
-        *,
-        on_change: Callable[[bool], None] = lambda is_held: None,
-    ) -> None:
+    reserved: _AtomicFile | None = None
+    """What a check made for the next save under this lock."""
+
+    def __init__(self, path: str, timeout: float) -> None:
         self.path = path
         self._timeout = timeout
-        self._on_change = on_change
-        self._file: io.FileIO | None = None
-        self._pid = 0
+        self._file: Any = None
+        self.pid = 0
+        """The process that holds it."""
 
     def __enter__(self) -> None:
         deadline = Deadline(self._timeout)
@@ -2090,35 +1991,42 @@ class FileLock:
                 )
             time.sleep(min(pause, deadline.left()))
             pause = min(pause * 1.5, 0.01)
-        self._pid = os.getpid()
-        self._on_change(True)
+        self.pid = os.getpid()
 
     def __exit__(self, *exc_info: object) -> None:
-        file, self._file = self._file, None
-        if file is None:
-            return
-        with file:
-            # A child that was forked under the lock does not hold it: its parent does.
-            if self._pid == os.getpid():
-                try:
-                    self._on_change(False)
-                    self._remove_leftovers()
-                finally:
-                    _unlock(file.fileno())
+        import glob
+
+        is_held, self.pid = self.pid == os.getpid(), 0
+        with self._file as file:
+            if not is_held:
+                return  # a child that was forked under the lock: its parent holds it
+            if self.reserved:
+                self.reserved.discard()
+            directory = glob.escape(os.path.dirname(self.path))
+            for path in glob.glob(os.path.join(directory, f".*{_TEMPORARY_SUFFIX}")):
+                _quietly(os.unlink, path)
+            if sys.platform != "win32":
+                import fcntl
+
+                # A child that was forked meanwhile has the file open too: to close it
+                # here would leave it locked for as long as the child lives.
+                _quietly(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
 
     def _acquire(self) -> bool:
         """Take the lock if it is free."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        directory = os.path.dirname(self.path)
         try:
-            make_private_directory(os.path.dirname(self.path))
+            _make_directory(directory)
             # A file object, which closes itself if Ctrl-C comes before this returns.
             file = io.FileIO(os.open(self.path, flags, 0o600), "r+")
             try:
-                is_locked = _lock(file.fileno())
+                fd = file.fileno()
+                if os.fstat(fd).st_mode & 0o600 != 0o600:  # made under a umask of 0777
+                    _make_private(fd, 0o600, directory)
                 # Locked, but removed by somebody meanwhile: others lock another file.
-                if is_locked and (os.name == "nt" or os.fstat(file.fileno()).st_nlink):
+                if _lock(fd) and (os.name == "nt" or os.fstat(fd).st_nlink):
                     self._file = file
-                    return True
             finally:
                 if self._file is None:
                     file.close()
@@ -2127,75 +2035,81 @@ class FileLock:
                 f"cannot lock {self.path}: {_reason(error)}; choose another directory,"
                 " as with CLAUDE_OAUTH_DIR"
             ) from None
-        return False
-
-    def _remove_leftovers(self) -> None:
-        directory = os.path.dirname(self.path)
-        try:
-            names = os.listdir(directory)
-        except OSError:
-            return  # one that may be written but not read
-        for name in names:
-            if name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX):
-                _unlink_quietly(os.path.join(directory, name))
+        return self._file is not None
 
 
 def _lock(fd: int) -> bool:
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            # Held: EACCES or EDEADLK by the documentation, and 0 under Wine.
-            if error.errno in (errno.EBADF, errno.EINVAL):
-                raise
-            return False
-        return True
-    import fcntl
-
-    # Not lockf: it is lost as soon as any descriptor of the file is closed, and does
-    # not keep threads apart.
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            # Not lockf: it is lost as soon as any descriptor of the file is closed, and
+            # does not keep threads apart.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Held, on Windows: EACCES or EDEADLK by the documentation, and 0 under Wine.
+        is_unknown = os.name != "nt" or error.errno in (errno.EBADF, errno.EINVAL)
+        if is_unknown and not isinstance(error, BlockingIOError):
+            raise
         return False
     return True
 
 
-def _unlock(fd: int) -> None:
-    # A child that was forked meanwhile has the file open too: to close it here would
-    # leave it locked for as long as the child lives.
-    if sys.platform != "win32":
-        import fcntl
+@hides_locals
+class _RecordStorage:
+    """What stores of a JSON object have in common."""
 
-        fcntl.flock(fd, fcntl.LOCK_UN)
+    _read_record: Callable[[], dict[str, object]]
+    _write_record: Callable[[dict[str, object]], None]
+    _watched: str
+    """The file that changes when the record does."""
 
+    def load(self) -> Credentials | None:
+        """Return the stored credential, or None if it is certain that there is none.
 
-def credentials_of(record: Mapping[str, object]) -> Credentials | None:
-    """Return the credential in a stored record, None if there is none in it.
+        One that is damaged is StorageCorrupt, and is left as it was.
+        """
+        record = self._read_record()
+        tokens = record.get("claudeAiOauth")
+        if isinstance(tokens, dict) and not (
+            tokens.get("accessToken") or tokens.get("refreshToken")
+        ):
+            return None  # emptied by another program's logout
+        return Credentials.from_record(record) if tokens else None
 
-    Raises:
-        StorageCorrupt: There is one, and it is damaged.
-    """
-    tokens = record.get("claudeAiOauth")
-    if isinstance(tokens, dict) and not (
-        tokens.get("accessToken") or tokens.get("refreshToken")
-    ):
-        return None  # emptied by another program's logout
-    return Credentials.from_record(record) if tokens else None
+    def save(self, credentials: Credentials) -> None:
+        """Store a credential; keys of other programs stay.  Hold the lock.
+
+        After a StorageError it is not stored, or nobody knows: keep it and try again.
+        """
+        # Any answer of the read but a record or a certain absence ends it here.
+        self._write_record(merge_record(self._read_record(), credentials.to_record()))
+
+    def stamp(self) -> object:
+        """Return what a single ``stat`` tells of a file."""
+        try:
+            found = os.stat(self._watched)
+        except FileNotFoundError:
+            return "absent"
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 @hides_locals
-class FileStorage:
+class FileStorage(_RecordStorage):
     """A credential in a file that only this user can read, encrypted if you like.
 
     Args:
         path: Default: credentials.json in the default directory.  A file of Claude
             Code's own layout will do.
-        cipher: Has ``encrypt(bytes) -> bytes`` and ``decrypt(bytes) -> bytes``.  On
-            Windows, a file that another process encrypted with DPAPI needs none, and
-            stays encrypted.
+        cipher: Has ``encrypt(bytes) -> bytes`` and ``decrypt(bytes) -> bytes``, whose
+            errors are StorageErrors.  On Windows, a file that another process encrypted
+            with DPAPI needs none, and stays encrypted.
         read_only: Another program owns the file: hand out what is there, write nothing
             and never spend its refresh token.
     """
@@ -2204,18 +2118,18 @@ class FileStorage:
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        cipher: Cipher | None = None,
+        cipher: Any = None,
         read_only: bool = False,
     ) -> None:
+        import threading
+
         if path is None:
             path = os.path.join(default_directory(), "credentials.json")
-        self.path = absolute_path(path)
+        self.path = self._watched = absolute_path(path)
         self.read_only = read_only
         self._cipher = cipher
-        self._holder: object = None
-        """The process and thread that hold the lock, and may use what it reserved."""
-        self._reserved: _AtomicFile | None = None
-        """What check() made for the next save under the same lock."""
+        self._thread = threading.local()
+        """Its ``lock`` is the one that this thread asked for last."""
 
     @property
     def account_file(self) -> str | None:
@@ -2229,30 +2143,10 @@ class FileStorage:
         stem = "" if name == "credentials.json" else f"{name}."
         return os.path.join(directory, f"{stem}account.json")
 
-    def load(self) -> Credentials | None:
-        """Return the stored credential, or None; a damaged file is left as it was."""
-        return credentials_of(self._decrypt(self._read())[0])
-
-    def save(self, credentials: Credentials) -> None:
-        """Write a credential; keys of other programs stay.  Hold the lock."""
-        self._refuse_if_read_only()
-        stored, cipher = self._decrypt(self._read())
-        ours = merge_record(stored, credentials.to_record())
-        if cipher:
-            import binascii
-
-            kept = {key: ours.pop(key) for key in RECORD_KEYS if key in ours}
-            sealed = cipher.encrypt(dump_json(kept).encode("ascii"))
-            ours[_ENCRYPTED_KEY] = binascii.b2a_base64(sealed, newline=False).decode()
-        file = None
-        if self._holder == _this_thread():
-            file, self._reserved = self._reserved, None
-        (file or _AtomicFile(self.path)).commit(dump_json(ours).encode("ascii"))
-
     def delete(self) -> bool:
         """Remove this module's keys, and the file if nothing else is in it."""
         self._refuse_if_read_only()
-        stored = self._read()
+        stored = self._read_stored()
         kept = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
         if len(kept) == len(stored):
             return False
@@ -2275,43 +2169,22 @@ class FileStorage:
         Under the lock, the next save has the room that this has found.
         """
         self._refuse_if_read_only()
-        self._decrypt(self._read())
-        if self._holder != _this_thread():
-            _AtomicFile(self.path, reserve=RESERVED_BYTES).discard()
-            return
-        earlier, self._reserved = self._reserved, None
-        if earlier:
-            earlier.discard()
-        self._reserved = _AtomicFile(self.path, reserve=RESERVED_BYTES)
+        self._read_record()
+        left = self._swap_reserved(_AtomicFile(self.path, reserve=True))
+        if left:
+            left.discard()
 
     def lock(self, timeout: float) -> FileLock:
         """Return the lock of the file's folder: a file named ``lock`` in it."""
         self._refuse_if_read_only()
         folder = os.path.dirname(os.path.realpath(self.path))
-        path = os.path.join(folder, "lock")
-        return FileLock(path, timeout, on_change=self._lock_changed)
-
-    def stamp(self) -> object:
-        """Return what a single ``stat`` tells about the file."""
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return "absent"
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino, found.st_size
+        lock = self._thread.lock = FileLock(os.path.join(folder, "lock"), timeout)
+        return lock
 
     def describe(self) -> str:
         """Say where the file is, and whether it is encrypted."""
         notes = ["encrypted"] * bool(self._cipher) + ["read only"] * self.read_only
         return f"{self.path} ({', '.join(notes)})" if notes else self.path
-
-    def _lock_changed(self, is_held: bool) -> None:
-        if self._reserved and not is_held:
-            self._reserved.discard()
-        # What is there when the lock is taken is a forking parent's.
-        self._reserved = None
-        self._holder = _this_thread() if is_held else None
 
     def _refuse_if_read_only(self) -> None:
         if self.read_only:
@@ -2320,35 +2193,43 @@ class FileStorage:
                 " log in and out there, or use a storage of your own"
             )
 
-    def _read(self) -> dict[str, object]:
+    def _swap_reserved(self, file: _AtomicFile | None) -> _AtomicFile | None:
+        """Keep a file with the lock that this thread holds; return the one before.
+
+        Without the lock, return the file itself.
+        """
+        lock = getattr(self._thread, "lock", None)
+        if lock and lock.pid == os.getpid():
+            file, lock.reserved = lock.reserved, file
+        return file
+
+    def _read_stored(self) -> dict[str, object]:
         data = read_private(self.path, is_ours=not self.read_only)
         # Nothing, blanks, or the NULs that a crash leaves: no login.
         if not data or not data.strip(b"\0 \t\r\n\xef\xbb\xbf"):
             return {}
-        record = parse_json_object(data)
-        if record is None:
+        stored = parse_json_object(data)
+        if stored is None:
             raise StorageCorrupt(
                 f"{self.path} is damaged: it holds no JSON object;"
                 " move it away and log in again"
             )
-        return record
+        return stored
 
-    def _decrypt(
-        self, stored: dict[str, object]
-    ) -> tuple[dict[str, object], Cipher | None]:
-        """Return the record with our part in clear, and what to encrypt it with."""
+    def _read_record(self) -> dict[str, object]:
         import binascii
 
+        stored, cipher = self._read_stored(), self._cipher
         if _ENCRYPTED_KEY not in stored:
-            return stored, self._cipher
+            return stored
         text: Any = stored[_ENCRYPTED_KEY]
-        cipher = self._cipher
         try:
             sealed = binascii.a2b_base64(text)
         except (ValueError, TypeError):
-            raise _undecryptable("it is damaged") from None
+            raise _undecryptable() from None
         if sys.platform == "win32" and sealed.startswith(_DPAPI_MARK):
             cipher = DPAPICipher()
+            self._cipher = self._cipher or cipher
         if cipher is None:
             raise StorageError(
                 f"{self.path} is encrypted; set CLAUDE_OAUTH_PASSPHRASE_FILE to the"
@@ -2356,25 +2237,19 @@ class FileStorage:
             )
         clear = parse_json_object(cipher.decrypt(sealed))
         if clear is None:
-            raise _undecryptable("it holds no record")
-        others = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
-        return {**others, **clear}, self._cipher or cipher
+            raise _undecryptable()
+        return {**{k: v for k, v in stored.items() if k not in _OUR_KEYS}, **clear}
 
+    def _write_record(self, record: dict[str, object]) -> None:
+        import binascii
 
-def _this_thread() -> object:
-    import threading
-
-    return os.getpid(), threading.get_ident()
-
-
-class Cipher(Protocol):
-    """What a FileStorage encrypts with.  Its errors are StorageErrors."""
-
-    def encrypt(self, data: bytes) -> bytes:
-        """Return data so that only this cipher can read it."""
-
-    def decrypt(self, data: bytes) -> bytes:
-        """Return what was encrypted."""
+        self._refuse_if_read_only()
+        if self._cipher:
+            ours = {key: record.pop(key) for key in RECORD_KEYS if key in record}
+            sealed = self._cipher.encrypt(dump_json(ours).encode("ascii"))
+            record[_ENCRYPTED_KEY] = binascii.b2a_base64(sealed, newline=False).decode()
+        file = self._swap_reserved(None) or _AtomicFile(self.path)
+        file.commit(dump_json(record).encode("ascii"))
 
 
 _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
@@ -2397,15 +2272,15 @@ class MemoryStorage:
         """Return the credential, or None."""
         return self._stored
 
-    def save(self, credentials: Credentials) -> None:
+    def save(self, credentials: Credentials | None) -> None:
         """Keep a credential until the process ends."""
         self._stored = credentials
         self._changes += 1
 
     def delete(self) -> bool:
         """Forget the credential; return whether there was one."""
-        found, self._stored = self._stored is not None, None
-        self._changes += 1
+        found = self._stored is not None
+        self.save(None)
         return found
 
     def check(self) -> None:
@@ -2414,9 +2289,20 @@ class MemoryStorage:
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a lock between the threads of this process."""
         import threading
+        from contextlib import contextmanager
 
         mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
-        return _TimedLock(mutex, timeout)
+
+        @contextmanager
+        def hold() -> Iterator[None]:
+            if not mutex.acquire(timeout=timeout):
+                raise Unavailable("another thread holds the lock; try again later")
+            try:
+                yield
+            finally:
+                mutex.release()
+
+        return hold()
 
     def stamp(self) -> object:
         """Return how often the credential has changed."""
@@ -2427,27 +2313,11 @@ class MemoryStorage:
         return "memory"
 
 
-class _TimedLock:
-    """A thread lock as a context that gives up when its seconds are over."""
-
-    def __init__(self, mutex: threading.Lock, timeout: float) -> None:
-        self._mutex = mutex
-        self._timeout = timeout
-
-    def __enter__(self) -> None:
-        if not self._mutex.acquire(timeout=self._timeout):
-            raise Unavailable("another thread holds the lock; try again later")
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._mutex.release()
-
-
 @hides_locals
-class _SecretStorage:
+class _SecretStorage(_RecordStorage):
     """A record in a store of the system, which may be locked, slow or gone at any time.
 
-    Other processes notice a save by the date of an empty file beside the lock, which
-    starts no process.
+    An empty file beside the lock tells other processes of a save.
 
     Args:
         service: The item's service.
@@ -2455,9 +2325,11 @@ class _SecretStorage:
         lock_path: The file that processes lock; None is the default directory's.
     """
 
-    _title: ClassVar[str]
-
     read_only = False
+    _title: ClassVar[str]
+    _call: Callable[..., bytes | None]
+    """Does "get", "set" (with data) or "delete" for a service's item.  None: it is
+    certain that there is no such item."""
 
     def __init__(
         self,
@@ -2471,36 +2343,29 @@ class _SecretStorage:
         self._lock_path = absolute_path(lock_path)
         directory = os.path.dirname(self._lock_path)
         self.account_file = os.path.join(directory, "account.json")
-        self._marker = os.path.join(directory, "store.changed")
+        self._watched = os.path.join(directory, "store.changed")
         self.time_limit = STORE_TIMEOUT
         """Seconds for one operation; give more if a person can answer."""
-        self._service = service
-        self._account = _account_of(directory) if account is None else account
-        for name in (self._service, self._account):
+        if account is None:
+            import hashlib
+
+            # Whoever shares the lock of a directory shares its login.
+            path, default = map(os.path.realpath, (directory, default_directory({})))
+            digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+            account = "default" if path == default else digest
+        self._service, self._account = service, account
+        for name in (service, account):
             if not name.strip() or not name.isprintable() or len(name.encode()) > 200:
                 raise ConfigError(
                     "service and account must be printable, and 1 to 200 bytes long"
                 )
 
-    def load(self) -> Credentials | None:
-        """Return the stored credential, or None if it is certain that there is none."""
-        return credentials_of(self._read_record())
-
-    def save(self, credentials: Credentials) -> None:
-        """Store a credential over what is there.  Hold the lock.
-
-        Raises:
-            StorageError: It is not stored, or nobody knows; keep it and try again.
-        """
-        # Any answer of the read but a record or a certain absence ends it here.
-        record = merge_record(self._read_record(), credentials.to_record())
-        self._put(self._service, dump_json(record).encode("ascii"))
-        self._touch_marker()
-
     def delete(self) -> bool:
         """Remove the record, readable or not; return whether there was one."""
-        found = self._remove(self._service)
-        self._touch_marker()
+        found = self._call("delete", self._service) is not None
+        if found and self._call("get", self._service) is not None:
+            raise StorageError("the login was deleted, but is still there")
+        self._touch_watched()
         return found
 
     def check(self) -> None:
@@ -2511,26 +2376,18 @@ class _SecretStorage:
         """
         beside = f"{self._service} check"
         self._put(beside, b"x" * len(dump_json(self._read_record())))
-        self._remove(beside)
+        self._call("delete", beside)
 
     def lock(self, timeout: float) -> FileLock:
         """Return the lock of the directory: a file named ``lock`` in it."""
         return FileLock(self._lock_path, timeout)
-
-    def stamp(self) -> object:
-        """Return what changes when a process of this module has stored something."""
-        try:
-            found = os.stat(self._marker)
-        except OSError:
-            return 0
-        return found.st_mtime_ns, found.st_ino
 
     def describe(self) -> str:
         """Say in a few words where the credential is."""
         return f"{self._title} (service {self._service}, account {self._account})"
 
     def _read_record(self) -> dict[str, object]:
-        data = self._read(self._service)
+        data = self._call("get", self._service)
         record = {} if data is None else parse_json_object(data)
         if record is None:
             raise StorageCorrupt(
@@ -2539,6 +2396,10 @@ class _SecretStorage:
             )
         return record
 
+    def _write_record(self, record: dict[str, object]) -> None:
+        self._put(self._service, dump_json(record).encode("ascii"))
+        self._touch_watched()
+
     def _put(self, service: str, data: bytes) -> None:
         """Write an item, and believe only what a read brings back.
 
@@ -2546,9 +2407,13 @@ class _SecretStorage:
         nothing at all.
         """
         for _ in range(2):
-            problem = self._write(service, data)
+            problem = None
             try:
-                found = self._read(service)
+                self._call("set", service, data)
+            except StorageError as error:
+                problem = error
+            try:
+                found = self._call("get", service)
             except StorageError as error:
                 text = f"{error}; whether the new login was stored is not known"
                 raise type(error)(text) from None
@@ -2557,42 +2422,20 @@ class _SecretStorage:
             if problem:
                 raise problem
         raise StorageError(
-            f"the {self._title} does not keep what is stored in it; choose a file with"
-            " `--store file`"
+            f"the {self._title} does not keep what is stored in it; {_USE_FILE}"
         )
 
-    def _touch_marker(self) -> None:
+    def _touch_watched(self) -> None:
         try:
-            write_private(self._marker, b"", is_cache=True)
+            write_private(self._watched, b"", is_cache=True)
         except StorageError:
             pass  # the others notice when they refresh, which begins with a read
-
-    def _read(self, service: str) -> bytes | None:
-        """Return the item, or None if it is certain that there is none."""
-        raise NotImplementedError
-
-    def _write(self, service: str, data: bytes) -> StorageError | None:
-        """Write the item; return what went wrong as far as that is known."""
-        raise NotImplementedError
-
-    def _remove(self, service: str) -> bool:
-        """Remove the item for certain; return whether there was one."""
-        raise NotImplementedError
 
 
 STORE_TIMEOUT: Final = 10.0
 """Seconds for one operation: a dialog that nobody sees waits for ever."""
 
-
-def _account_of(directory: str) -> str:
-    """Name the item of a directory: whoever shares its lock shares its login."""
-    import hashlib
-
-    path = os.path.realpath(directory)
-    if path == os.path.realpath(default_directory({})):
-        return "default"
-    return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-
+_USE_FILE: Final = "choose a file with `--store file`"
 
 SECURITY: Final = "/usr/bin/security"
 """The Keychain's own program, by its whole path: whatever comes first on PATH could be
@@ -2616,123 +2459,83 @@ class KeychainStorage(_SecretStorage):
     Each operation is one process of `security -i` and one line on its stdin, because
     every user of the machine can read arguments.  Numbers decide, never texts.  The
     arguments are the item's ``service``, its ``account`` (default: one for each
-    directory of the lock) and the ``lock_path``.
-
-    Source: Apple's SecurityTool, security.c, keychain_add.c and keychain_find.c of
-    2025; its line reader is the same since 2014.
+    directory of the lock) and the ``lock_path``.  Source: Apple's SecurityTool.
     """
 
     _title = "macOS Keychain"
 
-    def _read(self, service: str) -> bytes | None:
-        number, output, errors = self._run("find-generic-password", service, b" -w")
-        if number == 0:
-            data = output[:-1]
-            # `-w` prints in hex what is not all printable ASCII.  A record begins with
-            # "{", so its hex cannot be mistaken for it.
-            try:
-                return bytes.fromhex(data.decode()) if data[:2] == b"7b" else data
-            except ValueError:
-                return data
-        _check_absent(number, errors)
-        return None
-
-    def _write(self, service: str, data: bytes) -> StorageError | None:
-        # Without -T and -A: they change who may read the item, which asks a person.
-        command, value = "add-generic-password -U", b" -X " + data.hex().encode("ascii")
-        if len(self._line(command, service, value)) > SECURITY_LINE:
-            value = b" -w " + _quoted(data)
-        if len(self._line(command, service, value)) > SECURITY_LINE:
-            raise StorageError(
-                "the login is too long for an item of the Keychain; choose a file with"
-                " `--store file`"
-            )
-        number, _, _ = self._run(command, service, value)
-        return None if number == 0 else _keychain_error(number)
-
-    def _remove(self, service: str) -> bool:
-        deleted, _, errors = self._run("delete-generic-password", service)
-        if deleted == 0:
-            # Without -w this answers on a locked keychain too, and asks nobody.
-            number, _, errors = self._run("find-generic-password", service)
-            if number == 0:
-                raise StorageError("the login was deleted, but is still there")
-        else:
-            number = deleted
-        _check_absent(number, errors)
-        return deleted == 0
-
-    def _line(self, command: str, service: str, rest: bytes) -> bytes:
-        account, quoted = _quoted(self._account.encode()), _quoted(service.encode())
-        return b"%s -a %s -s %s%s\n" % (command.encode(), account, quoted, rest)
-
-    def _run(
-        self, command: str, service: str, rest: bytes = b""
-    ) -> tuple[int | None, bytes, bytes]:
-        """Return the number of a command (None: its time is over), stdout and stderr.
-
-        Both outputs may hold the secret, so they are never part of an error.
-        """
-        import re
-        import subprocess
-
-        try:
-            # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
-            # meant for us does not end it half-way.
-            done = subprocess.run(
-                [SECURITY, "-i"],
-                input=self._line(command, service, rest),
-                capture_output=True,
-                timeout=self.time_limit,
-                start_new_session=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return None, b"", b""
-        except OSError as error:
-            raise StorageError(
-                f"{SECURITY} cannot be run ({_reason(error)}); choose a file with"
-                " `--store file`"
-            ) from None
-        # The number that is printed for a failure is whole, the status modulo 256.
-        number = re.search(rb"^[^:\n]*: returned (-?\d+)$", done.stderr, re.MULTILINE)
-        status = int(number.group(1)) if number else done.returncode
-        return status, done.stdout, done.stderr
-
-
-def _quoted(text: bytes) -> bytes:
-    """Return a word for `security -i`, where a backslash escapes in any state."""
-    return b'"' + text.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
-
-
-def _check_absent(number: int | None, errors: bytes) -> None:
-    """Raise unless it is certain that there is no such item.
-
-    -25300 stands for any failure of the search.  It is certain if the one line that
-    `security` printed itself is the one that says so.
-    """
-    if number != -25300:
-        raise _keychain_error(number)
-    certain = b"security: SecKeychainSearchCopyNext:"
-    lines = [row for row in errors.splitlines() if row.startswith(b"security:")]
-    if len(lines) != 1 or not lines[0].startswith(certain):
-        raise StorageError(
-            "the Keychain did not say for certain whether the login is there; look at"
-            " HOME, or choose a file with `--store file`"
+    def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
+        # In a word for `security -i`, a backslash escapes in any state.
+        account, name, secret = (
+            b'"' + word.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
+            for word in (self._account.encode(), service.encode(), data)
         )
+        digits = data.hex().encode("ascii")
+        # -U without -T and -A: they change who may read the item, which asks a person.
+        command, *forms = {
+            "get": (b"find-generic-password", b" -w"),
+            "set": (b"add-generic-password -U", b" -X " + digits, b" -w " + secret),
+            "delete": (b"delete-generic-password", b""),
+        }[action]
+        start = b"%s -a %s -s %s" % (command, account, name)
+        fitting = [form for form in forms if len(start + form) < SECURITY_LINE]
+        if not fitting:
+            raise StorageError(
+                f"the login is too long for an item of the Keychain; {_USE_FILE}"
+            )
+        output = _run_security(start + fitting[0] + b"\n", self.time_limit)
+        if output is None or action != "get":
+            return output
+        # `-w` prints in hex what is not all printable ASCII.  A record begins with "{",
+        # so its hex cannot be mistaken for it.
+        text = output[:-1]
+        is_hex = text.startswith(b"7b") and not text.strip(b"0123456789abcdef")
+        return bytes.fromhex(text.decode()) if is_hex and len(text) % 2 == 0 else text
 
 
-def _keychain_error(number: int | None) -> StorageError:
-    # Without an answer, most likely a dialog waits where nobody sees it.
-    if number is None or number & 255 in _LOCKED_NUMBERS:
-        return StorageLocked(
+def _run_security(line: bytes, timeout: float) -> bytes | None:
+    """Run one line; return its output, or None if it is certain that there is no item.
+
+    Both outputs may hold the secret, so they are never part of an error.
+    """
+    import re
+
+    try:
+        # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
+        # meant for us does not end it half-way.
+        done = subprocess.run(
+            [SECURITY, "-i"],
+            input=line,
+            capture_output=True,
+            timeout=timeout,
+            start_new_session=True,
+            check=False,
+        )
+        output, errors = done.stdout, done.stderr
+        # The number that is printed for a failure is whole, the status modulo 256.
+        printed = re.findall(rb"^[^:\n]*: returned (-?\d+)$", errors, re.MULTILINE)
+        number = int((printed or [done.returncode])[0])
+    except subprocess.TimeoutExpired:
+        number, output, errors = -128, b"", b""  # most likely, a dialog nobody sees
+    except OSError as error:
+        text = f"{SECURITY} cannot be run ({_reason(error)}); {_USE_FILE}"
+        raise StorageError(text) from None
+    if number == 0:
+        return output
+    # -25300 stands for any failure of the search.  It is certain if the one line that
+    # `security` printed itself is the one that says so.
+    own = re.findall(rb"^security: (\w*)", errors, re.MULTILINE)
+    if number == -25300 and own == [b"SecKeychainSearchCopyNext"]:
+        return None
+    if number & 255 in _LOCKED_NUMBERS:
+        raise StorageLocked(
             "the Keychain is locked or asks for a person; unlock it in this session"
             " with `security unlock-keychain ~/Library/Keychains/login.keychain-db`, or"
-            " choose a file with `--store file`"
+            f" {_USE_FILE}"
         )
-    return StorageError(
-        f"the Keychain could not be used (status {number}); try again, or choose a file"
-        " with `--store file`"
+    raise StorageError(
+        "the Keychain could not be used, or did not say for certain whether the login"
+        f" is there (status {number}); look at HOME, try again, or {_USE_FILE}"
     )
 
 
@@ -2746,46 +2549,32 @@ class KeyringStorage(_SecretStorage):
 
     _title = "keyring"
 
-    def _read(self, service: str) -> bytes | None:
-        found = self._call("get_password", service)
-        return None if found is None else str(found).encode(errors="surrogatepass")
-
-    def _write(self, service: str, data: bytes) -> StorageError | None:
+    def _call(self, action: str, service: str, *data: bytes) -> bytes | None:
+        if action == "delete" and self._call("get", service) is None:
+            return None
+        call = getattr(import_package("keyring"), f"{action}_password")
+        arguments = (service, self._account, *(text.decode("ascii") for text in data))
         try:
-            self._call("set_password", service, data.decode("ascii"))
-        except StorageError as error:
-            return error
-        return None
-
-    def _remove(self, service: str) -> bool:
-        if self._read(service) is None:
-            return False
-        self._call("delete_password", service)
-        if self._read(service) is not None:
-            raise StorageError("the login was deleted, but is still there")
-        return True
-
-    def _call(self, function: str, service: str, *secret: str) -> object:
-        call = getattr(import_package("keyring"), function)
-        try:
-            return call_with_limit(
-                lambda: call(service, self._account, *secret), self.time_limit
-            )
+            found = call_with_limit(lambda: call(*arguments), self.time_limit)
         except Exception as error:  # each backend has errors of its own
-            failure = type(error)
+            name, is_missing = type(error).__name__, isinstance(error, ImportError)
             # What a write complains about may have the secret in it.
-            text = failure.__name__ if secret else f"{failure.__name__}: {error}"
-        locked = ("TimeoutError", "KeyringLocked", "LockedException")
-        if failure.__name__ in (*locked, "PromptDismissedException"):
+            reason = name if data else printable(f"{name}: {error}")
+        else:
+            is_absent = action == "get" and found is None
+            return None if is_absent else str(found).encode(errors="surrogatepass")
+        # Where a time limit is over, most likely a dialog waits that nobody sees.
+        locked = "TimeoutError KeyringLocked LockedException PromptDismissedException"
+        if name in locked.split():
             raise StorageLocked(
                 "the keyring is locked or asks for a person; unlock it, as by signing"
-                " in to the desktop, or choose a file with `--store file`"
+                f" in to the desktop, or {_USE_FILE}"
             )
-        if issubclass(failure, ImportError):
-            raise ConfigError(f"the backend of `keyring` is not there ({text})")
+        if is_missing:
+            raise ConfigError(f"the backend of `keyring` is not there ({reason})")
         raise StorageError(
-            f"the keyring could not be used ({printable(text)}); it needs a desktop"
-            " session (D-Bus) with an unlocked keyring, or choose `--store file`"
+            f"the keyring could not be used ({reason}); it needs a desktop session"
+            f" (D-Bus) with an unlocked keyring, or {_USE_FILE}"
         )
 
 
@@ -2793,15 +2582,16 @@ class KeyringStorage(_SecretStorage):
 class FernetCipher:
     """Encrypts with a passphrase: scrypt, then Fernet (AES-128-CBC and HMAC-SHA256).
 
-    Raises:
-        ConfigError: The passphrase is empty, or `cryptography` cannot be imported.
-
-    Source: RFC 7914; the Fernet specification; OWASP's password storage cheat sheet
-    for the cost.
+    Needs the package `cryptography`.  An empty passphrase is a ConfigError.  Source:
+    RFC 7914; OWASP's password storage cheat sheet for the cost.
     """
 
     _COST = (1 << 15, 8, 3)
     """scrypt's n, r and p: 32 MiB and some 0.2 s."""
+
+    _FORM = rb"scrypt:%d:%d:%d:([0-9a-f]{32}):([0-9a-f]{16}):(.+)" % _COST
+    """What encrypt returns: the cost, the salt, a check of the key, and Fernet's text.
+    No other cost is taken: a planted record could make reading slow."""
 
     def __init__(self, passphrase: str | bytes) -> None:
         if isinstance(passphrase, str):
@@ -2811,63 +2601,51 @@ class FernetCipher:
         self._fernet = import_package("cryptography.fernet")
         self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
-        self._keys: dict[tuple[int, int, int, bytes], bytes] = {}
-        """Derived keys, by cost and salt: deriving one is slow on purpose."""
-
-    def __repr__(self) -> str:
-        return "FernetCipher(…)"
+        self._keys: dict[bytes, bytes] = {}
+        """Derived keys by salt: deriving one is slow on purpose."""
 
     def encrypt(self, data: bytes) -> bytes:
         """Return ASCII text that carries the cost and the salt along."""
-        import base64
-
-        known = (key[3] for key in self._keys if key[:3] == self._COST)
-        n, r, p, salt = (*self._COST, next(known, None) or os.urandom(16))
-        key, check = self._derive(n, r, p, salt)
-        start = f"scrypt:{n}:{r}:{p}:{salt.hex()}:{check}:".encode("ascii")
-        box = self._fernet.Fernet(base64.urlsafe_b64encode(key))
+        salt = next(iter(self._keys), None) or os.urandom(16).hex().encode("ascii")
+        box, check = self._derive(salt)
+        start = b"scrypt:%d:%d:%d:%b:%b:" % (*self._COST, salt, check)
         return start + bytes(box.encrypt(data))
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted.
 
-        Raises:
-            StorageError: This is not the passphrase.
-            StorageCorrupt: The text is damaged, or of another cipher.
+        Another passphrase is a StorageError; damage, or another cipher, StorageCorrupt.
         """
-        import base64
-        import hmac
         import re
 
-        form = rb"scrypt:(\d{1,7}):(\d{1,2}):(\d):([0-9a-f]{32}):([0-9a-f]{16}):(.+)"
-        found = re.fullmatch(form, data)
+        found = re.fullmatch(self._FORM, data)
         if found is None:
-            raise _undecryptable("it is damaged, or was encrypted in another way")
-        n, r, p = (int(number) for number in found.group(1, 2, 3))
-        if not (n * r <= 1 << 21 and n & (n - 1) == 0 and n > 1 and r and p):
-            raise _undecryptable("its scrypt parameters are not usable")
-        key, check = self._derive(n, r, p, bytes.fromhex(found.group(4).decode()))
-        if not hmac.compare_digest(check.encode(), found.group(5)):
+            raise _undecryptable()
+        box, check = self._derive(found.group(1))
+        if check != found.group(2):
             raise StorageError(
                 "the passphrase is not the one that the login was encrypted with"
             )
         try:
-            box = self._fernet.Fernet(base64.urlsafe_b64encode(key))
-            return bytes(box.decrypt(found.group(6)))
+            return bytes(box.decrypt(found.group(3)))
         except self._fernet.InvalidToken:
-            raise _undecryptable("it is damaged") from None
+            raise _undecryptable() from None
 
-    def _derive(self, n: int, r: int, p: int, salt: bytes) -> tuple[bytes, str]:
-        """Return the key, and a check that tells a wrong passphrase from damage.
+    def _derive(self, salt: bytes) -> tuple[Any, bytes]:
+        """Return what encrypts, and a check that tells a wrong passphrase from damage.
 
         Both come out of scrypt together, so the check is as hard to guess from.
         """
-        known = (n, r, p, salt)
-        if known not in self._keys:
+        import base64
+
+        if salt not in self._keys:
             # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
-            scrypt = self._kdf.Scrypt(salt=salt, length=40, n=n, r=r, p=p)
-            self._keys[known] = scrypt.derive(self._passphrase)
-        return self._keys[known][:32], self._keys[known][32:].hex()
+            (n, r, p), raw = self._COST, bytes.fromhex(salt.decode())
+            scrypt = self._kdf.Scrypt(salt=raw, length=40, n=n, r=r, p=p)
+            self._keys[salt] = scrypt.derive(self._passphrase)
+        key = self._keys[salt]
+        box = self._fernet.Fernet(base64.urlsafe_b64encode(key[:32]))
+        return box, key[32:].hex().encode("ascii")
 
 
 @hides_locals
@@ -2884,22 +2662,21 @@ class DPAPICipher:
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted.
 
-        Raises:
-            StorageLocked: This session has no access to the user's key.
-            StorageError: Another user or machine encrypted it.
-            StorageCorrupt: The text is damaged, or of another cipher.
+        A session without the user's key is StorageLocked, another user or machine a
+        StorageError; damage, or another cipher, StorageCorrupt.
         """
         if not data.startswith(_DPAPI_MARK):
-            raise _undecryptable("it is damaged, or was encrypted in another way")
+            raise _undecryptable()
         return _dpapi("CryptUnprotectData", data[len(_DPAPI_MARK) :])
 
 
 _DPAPI_MARK: Final = b"dpapi:"
 
 
-def _undecryptable(reason: str) -> StorageCorrupt:
+def _undecryptable() -> StorageCorrupt:
     return StorageCorrupt(
-        f"the encrypted login cannot be read: {reason}; move it away and log in again"
+        "the encrypted login cannot be read: it is damaged, or was encrypted in another"
+        " way; move it away and log in again"
     )
 
 
@@ -2930,7 +2707,7 @@ def _dpapi(function: str, data: bytes) -> bytes:
 def _dpapi_error(number: int) -> StorageError:
     number &= 0xFFFFFFFF
     if number == 13:  # ERROR_INVALID_DATA
-        return _undecryptable("it is damaged")
+        return _undecryptable()
     if number in (2, 5, 1325, 0x80090345):  # no profile, denied, a dialog, delegation
         return StorageLocked(
             "Windows gives this session no access to the user's key, as over SSH with a"
@@ -2954,41 +2731,32 @@ def make_storage(
     *,
     environ: Mapping[str, str] | None = None,
 ) -> Storage:
-    """Return a store by its name.
+    """Return a store by its name: auto, file, keychain or keyring.
 
-    Args:
-        kind: auto, file, keychain or keyring; None asks CLAUDE_OAUTH_STORE.  auto is
-            the Keychain on macOS, unless CLAUDE_OAUTH_PASSPHRASE_FILE asks for an
-            encrypted file, and a file elsewhere.
-        directory: Where files are; None is the default directory.
-
-    Raises:
-        ConfigError: There is no such store, or the passphrase is not usable.
+    None asks CLAUDE_OAUTH_STORE.  auto is the Keychain on macOS, unless
+    CLAUDE_OAUTH_PASSPHRASE_FILE asks for an encrypted file, and a file elsewhere.  An
+    unknown store or an unusable passphrase is a ConfigError.
     """
     if kind is None:
         kind = setting("CLAUDE_OAUTH_STORE", environ) or "auto"
-    if directory is None:
-        directory = default_directory(environ)
+    directory = default_directory(environ) if directory is None else directory
     directory = absolute_path(directory)
-    lock_path = os.path.join(directory, "lock")
     passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE", environ)
     if kind == "auto":
-        plain = sys.platform == "darwin" and not passphrase_file
-        kind = "keychain" if plain else "file"
-    if kind == "keychain":
-        return KeychainStorage(lock_path=lock_path)
-    if kind == "keyring":
-        return KeyringStorage(lock_path=lock_path)
-    if kind != "file":
-        raise ConfigError(
-            f"there is no store {printable(kind, limit=40)!r}; choose auto, file,"
-            " keychain or keyring"
-        )
-    path = os.path.join(directory, "credentials.json")
-    return FileStorage(path, cipher=_cipher_for(passphrase_file))
+        kind = "file" if sys.platform != "darwin" or passphrase_file else "keychain"
+    if kind == "file":
+        path = os.path.join(directory, "credentials.json")
+        return FileStorage(path, cipher=_cipher_for(passphrase_file))
+    stores = {"keychain": KeychainStorage, "keyring": KeyringStorage}
+    if kind in stores:
+        return stores[kind](lock_path=os.path.join(directory, "lock"))
+    name = printable(kind, limit=40)
+    raise ConfigError(
+        f"there is no store {name!r}; choose auto, file, keychain or keyring"
+    )
 
 
-def _cipher_for(path: str) -> Cipher | None:
+def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
     """Return the platform's cipher, or one with the passphrase that is in a file.
 
     The file's owner and mode are not ours to set: systemd or a container made it.
@@ -3008,15 +2776,10 @@ def _cipher_for(path: str) -> Cipher | None:
 # -- Sign-in ---------------------------------------------------------------------------
 
 VISIT_SECONDS: Final = 5.0
-"""For a connection to say what it wants; then it is closed."""
-
-GOODBYE_SECONDS: Final = 1.0
-"""For an answered connection to hang up; closing before could lose the answer."""
+"""For a connection to say what it wants, and 1 s to hang up; then it is closed."""
 
 PAGE_SECONDS: Final = 2.0
 """For the browser to fetch the result page, once the login is decided."""
-
-NEVER: Final = float("inf")
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 
@@ -3039,15 +2802,14 @@ MAX_PIPED_REFUSALS: Final = 20
 """Lines of a pipe that are no code, until no more are read: nobody corrects them."""
 
 TEXT_BROWSERS: Final = (
-    *("www-browser", "lynx", "links", "links2", "elinks", "w3m"),
-    *("browsh", "carbonyl", "edbrowse", "netrik", "cha"),
+    r"\b(?:www-browser|lynx|links2?|elinks|w3m|browsh|carbonyl|edbrowse|netrik|cha)"
+    r"(?=[\s\"']|$)"
 )
 """Browsers that would take the terminal for themselves."""
 
 WSL_BROWSERS: Final = (
     "wslview",
     "rundll32.exe url.dll,FileProtocolHandler %s",
-    "/mnt/c/Windows/System32/rundll32.exe url.dll,FileProtocolHandler %s",
 )
 """Source: wslu's manual; url.dll is what Windows itself opens addresses with."""
 
@@ -3062,11 +2824,41 @@ sys.exit(not is_open)
 """
 
 
+def start_thread(
+    name: str, function: Callable[..., object], *args: object
+) -> threading.Thread | None:
+    """Run a function in a daemon thread; return None where no thread can be started.
+
+    What it raises is nobody's to handle, and is not shown.
+    """
+    import contextlib
+    import threading
+
+    def run() -> None:
+        # A caller's function, or a notebook's: it may raise SystemExit as well.
+        with contextlib.suppress(BaseException):
+            function(*args)
+
+    thread = threading.Thread(target=run, name=f"claude-oauth-{name}", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
+def any_selector() -> Any:
+    """Return a selector that takes terminals and files as well as sockets."""
+
+    # epoll refuses files, macOS's poll terminals, and select descriptors beyond 1023.
+    has_poll = sys.platform not in ("darwin", "win32")
+    return getattr(selectors, "PollSelector" if has_poll else "SelectSelector")()
+
+
 def make_server(
     host: str,
     port: int,
     handle: Callable[[Any], None],
-    *,
     read_head: Callable[[socket.socket], bytes] | None = None,
 ) -> Any:
     """Return a bound `http.server` that is quiet, and has each request handled.
@@ -3087,19 +2879,21 @@ def make_server(
         wbufsize = -1  # an answer goes out in one piece
         default_request_version = "HTTP/1.0"
 
-        def setup(self) -> None:
-            super().setup()
+        def handle_one_request(self) -> None:
+            self.close_connection = True
             if read_head:
                 self.rfile.close()
                 self.rfile = io.BytesIO(read_head(self.connection))
-
-        def handle_one_request(self) -> None:
-            self.close_connection = True
             self.raw_requestline = self.rfile.readline(MAX_HEAD_BYTES)
             if self.raw_requestline and self.parse_request():
                 handle(self)
             self.wfile.flush()
-            _wait_for_hangup(self.connection)
+            # Read what a client still sends: closing before would reset the connection.
+            self.connection.shutdown(socket.SHUT_WR)
+            deadline = Deadline(1.0)
+            self.connection.settimeout(1.0)
+            while self.connection.recv(65536) and not deadline.passed():
+                pass
 
         def send_error(self, code: int, *_quotes_the_request: object) -> None:
             """Say in our own words what `parse_request` did not understand."""
@@ -3120,9 +2914,8 @@ def make_server(
 
         def server_bind(self) -> None:
             if sys.platform == "win32":
-                self.socket.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1
-                )
+                alone = socket.SO_EXCLUSIVEADDRUSE
+                self.socket.setsockopt(socket.SOL_SOCKET, alone, 1)
             # HTTPServer's own asks the resolver for this machine's name.
             socketserver.TCPServer.server_bind(self)
 
@@ -3162,16 +2955,27 @@ def respond(request: Any, status: int, page: str, **headers: str) -> None:
     request.wfile.flush()
 
 
-def _wait_for_hangup(sock: socket.socket) -> None:
-    """Read what a client still sends: closing before would reset its connection."""
-    import socket
+def _read_head(sock: socket.socket) -> bytes:
+    """Return a request's head, once it is whole; b"" if the client hangs up.
 
-    sock.shutdown(socket.SHUT_WR)
-    deadline = Deadline(GOODBYE_SECONDS)
-    while not deadline.passed():
+    `http.server` alone takes half a request line for HTTP/0.9, headers that end
+    early for complete ones, and waits anew for each byte.
+    """
+    import re
+
+    head, deadline = bytearray(), Deadline(VISIT_SECONDS)
+    end = None
+    while not end:
         sock.settimeout(deadline.left() + 0.001)
-        if not sock.recv(65536):
-            return
+        chunk = sock.recv(65536)
+        if not chunk or deadline.passed():
+            return b""
+        head += chunk
+        if not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
+            return b"?\n"  # noise, TLS or no end: refused as no request line
+        end = re.search(rb"\n\r?\n", head[-len(chunk) - 3 :])
+    sock.settimeout(VISIT_SECONDS)
+    return bytes(head)
 
 
 @hides_locals
@@ -3202,13 +3006,12 @@ class AuthCodeListener:
         self._page: str | None = None
         self._pages_owed = 0  # callbacks that have not got the page yet
         self._is_closed = False
-        self._waited_for: dict[socket.socket, None] = {}  # clients, the oldest first
+        self._unread: dict[socket.socket, None] = {}  # clients, the oldest first
         self._threads: list[threading.Thread] = []  # the accepting thread's alone
 
     def __enter__(self) -> Self:
         import secrets
         import socket
-        import threading
 
         self._servers = self._bind()
         self.port = self._servers[0].server_address[1]
@@ -3216,14 +3019,10 @@ class AuthCodeListener:
         # The page names the account: not for others on this machine to find.
         self._page_path = "/done/" + secrets.token_urlsafe(12)
         self._stop, self._stopper = socket.socketpair()
-        try:
-            self._thread = threading.Thread(
-                target=self._serve, name="claude-oauth-listener", daemon=True
-            )
-            self._thread.start()
-        except RuntimeError:
-            self._close_sockets()
-            raise OSError(errno.EAGAIN, "no thread can be started") from None
+        self._thread = start_thread("listener", self._serve)
+        if not self._thread:
+            self.close()
+            raise OSError(errno.EAGAIN, "no thread can be started")
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -3265,101 +3064,79 @@ class AuthCodeListener:
             self._is_closed = True
             self._changed.notify_all()
         self._stopper.send(b"!")
-        self._thread.join()
+        if self._thread:
+            self._thread.join()
         with self._changed:
-            while self._waited_for:
+            while self._unread:
                 self._drop_oldest()
         for thread in self._threads:
-            thread.join(VISIT_SECONDS + GOODBYE_SECONDS)
-        self._close_sockets()
-
-    def _close_sockets(self) -> None:
+            thread.join(VISIT_SECONDS + 1)
         for server in self._servers:
             server.server_close()
         self._stop.close()
         self._stopper.close()
 
-    def _bind(self) -> list[Any]:
+    def _bind(self, tries: int = 10) -> list[Any]:
         """Listen on 127.0.0.1 and ::1, which browsers try in either order.
 
         One that does not exist is left out.  One that is taken is another program's,
         which would be handed the code: then it is another port, or an error.
         """
-        tries = 1 if self.port else 10
-        while True:
-            tries -= 1
-            try:
-                return self._bind_addresses()
-            except OSError:
-                if not tries:
-                    raise
-
-    def _bind_addresses(self) -> list[Any]:
         servers: list[Any] = []
-        port = self.port
         for host in ("127.0.0.1", "::1"):
+            port = servers[0].server_address[1] if servers else self.port
             try:
-                server = make_server(
-                    host, port, self._handle, read_head=self._read_head
-                )
+                servers.append(make_server(host, port, self._handle, _read_head))
             except OSError as error:
                 is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
-                if is_taken and servers:
-                    servers[0].server_close()
-                if is_taken or (host == "::1" and not servers):
+                if not is_taken and (servers or host != "::1"):
+                    continue
+                if not servers:
                     raise
-            else:
-                server.socket.setblocking(False)
-                servers.append(server)
-                port = server.server_address[1]
+                servers.pop().server_close()
+                if self.port or not tries:
+                    raise
+                return self._bind(tries - 1)
         return servers
 
     def _serve(self) -> None:
         import selectors
 
-        with _all_purpose_selector() as selector:
-            for each in (*self._servers, self._stop):
-                selector.register(each, selectors.EVENT_READ)
+        with any_selector() as selector:
+            selector.register(self._stop, selectors.EVENT_READ)
+            for server in self._servers:
+                server.socket.setblocking(False)
+                selector.register(server, selectors.EVENT_READ)
             while not self._is_closed:
                 ready = [key.fileobj for key, _ in selector.select()]
-                for server in [each for each in ready if each is not self._stop]:
+                for server in set(ready) - {self._stop}:
                     self._accept(server)
 
     def _accept(self, server: Any) -> None:
-        import threading
-
-        try:
-            sock, address = server.socket.accept()
-        except BlockingIOError:  # it has gone again
-            return
-        except OSError:  # no descriptor is left for it
-            with self._changed:
+        """Give one connection a thread of its own."""
+        with self._changed:
+            try:
+                sock, address = server.socket.accept()
+            except OSError:  # no descriptor is left for it, or it has gone again
                 self._drop_oldest()
                 self._changed.wait(PASTE_PAUSE)
-            return
-        with self._changed:
-            if len(self._waited_for) >= MAX_VISITORS:
+                return
+            if len(self._unread) >= MAX_VISITORS:
                 self._drop_oldest()
-            self._waited_for[sock] = None
-        try:
-            thread = threading.Thread(
-                target=self._serve_connection,
-                args=(server, sock, address),
-                name="claude-oauth-connection",
-                daemon=True,
-            )
-            thread.start()
-        except RuntimeError:  # no thread can be started for it
-            self._waited_for.pop(sock, None)
+            self._unread[sock] = None
+        thread = start_thread(
+            "connection", self._serve_connection, server, sock, address
+        )
+        if thread:
+            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+        else:
             sock.close()
-            return
-        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
 
     def _drop_oldest(self) -> None:
         import socket
 
-        for sock in list(self._waited_for)[:1]:
-            del self._waited_for[sock]
+        for sock in list(self._unread)[:1]:
+            del self._unread[sock]
             try:
                 sock.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes
             except OSError:
@@ -3368,41 +3145,35 @@ class AuthCodeListener:
     # What follows runs in a connection's thread.
 
     def _serve_connection(self, server: Any, sock: socket.socket, address: Any) -> None:
-        try:
-            server.process_request_thread(sock, address)
-        finally:
-            with self._changed:
-                self._waited_for.pop(sock, None)
-                self._changed.notify_all()
-
-    def _read_head(self, sock: socket.socket) -> bytes:
-        """Return a request's head, once it is whole; b"" if the client hangs up.
-
-        `http.server` alone takes half a request line for HTTP/0.9, headers that end
-        early for complete ones, and waits anew for each byte.
-        """
-        import re
-
-        head, deadline = bytearray(), Deadline(VISIT_SECONDS)
-        end = None
-        while not end:
-            sock.settimeout(deadline.left() + 0.001)
-            chunk = sock.recv(65536)
-            if not chunk or deadline.passed():
-                return b""
-            head += chunk
-            if not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
-                return b"?\n"  # noise, TLS or no end: refused as no request line
-            end = re.search(rb"\n\r?\n", head[-len(chunk) - 3 :])
-        sock.settimeout(VISIT_SECONDS)
-        return bytes(head)
+        server.process_request_thread(sock, address)
+        with self._changed:
+            self._unread.pop(sock, None)
+            self._changed.notify_all()
 
     def _handle(self, request: Any) -> None:
-        path, _, query = self._target_of(request).partition("?")
-        refusal = self._refusal_of(request)
-        if refusal:
-            respond(request, refusal[0], stray_page(refusal[1]), Allow="GET")
-        elif path == CALLBACK_PATH:
+        """Answer a request.  Source: RFC 9112 section 3.2 (one Host, absolute form)."""
+        import re
+
+        names = ["localhost", "127.0.0.1", "[::1]"]
+        ours = [f"{name}:{self.port}" for name in names]
+        ours += names if self.port == 80 else []
+        hosts = [host.strip().lower() for host in request.headers.get_all("Host", [])]
+        path, _, query = request.path.partition("?")
+        absolute = re.fullmatch("(?i)http://([^/]*)(/.*)", path)
+        if absolute and absolute[1].lower() in ours:
+            path = absolute[2]
+        if len(hosts) != 1 or len(request.requestline.split()) != 3:
+            respond(request, 400, stray_page("this is no browser's request"))
+        elif hosts[0] not in ours:
+            # A foreign name that was made to point here (DNS rebinding) learns nothing.
+            respond(request, 421, stray_page("it is for another host or port"))
+        elif request.command != "GET":
+            respond(request, 405, stray_page("only GET is answered"), Allow="GET")
+        else:
+            self._get(request, path, query)
+
+    def _get(self, request: Any, path: str, query: str) -> None:
+        if path == CALLBACK_PATH:
             self._receive(request, query)
         elif path == self._page_path and self._page is not None:
             respond(request, 200, self._page)
@@ -3410,33 +3181,9 @@ class AuthCodeListener:
         else:
             respond(request, 404, stray_page("nothing is at this address"))
 
-    def _hosts(self) -> list[str]:
-        names = ["localhost", "127.0.0.1", "[::1]"]
-        hosts = [f"{name}:{self.port}" for name in names]
-        return hosts + names if self.port == 80 else hosts
-
-    def _target_of(self, request: Any) -> str:
-        """Return path and query.  Source: RFC 9112 section 3.2.2 (absolute form)."""
-        target: str = request.path
-        if target[:7].lower() != "http://":
-            return target
-        authority, slash, path = target[7:].partition("/")
-        return slash + path if authority.lower() in self._hosts() else ""
-
-    def _refusal_of(self, request: Any) -> tuple[int, str] | None:
-        """Return status and reason.  Source: RFC 9112 sections 3 and 3.2 (one Host)."""
-        hosts = [host.strip().lower() for host in request.headers.get_all("Host", [])]
-        if len(hosts) != 1 or len(request.requestline.split()) != 3:
-            return 400, "this is no browser's request"
-        if hosts[0] not in self._hosts():
-            # A foreign name that was made to point here (DNS rebinding) learns nothing.
-            return 421, "it is for another host or port"
-        return None if request.command == "GET" else (405, "only GET is answered")
-
     def _receive(self, request: Any, query: str) -> None:
-        outcome: str | LoginDenied
         try:
-            outcome = parse_callback(query, state=self._state)
+            outcome: str | LoginDenied = parse_callback(query, state=self._state)
         except LoginDenied as denied:
             outcome = LoginDenied(*denied.args)  # without its traceback
         except ValueError as reason:
@@ -3448,11 +3195,11 @@ class AuthCodeListener:
                 self.arrived.set()
                 self.on_arrival()
             self._pages_owed += 1
-            self._waited_for.pop(request.connection, None)  # it waits for us now
+            self._unread.pop(request.connection, None)  # it waits for us now
             self._changed.wait_for(
                 lambda: self._page is not None or self._is_closed, LOGIN_TIMEOUT
             )
-            self._waited_for[request.connection] = None
+            self._unread[request.connection] = None
         try:
             if self._page is not None:
                 respond(request, 303, "", Location=self._page_path)
@@ -3475,221 +3222,239 @@ def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]
     return None, f"{what} ({reason})"
 
 
-class _SystemBrowser:
-    """The person's browser, where it can neither print, nor ask, nor hold us up.
-
-    A child process calls `webbrowser`, which starts browsers with our stdout, waits for
-    some of them to end, and looks away from others before they fail.
-    """
-
-    def __init__(self) -> None:
-        import threading
-
-        self._lock = threading.Lock()  # guards the two below: no start after stop()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_stopped = False
-        browsers = setting("BROWSER").split(os.pathsep)
-        self._chosen = [b for b in browsers if b and not _is_text_browser(b)]
-        self.is_there = bool(self._chosen) or (not any(browsers) and _has_screen())
-        if not self._chosen and _is_wsl():
-            self._chosen = list(WSL_BROWSERS)
-
-    def __call__(self, url: str) -> bool:
-        """Open an address; tell whether that has worked, as far as one can know."""
-        if _can_start_python():
-            program = [sys.executable, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM]
-            return self._run([*program, url])
-        return any(self._run(command) for command in self._commands(url))
-
-    def stop(self) -> None:
-        """End the child that opens the browser; the browser itself stays."""
-        with self._lock:
-            self._is_stopped = True
-            if self._process:
-                self._process.kill()
-
-    def _commands(self, url: str) -> Iterator[list[str]]:
-        """Yield what opens the address without `webbrowser`, for lack of a Python."""
-        import shlex
-
-        known = {"darwin": "open", "win32": "rundll32 url.dll,FileProtocolHandler %s"}
-        for browser in self._chosen or [known.get(sys.platform, "xdg-open")]:
-            is_posix = os.name == "posix"
-            words = shlex.split(browser) if is_posix or "%s" in browser else [browser]
-            words = words[:-1] if words[-1:] == ["&"] else words
-            command = [word.replace("%s", url) for word in words]
-            if "%s" not in browser:
-                command.append(url)
-            # The shell is there to be stopped in the browser's place.
-            shell = ["/bin/sh", "-c", '"$@"; exit $?', "sh"] if is_posix else []
-            yield shell + command
-
-    def _run(self, command: list[str]) -> bool:
-        import subprocess
-
-        environ = {**os.environ, "BROWSER": os.pathsep.join(self._chosen)}
-        environ.pop("TERM", None)  # without it, webbrowser knows no text-mode browser
-        for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
-            # A frozen program's libraries are not for others.  Source: PyInstaller's
-            # manual, "LD_LIBRARY_PATH / LIBPATH considerations".
-            original = environ.pop(name + "_ORIG", None)
-            if original is not None:
-                environ[name] = original
-            elif getattr(sys, "frozen", False):
-                environ.pop(name, None)
-        with self._lock:
-            if self._is_stopped:
-                return False
-            try:
-                self._process = subprocess.Popen(
-                    command,
-                    env=environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # neither Ctrl-C nor the terminal is for it
-                    creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-                )
-            except OSError:
-                return False
-        return self._process.wait() == 0
-
-
-def _can_start_python() -> bool:
-    """Tell whether sys.executable is a Python, and not the program that we are in.
+def python_program() -> str | None:
+    """Return the Python that may be started as a child, None if there is none.
 
     A frozen program (PyInstaller, py2exe, cx_Freeze, Nuitka) and one that embeds Python
     (QGIS, PyOxidizer) would be started a second time.
     """
     name = os.path.basename(sys.executable or "").lower()
     is_compiled = getattr(sys, "frozen", False) or "__compiled__" in globals()
-    return name.startswith(("python", "pypy")) and not is_compiled
+    is_python = name.startswith(("python", "pypy")) and not is_compiled
+    return sys.executable if is_python else None
 
 
-def _is_text_browser(command: str) -> bool:
-    words = command.replace('"', " ").replace("'", " ").split()
-    return any(os.path.basename(word) in TEXT_BROWSERS for word in words)
+def find_browsers() -> list[str] | None:
+    """Return the commands to open an address, [] for the desktop's own.
 
+    None says that there is no browser, or none that the person would see.
+    """
+    import re
 
-def _has_screen() -> bool:
-    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        return True
-    if any(os.environ.get("SSH_" + name) for name in ("CONNECTION", "CLIENT", "TTY")):
-        return False  # it would open where nobody sits
-    return sys.platform in ("darwin", "win32", "cygwin") or _is_wsl()
+    named = list(filter(None, setting("BROWSER").split(os.pathsep)))
+    if named:
+        return [b for b in named if not re.search(TEXT_BROWSERS, b)] or None
+    has_screen = any(map(setting, ("DISPLAY", "WAYLAND_DISPLAY")))
+    # Over SSH it would open where nobody sits.
+    is_remote = any(map(setting, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
+    is_desktop = sys.platform in ("darwin", "win32", "cygwin")
+    if has_screen or (not is_remote and (is_desktop or _is_wsl())):
+        return list(WSL_BROWSERS) if _is_wsl() else []
+    return None
 
 
 def _is_wsl() -> bool:
-    if os.environ.get("WSL_DISTRO_NAME"):
+    if setting("WSL_DISTRO_NAME"):
         return True
     return sys.platform == "linux" and "microsoft" in os.uname().release.lower()
 
 
-class _PasteInput:
-    """Where a paste comes from: stdin without Python's buffers, read once it is there.
+def open_in_browser(url: str, browsers: list[str]) -> bool:
+    """Open an address; tell whether that has worked, as far as one can know.
+
+    A child process calls `webbrowser`, which starts browsers with our stdout, waits for
+    some of them to end, and looks away from others before they fail.
+    """
+    import shlex
+
+    python = python_program()
+    if python:
+        program = [python, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM, url]
+        return _runs(program, browsers)
+    openers = {"darwin": "open", "win32": WSL_BROWSERS[1]}
+    for browser in browsers or [openers.get(sys.platform, "xdg-open")]:
+        command = browser if "%s" in browser else browser.rstrip(" &") + " %s"
+        command = command.replace("%s", url)
+        if _runs(shlex.split(command) if os.name == "posix" else command, browsers):
+            return True
+    return False
+
+
+def _runs(command: list[str] | str, browsers: list[str]) -> bool:
+    """Run a command in silence, away from our terminal; tell whether it succeeds."""
+
+    environ = {**os.environ, "BROWSER": os.pathsep.join(browsers)}
+    environ.pop("TERM", None)  # without it, webbrowser knows no text-mode browser
+    for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
+        # A frozen program's libraries are not for others.  Source: PyInstaller's
+        # manual, "LD_LIBRARY_PATH / LIBPATH considerations".
+        original = environ.pop(name + "_ORIG", "")
+        if original or getattr(sys, "frozen", False):
+            environ[name] = original
+    try:
+        status = subprocess.call(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # neither Ctrl-C nor the terminal is for it
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+    except OSError:
+        return False
+    return status == 0
+
+
+class _PastePrompt:
+    """Asks for a paste on stdin: without Python's buffers, and only once it is there.
 
     So the lines after ours, and those after the browser has won, are the host
     program's.  What cannot be waited on (a Windows console, a notebook's input, a
-    StringIO) is read by a daemon thread, which sends each line through a socket pair.
-    A read there cannot be called off: the one under way takes the program's next line.
+    StringIO) is read by a daemon thread, which tells when a line has arrived.  A read
+    there cannot be called off: the one under way takes the program's next line.
     """
 
-    def __init__(self, descriptor: int, read_line: Callable[[], str] | None) -> None:
-        import socket
+    def __init__(
+        self, state: str, manual_uri: str, wake: Callable[[], None], *, is_open: bool
+    ) -> None:
+        self.is_open = is_open
+        self.descriptor: int | None = None  # None: a thread reads
+        self.arrived: list[bytes] = []  # lines from the thread
+        self._state = state
+        self._manual_uri = manual_uri
+        self._wake = wake
+        self._is_terminal = _is_terminal(sys.stdin)
+        self._is_shown = False
+        self._held = b""  # of a paste that may go on
+        self._is_last = False  # nothing can follow what is held
+        self._earlier = ""  # what was refused: a paste may come in two
+        self._refusals = 0
+        self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
+        if os.name == "posix" and not self._is_notebook:
+            try:
+                self.descriptor = sys.stdin.fileno()
+            except (AttributeError, OSError, ValueError):  # no stdin, or an object
+                pass
+        self._request_line()
 
-        self.is_terminal = os.isatty(descriptor)
-        self.is_by_line = read_line is not None or not self.is_terminal
-        """Whether a line stands alone; else a paste may have several."""
-        self._descriptor = descriptor
-        self._read_line = read_line
-        if read_line:
-            self._near, self._far = socket.socketpair()
-
-    def fileno(self) -> int:
-        return self._near.fileno() if self._read_line else self._descriptor
-
-    def is_in_background(self) -> bool:
-        """Tell whether a read would stop us (SIGTTIN): the terminal is the shell's."""
-        if sys.platform == "win32":
-            return False
-        if self._read_line or not self.is_terminal:
-            return False
+    def is_readable(self) -> bool:
+        """Tell whether to wait for a paste: in the background a read would stop us."""
+        if sys.platform == "win32" or self.descriptor is None or not self.is_open:
+            return self.is_open
         try:
-            return os.tcgetpgrp(self._descriptor) != os.getpgrp()
-        except OSError:  # not our terminal, which stops nobody
-            return False
+            return os.tcgetpgrp(self.descriptor) == os.getpgrp()
+        except OSError:  # no terminal, or not ours, stops nobody
+            return True
 
-    def request_line(self) -> None:
-        """Have the thread read one line, where there has to be one."""
-        import threading
+    def _request_line(self) -> None:
+        """Have a thread read one line, where no descriptor can be waited on."""
+        is_ours = self.is_open and self.descriptor is None
+        if is_ours and not start_thread("paste", self._read_line):
+            self._read_line()
 
-        if not self._read_line:
-            return
-        try:
-            threading.Thread(
-                target=self._send_line, name="claude-oauth-paste", daemon=True
-            ).start()
-        except RuntimeError:  # no thread can be started
-            self._send_line()
+    def _read_line(self) -> None:
+        import builtins
 
-    def _send_line(self) -> None:
-        assert self._read_line
+        line = ""
         try:
-            line = self._read_line()[: 2 * MAX_PASTE_CHARS]
-        except BaseException:  # whatever a notebook without a front end raises
-            line = ""
-        try:
-            data = line.rstrip("\n").encode("utf-8", "replace") + b"\n"
-            self._far.sendall(data) if line else self._far.close()
-        except OSError:  # the race is over
+            # Python's own input() in a daemon thread can abort the process at its end.
+            line = builtins.input() if self._is_notebook else sys.stdin.readline()
+            line = line.rstrip("\n") + "\n" if line or self._is_notebook else ""
+        except (AttributeError, OSError, ValueError):  # no stdin, or a closed one
             pass
+        finally:
+            self.arrived.append(line[-2 * MAX_PASTE_CHARS :].encode("utf-8", "replace"))
+            self._wake()
 
-    def read(self) -> bytes:
-        """Return what has arrived, b"" if no more will come."""
-        # A terminal gives one line at a time, whatever is asked for; a pipe all it has.
-        size = MAX_TERMINAL_LINE + 1 if self.is_terminal else 1
+    def read(self) -> None:
+        """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
+        chunk = b""
         try:
-            if self._read_line:
-                return self._near.recv(65536)
-            return os.read(self._descriptor, size)
+            if self.descriptor is None:
+                chunk = self.arrived.pop()
+            else:
+                size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
+                chunk = os.read(self.descriptor, size)
         except OSError:  # it was closed beneath the object, or the terminal is gone
-            return b""
+            pass
+        self._held += chunk
+        self._is_last = not chunk or len(self._held) > 2 * MAX_PASTE_CHARS
+        if not self._held:
+            self._stop()
 
-    def close(self) -> None:
-        """Let go of it."""
-        if self._read_line:
-            self._near.close()
-            self._far.close()
+    def show(self, seconds_left: float) -> None:
+        """Ask, unless that has been done."""
+        if self._is_shown or not self.is_readable():
+            return
+        limit = ""
+        if _is_terminal(sys.stderr):
+            limit = f" ({describe_seconds(seconds_left + 0.5)} left)"
+        end = " " if self._is_terminal else "\n"
+        say(f"Paste the code that the page shows here{limit}:", end=end)
+        self._is_shown = True
 
+    def has_line(self) -> bool:
+        """Tell whether a line is whole."""
+        return self._held.endswith((b"\n", b"\r")) or self._is_last
 
-def _open_paste_input() -> _PasteInput | None:
-    """Return where a person can paste, or None if stdin is closed."""
-    import builtins
+    def take(self, *, is_silent: bool) -> GrantedCode | None:
+        """Return the code in what was pasted, once it is known to be whole.
 
-    if getattr(input, "__module__", "builtins") != "builtins":  # a notebook's
-        return _PasteInput(-1, lambda: builtins.input() + "\n")
-    if sys.stdin is None or sys.stdin.closed:
-        return None
-    try:
-        descriptor = sys.stdin.fileno()
-    except (AttributeError, OSError, ValueError):
-        return _PasteInput(-1, sys.stdin.readline)
-    # Not input(): in a daemon thread it can abort the process when that ends.
-    return _PasteInput(descriptor, sys.stdin.readline if os.name == "nt" else None)
+        A code with its state behind it is whole.  Anything else may go on, until
+        nothing comes for a moment; a line of a pipe that is no code is refused at once.
+        """
+        if not self.is_open or not self.has_line():
+            return None
+        text = self._held.decode("utf-8", "replace")
+        found = self._find_code(text)
+        is_whole = is_silent or self._is_last
+        if isinstance(found, str):
+            if is_whole or self.descriptor is None or not self._is_terminal:
+                self._refuse(text, found)
+            return None
+        behind = "".join((self._earlier + text).split()).partition(found.code)[2]
+        if not is_whole and self._state not in behind:
+            return None
+        self._is_shown = False  # the person's Enter has ended the line
+        return found
 
+    def _find_code(self, text: str) -> GrantedCode | str:
+        """Return the code, or why there is none."""
+        longest = max(map(len, self._held.splitlines()))
+        if self._is_terminal and longest >= MAX_TERMINAL_LINE:
+            limit = f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more"
+            return f"the terminal has cut it. {limit}"
+        reason = ""
+        uri = self._manual_uri
+        for whole in (self._earlier + text, text):
+            try:
+                return parse_paste(whole, state=self._state, manual_redirect_uri=uri)
+            except ValueError as refusal:
+                reason = str(refusal)
+        return reason
 
-def _all_purpose_selector() -> selectors.BaseSelector:
-    """Return one that takes terminals and files as well as sockets.
+    def _refuse(self, text: str, reason: str) -> None:
+        say(f"Not taken: {reason}. Copy the whole code that the page shows.")
+        # A state that began here vouches that the next line belongs to it.  The two are
+        # tried first: a state vouches for the second half of a code as well.
+        self._earlier = text if "#" in text or "://" in text else ""
+        self._held, self._is_shown = b"", False
+        self._refusals += 1
+        is_impatient = not self._is_terminal and self._refusals >= MAX_PIPED_REFUSALS
+        if self._is_last or is_impatient:
+            self._stop()
+        self._request_line()
 
-    epoll refuses files, macOS's poll refuses terminals, and select stops at descriptor
-    1023, which a host program may have passed.
-    """
-    import selectors
+    def _stop(self) -> None:
+        self.is_open = False
+        self.end_line("\nNothing will be pasted, then. Ctrl-C gives up.")
 
-    poll: type[selectors.BaseSelector] = getattr(
-        selectors, "PollSelector", selectors.SelectSelector
-    )
-    return selectors.SelectSelector() if sys.platform == "darwin" else poll()
+    def end_line(self, text: str = "") -> None:
+        """Leave the line on which the person is asked."""
+        if self._is_shown and self._is_terminal:
+            say(text)
+        self._is_shown = False
 
 
 class _Race:
@@ -3699,232 +3464,109 @@ class _Race:
         self,
         listener: AuthCodeListener | None,
         opener: Callable[[str], object] | None,
-        parse: Callable[[str], GrantedCode],
-        *,
-        state: str,
         port: int,
         problem: str,
-        limit: float,
     ) -> None:
         import socket
 
         self._listener = listener
         self._opener = opener
-        self._parse = parse
-        self._state = state
         self._port = port if listener else 0
         self._problem = problem
-        self._deadline = Deadline(limit)
         self._wake_up, self._waker = socket.socketpair()
-        self._browser = opener
-        self._browser_thread: threading.Thread | None = None
-        self._input: _PasteInput | None = None
-        self._held = b""  # of a paste that may go on
-        self._is_over = False  # stdin has ended
-        self._earlier = ""  # what was refused: a paste may come in two
-        self._refusals = 0
-        self._is_prompting = False
 
-    def run(self, automatic_url: str, manual_url: str, *, paste: bool) -> GrantedCode:
-        """Return the code that comes first; the automatic URL is "" for no listener."""
-        self._input = _open_paste_input() if paste else None
-        if self._input:
-            self._input.request_line()
-            self._wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
+    def run(self, prompt: _PastePrompt, seconds: float, *urls: str) -> GrantedCode:
+        """Return the code that comes first.
+
+        Args:
+            urls: The one that comes back to the listener ("" for none), and the other.
+        """
+        self._prompt, self._deadline = prompt, Deadline(seconds)
+        self._wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
         self._check_that_a_way_is_left()
-        self._announce(automatic_url, manual_url)
+        self._announce(*urls)
         if self._listener:
-            self._listener.on_arrival = self._wake
-        if self._opener:
-            self._start_browser(self._opener, automatic_url or manual_url)
+            self._listener.on_arrival = self.wake
+        url = urls[0] or urls[1]
+        if self._opener and not start_thread("browser", self._open, self._opener, url):
+            self._opener = None
         is_silent = False
         while True:
-            granted = self._consider_paste(is_silent=is_silent) or self._callback()
+            granted = prompt.take(is_silent=is_silent)
             if granted:
                 return granted
+            if self._listener and self._listener.arrived.is_set():
+                return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
             self._check_that_a_way_is_left()
-            self._prompt()
-            is_silent = not self._wait(PASTE_PAUSE if self._has_line() else 3600.0)
-
-    def _callback(self) -> GrantedCode | None:
-        if self._listener and self._listener.arrived.is_set():
-            return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
-        return None
+            prompt.show(self._deadline.left())
+            has_line = prompt.has_line()
+            is_silent = not self._wait(PASTE_PAUSE if has_line else FOREGROUND_INTERVAL)
 
     def close(self) -> None:
-        """Let go of stdin, and of a browser that is still being opened."""
-        if self._input:
-            if self._is_prompting and self._input.is_terminal:
-                say("")
-            self._input.close()
-        if self._browser_thread and isinstance(self._browser, _SystemBrowser):
-            self._browser.stop()
-            self._browser_thread.join()  # it has no child to wait for any more
+        """Hear of nothing any more."""
         self._wake_up.close()
         self._waker.close()
 
-    def _announce(self, automatic_url: str, manual_url: str) -> None:
-        if self._problem:
-            say(f"{self._problem[0].upper()}{self._problem[1:]}: paste the code, then.")
-        if self._input and self._opener:
-            say("Opening your browser. If it stays away, open this address anywhere:")
-        elif self._input:
-            say("To sign in, open this address in a browser, on any machine:")
-        else:
-            say("To sign in, open this address in a browser on this machine:")
-        _say_url(manual_url if self._input else automatic_url)
-        if self._port and self._input:
-            say("Where this machine's port is forwarded, this one needs no paste:")
-            _say_url(automatic_url)
-        if self._port:
-            say(f"  (forwarded by: ssh -L {self._port}:localhost:{self._port} HOST)")
-
-    def _prompt(self) -> None:
-        if not self._input or self._is_prompting or not self._readable_input():
-            return
-        limit = ""
-        if _is_terminal(sys.stderr):
-            limit = f" ({describe_seconds(self._deadline.left() + 0.5)} left)"
-        end = " " if self._input.is_terminal else "\n"
-        say(f"Paste the code that the page shows here{limit}:", end=end)
-        self._is_prompting = True
-
-    def _check_that_a_way_is_left(self) -> None:
-        if self._deadline.passed():
-            raise LoginTimeout(TOO_LATE)
-        if self._input or (self._listener and (self._port or self._opener)):
-            return
-        cause = self._problem or "no browser could be opened"
-        raise LoginCancelled(
-            f"{cause} and nothing can be pasted here; log in from a terminal, or give "
-            "a port that your browser can reach"
-        )
-
-    def _start_browser(self, opener: Callable[[str], object], url: str) -> None:
-        """Open it in a thread: a browser may fail, hang or never return."""
-        import threading
-
-        def run() -> None:
-            try:
-                is_open = opener(url) is not False
-            except BaseException:  # the caller's function, SystemExit too
-                is_open = False
-            if not is_open:
-                self._opener = None
-                self._wake()
-
-        try:
-            thread = threading.Thread(
-                target=run, name="claude-oauth-browser", daemon=True
-            )
-            thread.start()
-            self._browser_thread = thread
-        except RuntimeError:  # no thread can be started
-            self._opener = None
-
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """End the wait: there is news."""
         try:
             self._waker.send(b"!")
         except OSError:  # the race is over
             pass
 
+    def _announce(self, automatic_url: str, manual_url: str) -> None:
+        has_paste = self._prompt.is_open
+        if self._problem:
+            say(f"{self._problem[0].upper()}{self._problem[1:]}: paste the code, then.")
+        where = ", on any machine" if has_paste else " on this machine"
+        say(f"To sign in, open this address in a browser{where}:")
+        say(manual_url if has_paste else automatic_url)
+        if self._port and has_paste:
+            say("Where this machine's port is forwarded, this one needs no paste:")
+            say(automatic_url)
+        if self._port:
+            say(f"  (forwarded by: ssh -L {self._port}:localhost:{self._port} HOST)")
+
+    def _check_that_a_way_is_left(self) -> None:
+        if self._deadline.passed():
+            raise LoginTimeout(TOO_LATE)
+        by_browser = self._listener and (self._port or self._opener)
+        if not (self._prompt.is_open or by_browser):
+            cause = self._problem or "no browser could be opened"
+            raise LoginCancelled(
+                f"{cause} and nothing can be pasted here; log in from a terminal, or "
+                "give a port that your browser can reach"
+            )
+
+    def _open(self, opener: Callable[[str], object], url: str) -> None:
+        """Open the browser, in a thread: it may fail, hang or never return."""
+        is_open: object = False
+        try:
+            is_open = opener(url)
+        finally:
+            if is_open is False:
+                self._opener = None
+                self.wake()
+
     def _wait(self, seconds: float) -> bool:
-        """Wait for news; tell whether input was among it, which is then in `_held`."""
+        """Wait for news; tell whether something was pasted, which is then read."""
         import selectors
 
-        stdin = self._readable_input()
-        seconds = min(seconds, self._deadline.left())
-        if sys.platform == "win32" or stdin is not self._input:
-            seconds = min(seconds, FOREGROUND_INTERVAL)
-        with _all_purpose_selector() as selector:
+        prompt = self._prompt
+        with any_selector() as selector:
             selector.register(self._wake_up, selectors.EVENT_READ)
-            if stdin:
-                selector.register(stdin, selectors.EVENT_READ)
-            ready = [key.fileobj for key, _ in selector.select(seconds)]
+            if prompt.descriptor is not None and prompt.is_readable():
+                selector.register(prompt.descriptor, selectors.EVENT_READ)
+            events = selector.select(min(seconds, self._deadline.left()))
+        ready = [key.fileobj for key, _ in events]
         if self._wake_up in ready:
             self._wake_up.recv(4096)
         # It may have been put into the background meanwhile.
-        if stdin is None or stdin not in ready or not self._readable_input():
-            return False
-        chunk = stdin.read()
-        self._held += chunk
-        self._is_over = not chunk
-        if not self._held:
-            self._stop_pasting()
-        return True
-
-    def _readable_input(self) -> _PasteInput | None:
-        is_ours = self._input is not None and not self._input.is_in_background()
-        return self._input if is_ours else None
-
-    def _has_line(self) -> bool:
-        return self._held.endswith((b"\n", b"\r")) or self._is_last()
-
-    def _is_last(self) -> bool:
-        return self._is_over or len(self._held) > 2 * MAX_PASTE_CHARS
-
-    def _consider_paste(self, *, is_silent: bool) -> GrantedCode | None:
-        """Return the code in what was pasted, once it is known to be whole.
-
-        A code with its state behind it is whole.  Anything else may go on, until
-        nothing comes for a moment; a line of a pipe that is no code is refused at once.
-        """
-        if not self._input or not self._has_line():
-            return None
-        is_whole = is_silent or self._is_last()
-        text = self._held.decode("utf-8", "replace")
-        granted, reason = self._read_code(text)
-        if granted and (is_whole or self._has_state_behind(text, granted.code)):
-            self._is_prompting = False  # the person's Enter has ended the line
-            return granted
-        if not granted and (is_whole or self._input.is_by_line):
-            self._refuse(text, reason)
-        return None
-
-    def _read_code(self, text: str) -> tuple[GrantedCode | None, str]:
-        """Return the code, or None and why there is none."""
-        reason = "the terminal has cut it"
-        for reading in () if self._is_cut() else (self._earlier + text, text):
-            try:
-                return self._parse(reading), ""
-            except ValueError as refusal:
-                reason = str(refusal)
-        return None, reason
-
-    def _is_cut(self) -> bool:
-        longest = max(map(len, self._held.splitlines()))
-        is_terminal = self._input is not None and self._input.is_terminal
-        return is_terminal and longest >= MAX_TERMINAL_LINE
-
-    def _has_state_behind(self, text: str, code: str) -> bool:
-        text = "".join((self._earlier + text).split())
-        place = text.find(code)
-        return place >= 0 and self._state in text[place + len(code) :]
-
-    def _refuse(self, text: str, reason: str) -> None:
-        assert self._input
-        is_last = self._is_last()
-        say(f"Not taken: {reason}. Copy the whole code that the page shows.")
-        if self._is_cut():
-            say(f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more.")
-        # A state that began here vouches that the next line belongs to it.  The two are
-        # tried first: a state vouches for the second half of a code as well.
-        self._earlier = text if "#" in text or "://" in text else ""
-        self._held, self._is_prompting = b"", False
-        self._refusals += 1
-        is_patient = self._input.is_terminal or self._refusals < MAX_PIPED_REFUSALS
-        if is_last or not is_patient:
-            self._stop_pasting()
-        else:
-            self._input.request_line()
-
-    def _stop_pasting(self) -> None:
-        assert self._input
-        if self._is_prompting and self._input.is_terminal:
-            say("\nNothing will be pasted, then. Ctrl-C gives up.")
-        self._is_prompting = self._is_over = False
-        self._input.close()
-        self._input = None
+        has_paste = prompt.descriptor in ready or bool(prompt.arrived)
+        if has_paste and prompt.is_readable():
+            prompt.read()
+            return True
+        return False
 
 
 @hides_locals
@@ -3943,7 +3585,7 @@ def obtain_code(
     """Have a person sign in; return the code that the browser or a paste brings first.
 
     Args:
-        listener: One that was entered, or None if it could not listen.
+        listener: One that was entered, or None.
         url_for: Returns the authorize URL for a redirect_uri.
         open_browser: Whether to open one; or what opens one, given the address.
         port: The port that was asked for, 0 if none: that alone counts as a way.
@@ -3954,21 +3596,20 @@ def obtain_code(
         LoginTimeout: Nobody finished within `timeout` seconds.
         LoginCancelled: Neither a browser nor a paste can bring a code.
     """
-
-    def parse(text: str) -> GrantedCode:
-        return parse_paste(text, state=state, manual_redirect_uri=manual_redirect_uri)
+    import functools
 
     opener = open_browser if callable(open_browser) else None
-    if open_browser is True:
-        browser = _SystemBrowser()
-        opener = browser if browser.is_there else None
+    browsers = find_browsers() if open_browser is True else None
+    if browsers is not None:
+        opener = functools.partial(open_in_browser, browsers=browsers)
     automatic_url = url_for(listener.redirect_uri) if listener else ""
-    race = _Race(
-        listener, opener, parse, state=state, port=port, problem=problem, limit=timeout
-    )
+    race = _Race(listener, opener, port, problem)
+    prompt = _PastePrompt(state, manual_redirect_uri, race.wake, is_open=paste)
     try:
-        return race.run(automatic_url, url_for(manual_redirect_uri), paste=paste)
+        manual_url = url_for(manual_redirect_uri)
+        return race.run(prompt, timeout, automatic_url, manual_url)
     finally:
+        prompt.end_line()
         race.close()
 
 
@@ -3984,15 +3625,6 @@ def say(text: str, end: str = "\n") -> None:
             sys.stderr.flush()
     except (OSError, ValueError):
         pass
-
-
-def _say_url(url: str) -> None:
-    # Clickable by OSC 8; Windows' old console and Linux's own would print its marks.
-    known = "WT_SESSION" if sys.platform == "win32" else "TERM"
-    takes_links = os.environ.get(known, "dumb") not in ("dumb", "linux")
-    if takes_links and _is_terminal(sys.stderr):
-        url = f"\x1b]8;;{url}\x1b\\{url}\x1b]8;;\x1b\\"
-    say(url)
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -4168,7 +3800,7 @@ class AccountFile:
         self.update(account=account, notes=notes)
 
     def key_owner(self, api_key: str | None, organization: object) -> str:
-        """Return a fingerprint of a key and its organization, "" if either is unknown."""
+        """Return a fingerprint of a key with its organization, "" if one is unknown."""
         if not api_key or not isinstance(organization, str):
             return ""
         return fingerprint(api_key, client_id=organization, token_url="")
@@ -4264,7 +3896,7 @@ class AccountFile:
             )
 
     def scopes_to_ask_for(self, credentials: Credentials) -> tuple[str, ...]:
-        """Return the scopes of a refresh, none if the server is known to refuse them."""
+        """Return the scopes of a refresh, none if the server refused them before."""
         scopes = scopes_to_refresh(credentials.scopes, self._config.scopes)
         return () if scopes == self.notes().refused_scopes else scopes
 
@@ -4680,8 +4312,8 @@ class Refresher:
                 failure = error
             stored, found = self._view.read()
             pause: float | None = 0.0  # another program has refreshed meanwhile
-            is_refused = isinstance(failure, TokenRefused)
-            if not (is_refused and found and found.refresh_token != newest.refresh_token):
+            is_other = found and found.refresh_token != newest.refresh_token
+            if isinstance(failure, Unavailable) or not is_other:
                 pause = self._account_file.note_failure(failure, newest, scopes)
             if is_last or pause is None:
                 raise failure
@@ -4963,9 +4595,10 @@ class OAuthService:
             if newest is None or newest.access_token != token:
                 return None  # somebody refreshed, or logged out or in, meanwhile
             completed = self._cache_account(profile, newest)
-            error = completed != newest and is_ours and self._view.save(completed, stored)
-            if error:
-                raise error
+            if is_ours and completed != newest:
+                error = self._view.save(completed, stored)
+                if error:
+                    raise error
             return completed
 
     def _cache_account(self, profile: Profile, credentials: Credentials) -> Credentials:
@@ -5165,17 +4798,19 @@ class OAuthService:
             except StorageError as error:
                 newest = None
                 warn(f"nothing is revoked: {error}")
-            token = newest and newest.refresh_token
-            if newest and token and self.config.revoke_url:
-                client_id = newest.client_id or self.config.client_id
-                limits = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
-                client = OAuthClient(limits, session=self._session)
-                _try_within_limit("the revocation", lambda: client.revoke(token or ""))
+            if newest and newest.refresh_token and self.config.revoke_url:
+                self._revoke(newest, newest.refresh_token)
             found = self.storage.delete()
             self._account_file.clear()
             self._view.pending = None
             self._view.remember(None)
         return found
+
+    def _revoke(self, login: Credentials, token: str) -> None:
+        client_id = login.client_id or self.config.client_id
+        config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
+        client = OAuthClient(config, session=self._session)
+        _try_within_limit("the revocation", lambda: client.revoke(token))
 
     # Status
 
@@ -5193,9 +4828,11 @@ class OAuthService:
         # An empty credential stands for none: what it lacks is null in the answer.
         shown = stored or Credentials("none")
         expires_in = seconds_left(shown, self._clock())
-        source, method = "environment" if is_environments else "none", None
-        if stored:
-            source = "store"
+        source, method, warnings = "none", None, []
+        if is_environments:
+            source, warnings = "environment", self._warnings_of_environment()
+        elif stored:
+            source, warnings = "store", self._warnings(stored)
             method = "claude.ai" if stored.is_claude_ai else "console"
         return {
             "logged_in": is_environments or self._is_usable(stored),
@@ -5211,29 +4848,28 @@ class OAuthService:
             "refresh_token_expires_at": describe_moment(shown.refresh_token_expires_at),
             "storage": self.storage.describe(),
             "client_id": shown.client_id or self.config.client_id or None,
-            "warnings": self._warnings(stored, is_environments),
+            "warnings": warnings,
         }
 
-    def _warnings(self, stored: Credentials | None, is_environments: bool) -> list[str]:
+    def _warnings_of_environment(self) -> list[str]:
+        hides = f", and hides the login in {self.storage.describe()}"
+        warning = "CLAUDE_OAUTH_TOKEN is in force"
+        try:
+            return [warning + hides if self._view.look() else warning]
+        except StorageError as error:
+            return [warning, str(error)]
+
+    def _warnings(self, stored: Credentials) -> list[str]:
         """Return what a person should know about a login that looks fine."""
-        if is_environments:
-            hides = f", and hides the login in {self.storage.describe()}"
-            try:
-                return ["CLAUDE_OAUTH_TOKEN is in force" + hides * bool(self._view.look())]
-            except StorageError as error:
-                return ["CLAUDE_OAUTH_TOKEN is in force", str(error)]
-        if stored is None:
-            return []
         now, pause = self._clock(), self._account_file.pause_left()
         is_expired = seconds_left(stored, now) <= 0
-        login_left = (stored.refresh_token_expires_at or now + LOGIN_END_WARNING) - now
-        ends = f"ends in {describe_seconds(login_left)}" if login_left > 0 else "is over"
         is_refused = self._account_file.is_refused(stored)
+        is_foreign = stored.client_id not in (None, self.config.client_id or None)
+        waits = f"requests to the server are paused for another {describe_seconds(pause)}"
         known = {
             "the login is in memory alone: it could not be saved": self._view.pending,
             "the login was made with another client id than is set": (
-                self.config.client_id
-                and stored.client_id not in (None, self.config.client_id)
+                self.config.client_id and is_foreign
             ),
             "the server refused to refresh the login: log in again": is_refused,
             "the token has expired: run the program that owns it": (
@@ -5242,14 +4878,15 @@ class OAuthService:
             "the token has expired, with none to refresh it: log in": (
                 is_expired and not stored.refresh_token
             ),
-            f"requests to the server are paused for another {describe_seconds(pause)}": (
-                pause and not is_refused
-            ),
-            f"the login itself {ends}, whatever is refreshed: log in again": (
-                login_left < LOGIN_END_WARNING
-            ),
+            waits: pause and not is_refused,
         }
-        return [warning for warning, applies in known.items() if applies]
+        warnings = [warning for warning, applies in known.items() if applies]
+        left = (stored.refresh_token_expires_at or float("inf")) - now
+        if left < LOGIN_END_WARNING:
+            ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
+            text = f"the login itself {ends}, whatever is refreshed: log in again"
+            warnings.append(text)
+        return warnings
 
     def _is_usable(self, stored: Credentials | None) -> bool:
         """Tell whether a token can be had, as far as that is known here."""
@@ -5855,13 +5492,6 @@ _EXIT_CODES: Final[Mapping[int, Any]] = {
 """What a script can tell by; 2 is also argparse's, and 130 is Ctrl-C."""
 
 
-def python_program() -> str | None:
-    """Return the Python that runs this, None where it is built into a program."""
-    name = os.path.basename(sys.executable or "").lower()
-    is_python = name.startswith(("python", "pypy")) and not hasattr(sys, "frozen")
-    return sys.executable if is_python else None
-
-
 @hides_locals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
@@ -5950,23 +5580,17 @@ def _login(options: Any) -> int:
     return 0
 
 
-_SOURCES: Final = {
-    "store": "",
-    "environment": "CLAUDE_OAUTH_TOKEN, not the store",
-    "none": "none; run `claude-oauth login` to sign in",
-}
-
-
 def _status(options: Any) -> int:
     """Show whose login this is, what it may do and when it ends, offline."""
     service = _service(options)
     check = _check(service) if options.check else ""
     status, stored = service.status(), service.credentials() or Credentials("")
     missing = sorted({*service.config.scopes} - {*stored.scopes})
+    source = "CLAUDE_OAUTH_TOKEN, not the store"
     rows = {
         "logged in": status["logged_in"],
         "check": check,
-        "source": _SOURCES[str(status["source"])],
+        "source": source if status["source"] == "environment" else "",
         "account": status["email"],
         "organization": status["organization"],
         "plan": status["subscription_type"],
@@ -5981,6 +5605,8 @@ def _status(options: Any) -> int:
     }
     word = check.partition(":")[0]
     _print(options, {**status, "check": word} if word else status, rows)
+    if status["source"] == "none" and not options.json:
+        say("! run `claude-oauth login` to sign in")
     code = 0 if status["logged_in"] else 3
     return {"works": 0, "refused": 3, "unknown": 4}.get(word, code)
 
@@ -6157,7 +5783,6 @@ def _expire(storage: Storage) -> None:
 
 def _stampede(sandbox: Sandbox, directory: str) -> str:
     """Have 8 processes want a token at once; return what came of it."""
-    import subprocess
 
     python = python_program()
     if python is None:
