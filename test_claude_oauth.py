@@ -4005,7 +4005,7 @@ def start_python():
     """Start code in a process that is killed, if it still runs, when the test ends."""
     with contextlib.ExitStack() as stack:
 
-        def start(code, *args):
+        def start(code, *args, **options):
             process = subprocess.Popen(
                 python_command(code, *args),
                 env=python_environment(),
@@ -4013,6 +4013,7 @@ def start_python():
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
+                **options,
             )
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -12993,6 +12994,321 @@ def test_httpx_takes_no_token_along_when_it_is_redirected(
     httpx.get(messages_url, auth=auth, follow_redirects=True)
 
     assert [r.headers["Authorization"] for r in foreign_server.requests] == [None]
+
+
+# -- Windows: real runs ----------------------------------------------------------------
+# Programs, locks, open files, consoles and NUL behave otherwise there. Whatever of it
+# Linux has as well is run on both.
+
+windows_only = pytest.mark.skipif(sys.platform != "win32", reason="Windows alone has it")
+
+COMMAND = "import sys, claude_oauth; sys.exit(claude_oauth.main(sys.argv[1:]))"
+
+
+def end_of_process(process, text=None):
+    """Wait for a process: its exit code, and what it printed on stdout and stderr."""
+    out, err = process.communicate(text, timeout=2 * LIMIT)
+    return process.returncode, out, err
+
+
+def address_of(process):
+    """Read what a login says until its address comes; the address."""
+    for line in process.stderr:
+        if line.startswith("http"):
+            return line.strip()
+    raise AssertionError("no address was shown")
+
+
+def paste_from(server, url):
+    """What the page shows to a person who approves."""
+    callback = urllib.parse.urlsplit(server.approve(url)).query
+    query = dict(urllib.parse.parse_qsl(callback))
+    return f"{query['code']}#{query['state']}"
+
+
+@pytest.fixture
+def visit(tmp_path):
+    """The command line of a program that is the browser of a person who approves."""
+    program = tmp_path / "visit.py"
+    program.write_text(VISIT.format(decision="approve"))
+    return [sys.executable, str(program)]
+
+
+def test_a_program_is_the_browser_that_brings_the_code(settings, visit):
+    def open_browser(url):
+        subprocess.run([*visit, url], stdout=subprocess.DEVNULL, check=True)
+
+    granted = claude_oauth.OAuthService().login(open_browser=open_browser, paste=False)
+
+    assert run_cli("token").stdout == granted.access_token + "\n"
+
+
+def test_the_browser_wins_while_a_pipe_stays_open(settings, visit, start_python):
+    quoted = " ".join(f'"{word}"' for word in visit)
+    process = start_python(
+        f"import os; os.environ['BROWSER'] = {quoted + ' %s'!r}\n" + COMMAND, "login"
+    )
+    assert process.wait(2 * LIMIT) == 0
+    assert run_cli("status").returncode == 0
+
+
+def test_a_code_is_pasted_through_a_pipe(settings, auth_server, start_python):
+    process = start_python(COMMAND, "login", "--no-browser")
+    paste = paste_from(auth_server, address_of(process))
+    code, out, err = end_of_process(process, f"{paste}\r\nmine\n")
+
+    assert (code, out) == (0, "")
+    assert "Signed in as person@example.com" in err
+    assert run_cli("token").returncode == 0
+
+
+NO_INPUT = {"null device": subprocess.DEVNULL, "empty": ""}
+
+
+@pytest.mark.parametrize("stdin", NO_INPUT.values(), ids=NO_INPUT)
+def test_with_nothing_to_read_and_no_browser_a_login_ends_at_once(settings, stdin):
+    done = run_cli("login", "--no-browser", stdin=stdin)
+
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "nothing can be pasted here" in done.stderr
+
+
+def test_eight_commands_with_an_expired_token_make_one_request(
+    kept, settings, auth_server, start_python
+):
+    kept.clock.now = time.time()
+    storage = claude_oauth.default_storage()
+    storage.save(kept.save(-1))
+    with held(auth_server) as wait:
+        herd = [start_python(COMMAND, "token") for _ in range(8)]
+        assert wait()
+    ends = [end_of_process(process) for process in herd]
+
+    assert set(ends) == {(0, storage.load().access_token + "\n", "")}
+    assert kept.requests == 1
+
+
+HOLD_LOCK = """
+import claude_oauth, sys
+with claude_oauth.default_storage().lock(0):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_whoever_is_killed_frees_the_lock(settings, start_python):
+    storage = claude_oauth.default_storage()
+    holder = start_python(HOLD_LOCK)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(claude_oauth.Unavailable, match="another process holds"):
+        storage.lock(0).__enter__()
+    holder.kill()
+    with storage.lock(LIMIT):
+        assert holder.wait(LIMIT) != 0
+
+
+HOLD_FILE = """
+import glob, sys, threading
+path, seconds = sys.argv[1], float(sys.argv[2])
+with open(path):  # Python opens without sharing what a rename needs
+    print("held", flush=True)
+    while not glob.glob(path.replace("credentials", ".credentials") + ".*.tmp"):
+        threading.Event().wait(0.01)
+    threading.Event().wait(seconds)
+"""
+
+
+@windows_only
+def test_a_file_that_somebody_has_open_for_a_moment_is_replaced(saved, start_python):
+    holder = start_python(HOLD_FILE, saved.path, 0.5)
+    assert holder.stdout.readline() == "held\n"
+    saved.save(NEW_LOGIN)
+
+    assert saved.load() == NEW_LOGIN
+    assert end_of_process(holder) == (0, "", "")
+
+
+@windows_only
+def test_a_file_that_somebody_keeps_open_is_an_error_and_stays(
+    saved, folder, start_python
+):
+    holder = start_python(HOLD_FILE, saved.path, LIMIT)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(claude_oauth.StorageError, match="cannot write .*credentials"):
+        saved.save(NEW_LOGIN)
+
+    assert saved.load() == OLD_LOGIN
+    assert os.listdir(folder) == ["credentials.json"]
+
+
+def test_a_home_may_have_blanks_and_letters_of_any_alphabet(
+    settings, auth_server, monkeypatch, tmp_path, start_python
+):
+    home = tmp_path / "Zoë Жук 家 & co"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    process = start_python(COMMAND, "login", "--no-browser")
+    paste = paste_from(auth_server, address_of(process))
+    code, _, err = end_of_process(process, paste + "\n")
+    status = json.loads(run_cli("status", "--json").stdout)
+
+    assert code == 0 and str(home) in err + status["storage"]
+    assert (home / ".claude" / "claude-oauth" / "credentials.json").is_file()
+    assert run_cli("logout").returncode == 0
+
+
+# A console of Windows
+
+IN_CONSOLE = """
+import ctypes, ctypes.wintypes as w, json, subprocess, sys
+k = ctypes.WinDLL("kernel32")
+page, *command = sys.argv[1:]
+assert k.SetConsoleOutputCP(int(page)) and k.SetConsoleCP(int(page))
+with open("CONIN$") as keys, open("CONOUT$", "w") as screen:
+    process = subprocess.Popen(command, stdin=keys, stdout=screen)
+k.CreateFileW.restype = ctypes.c_void_p
+def console(name):
+    return ctypes.c_void_p(k.CreateFileW(name, 0xC0000000, 3, None, 3, 0, None))
+class Key(ctypes.Structure):
+    _fields_ = [("kind", w.WORD), ("down", w.BOOL), ("times", w.WORD), ("key", w.WORD),
+                ("scan", w.WORD), ("char", w.WCHAR), ("state", w.DWORD)]
+for char in sys.stdin.read():
+    char = char.replace("\\n", "\\r")
+    for down in (1, 0):
+        key = Key(1, down, 1, 13 if char == "\\r" else 0, 0, char, 0)
+        k.WriteConsoleInputW(console("CONIN$"), ctypes.byref(key), 1, ctypes.byref(w.DWORD()))
+process.wait()
+text = ctypes.create_unicode_buffer(80 * 25 + 1)
+k.ReadConsoleOutputCharacterW(console("CONOUT$"), text, 80 * 25, 0, ctypes.byref(w.DWORD()))
+rows = [text.value[at:at + 80].rstrip() for at in range(0, 80 * 25, 80)]
+json.dump([process.returncode, "\\n".join(rows)], sys.stdout)
+"""
+"""Runs a command in a console without a window: types what comes on stdin, and prints
+the exit code and the screen."""
+
+
+@pytest.fixture
+def in_console(start_python, monkeypatch):
+    """Start a command of the module in a console of a code page."""
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+
+    def start(page, *args):
+        command = [sys.executable, MODULE, *args]
+        no_window = subprocess.CREATE_NO_WINDOW
+        return start_python(IN_CONSOLE, page, *command, creationflags=no_window)
+
+    return start
+
+
+@windows_only
+@pytest.mark.parametrize("legacy", ["", "1"], ids=["unicode", "legacy"])
+@pytest.mark.parametrize("page", [437, 65001])
+def test_a_status_in_a_console_shows_any_name(
+    settings, auth_server, browser, in_console, monkeypatch, page, legacy
+):
+    auth_server.organization["name"] = "Zoë Жук"
+    sign_in(claude_oauth.OAuthService(), browser)
+    monkeypatch.setenv("PYTHONLEGACYWINDOWSSTDIO", legacy)  # bytes of the code page
+    ended, out, err = end_of_process(in_console(page, "status"), "")
+    code, screen = json.loads(out)
+
+    assert (ended, code, err) == (0, 0, "")
+    assert "logged in     yes" in screen and "Zoë" in screen
+    assert "Жук" in screen or (page, legacy) == (437, "1")
+
+
+@windows_only
+def test_a_code_is_pasted_into_a_console(settings, auth_server, in_console):
+    process = in_console(437, "login", "--no-browser")
+    paste = paste_from(auth_server, address_of(process))
+    ended, out, err = end_of_process(process, paste + "\n")
+
+    assert (ended, json.loads(out)[0]) == (0, 0), err
+    assert "Signed in as person@example.com" in err
+    assert run_cli("token").returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["cp437", "cp1252", "ascii"])
+def test_a_status_in_a_pipe_of_any_encoding_is_no_traceback(
+    settings, auth_server, browser, encoding
+):
+    auth_server.organization["name"] = "Zoë Жук"
+    sign_in(claude_oauth.OAuthService(), browser)
+    done = subprocess.run(
+        [sys.executable, str(MODULE), "status"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=LIMIT,
+    )
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"logged in" in done.stdout and b"Zo" in done.stdout
+
+
+# Ctrl-Break
+
+BREAK = (
+    PROGRAM
+    + """
+import signal, threading
+def press():
+    sys.stdin.readline()
+    signal.raise_signal(signal.SIGBREAK)  # as the thread that Windows starts for it
+    print("pressed", flush=True)
+threading.Thread(target=press, daemon=True).start()
+print(service.access_token())
+"""
+)
+
+
+@windows_only
+def test_ctrl_break_waits_until_the_answer_is_on_the_disk(
+    kept, auth_server, start_python
+):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    with held(auth_server) as wait:
+        process = start_python(BREAK, auth_server.origin)
+        assert wait()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "pressed\n"
+        assert process.poll() is None
+    code, out, _ = end_of_process(process)
+
+    assert code != 0 and out == ""
+    assert kept.storage.load().access_token != kept.token
+    assert kept.is_alive()
+
+
+# DPAPI
+
+DAMAGE = {
+    "cut-off": lambda sealed: sealed[:-9],
+    "changed": lambda sealed: sealed[:-9] + bytes(9),
+    "nothing": lambda sealed: sealed[:6],
+    "of-another-cipher": lambda sealed: b"scrypt:" + sealed,
+}
+
+
+@windows_only
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_what_dpapi_cannot_read_is_an_error_of_the_store_and_stays(change):
+    storage = claude_oauth.default_storage()
+    storage.save(OLD_LOGIN)
+    path = Path(storage.path)
+    record = json.loads(path.read_text())
+    sealed = change(base64.b64decode(record["claudeOauthEncrypted"]))
+    record["claudeOauthEncrypted"] = base64.b64encode(sealed).decode()
+    path.write_text(json.dumps(record))
+    done = run_cli("token")
+
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "move it away and log in again" in done.stderr
+    assert not secrets_in(done.stderr) and OLD_LOGIN.access_token not in done.stderr
+    assert json.loads(path.read_text()) == record
 
 
 # -- Sandbox ---------------------------------------------------------------------------
