@@ -3413,6 +3413,7 @@ def make_server(
             self.raw_requestline = self.rfile.readline(MAX_HEAD_BYTES)
             if self.raw_requestline and self.parse_request():
                 handle(self)
+            self.wfile.flush()
             _wait_for_hangup(self.connection)
 
         def send_error(self, code: int, *_quotes_the_request: object) -> None:
@@ -4326,11 +4327,7 @@ def seconds_left(credentials: Credentials, now: float) -> float:
 
 
 def required(credentials: Credentials | None) -> Credentials:
-    """Return a credential.
-
-    Raises:
-        NotLoggedIn: There is none.
-    """
+    """Return a credential, or raise NotLoggedIn where there is none."""
     if credentials is None:
         raise NotLoggedIn
     return credentials
@@ -4528,16 +4525,15 @@ class AccountFile:
         if failure.code == "invalid_scope" and scopes:
             self.update(notes=self.notes().replace(refused_scopes=scopes))
             return 0.0
-        if failure.code == "invalid_grant":
-            self._note_refusal(sent, MAX_LIFETIME)
-        elif failure.status in (401, 404) and failure.code != "invalid_client":
-            # Most likely dead; but a gateway's word must not end a login for good.
-            self._note_refusal(sent, WAIT_CEILING)
+        is_dead = failure.code == "invalid_grant"
+        # Most likely dead; but a gateway's word must not end a login for good.
+        may_be_dead = failure.status in (401, 404) and failure.code != "invalid_client"
+        if is_dead or may_be_dead:
+            until = self._clock() + (MAX_LIFETIME if is_dead else WAIT_CEILING)
+            refused = self.fingerprint(sent)
+            notes = self.notes().replace(refused=refused, refused_until=until)
+            self.update(notes=notes)
         return None  # other refusals are about the account or the settings
-
-    def _note_refusal(self, sent: Credentials, seconds: float) -> None:
-        refused, until = self.fingerprint(sent), self._clock() + seconds
-        self.update(notes=self.notes().replace(refused=refused, refused_until=until))
 
     def _note_pause(self, error: Unavailable) -> float:
         """Return the seconds to wait after a 429 or 5xx, which every process keeps."""
@@ -4643,9 +4639,8 @@ class ServedToken:
         self.look_again = time.monotonic() + LOOK_INTERVAL
 
 
-def nothing_served() -> ServedToken:
-    """Return what makes everybody look at the store, whenever they ask."""
-    return ServedToken(Credentials(""), float("inf"))
+_NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))
+"""Makes everybody look at the store, whenever they ask."""
 
 
 class StoreView:
@@ -4658,13 +4653,13 @@ class StoreView:
         self.storage = storage
         self.is_read_only = bool(getattr(storage, "read_only", False))
         self.pending: PendingSave | None = None
-        self._account_file = account_file
+        self.account_file = account_file
         self._pid = os.getpid()
         # Replaced whole, never changed, so reading them needs no lock.
         self._last: tuple[object, Credentials | None] = (None, None)
         self._failure: StorageError | None = None
         self._rest = Deadline(0)
-        self.served = nothing_served()
+        self.served = _NOTHING_SERVED
 
     def look(self) -> Credentials | None:
         """Return the login in force; read the store only if it may have changed.
@@ -4684,6 +4679,7 @@ class StoreView:
             found = self._load(before[1])
             if self._last is before:  # else another thread knows something newer
                 self._last = (None if self._failure else stamp, found)
+                self.served = _NOTHING_SERVED
         else:
             found = before[1]
         if pending and _tokens(found) == _tokens(pending.instead_of):
@@ -4720,13 +4716,13 @@ class StoreView:
             self.pending = PendingSave(credentials, stored, account)
         self.remember(credentials)
         if account is not None and not error:
-            self._account_file.start(credentials, account)
+            self.account_file.start(credentials, account)
         return error
 
     def remember(self, credentials: Credentials | None) -> None:
         """Take this for what the store holds until the next look."""
         self._last = (None, credentials)
-        self.served = nothing_served()
+        self.served = _NOTHING_SERVED
 
     def serve(self, credentials: Credentials, now: float) -> ServedToken:
         """Hand a login out, to those as well who ask in the next moment."""
@@ -4734,7 +4730,7 @@ class StoreView:
         # Not if another thread has refreshed since the look (asked last, or it could
         # do so in between); and while a save is pending every call looks.
         if credentials is not self._last[1] or self.pending:
-            self.served = nothing_served()
+            self.served = _NOTHING_SERVED
         return served
 
     def _load(self, known: Credentials | None) -> Credentials | None:
@@ -4768,8 +4764,8 @@ class StoreView:
                 if not pending or not newest or self.save(newest, stored):
                     return
                 if pending.account is None:
-                    notes = self._account_file.notes().after_success()
-                    self._account_file.update(notes=notes)
+                    notes = self.account_file.notes().after_success()
+                    self.account_file.update(notes=notes)
         except (StorageError, Unavailable):
             pass  # said once already; the next call tries again
 
@@ -4893,17 +4889,13 @@ class Refresher:
     """
 
     def __init__(
-        self,
-        client: OAuthClient,
-        view: StoreView,
-        account_file: AccountFile,
-        clock: Callable[[], float],
+        self, client: OAuthClient, view: StoreView, clock: Callable[[], float]
     ) -> None:
         import threading
 
         self._client = client
         self._view = view
-        self._account_file = account_file
+        self._account_file = view.account_file
         self._clock = clock
         # Held by the one thread of this process that refreshes.
         self._turn = (os.getpid(), threading.Lock())
@@ -5050,7 +5042,6 @@ class Refresher:
 # -- Service ---------------------------------------------------------------------------
 
 
-@hides_locals
 class OAuthService:
     """A login that lasts: it signs in, hands out tokens and refreshes them in time.
 
@@ -5068,6 +5059,7 @@ class OAuthService:
         clock: Seconds since the epoch.
     """
 
+    @hides_locals
     def __init__(
         self,
         config: OAuthConfig | None = None,
@@ -5089,9 +5081,7 @@ class OAuthService:
         self._account_file = AccountFile(path, self.config, clock)
         self._client = OAuthClient(self.config, session=session, clock=clock)
         self._view = StoreView(self.storage, self._account_file)
-        self._refresher = Refresher(
-            self._client, self._view, self._account_file, clock
-        )
+        self._refresher = Refresher(self._client, self._view, clock)
 
     # Tokens
 
@@ -5118,6 +5108,7 @@ class OAuthService:
             and time.monotonic() < served.look_again
         ):
             return served.token
+        del served  # an error's traceback shows the variables of this frame
         return self._serve(min_validity).token
 
     def auth_headers(self) -> dict[str, str]:
@@ -5134,8 +5125,10 @@ class OAuthService:
             and time.monotonic() < served.look_again
         ):
             return served.headers.copy()
+        del served
         return self._serve(REFRESH_BUFFER, for_api=True).headers.copy()
 
+    @hides_locals
     def api_token(self, *, min_validity: float = REFRESH_BUFFER) -> str:
         """Return what the API takes: an access token, or the Console path's API key.
 
@@ -5144,6 +5137,7 @@ class OAuthService:
         headers = self._serve(min_validity, for_api=True).headers
         return headers.get("x-api-key") or headers["Authorization"][len("Bearer ") :]
 
+    @hides_locals
     def refresh(self, *, rejected: str | None = None) -> Credentials:
         """Get another access token now, and return the new credential.
 
@@ -5167,6 +5161,7 @@ class OAuthService:
         other_than = present.access_token if rejected is None else rejected
         return self._refresh(present, 0, other_than)
 
+    @hides_locals
     def _serve(self, min_validity: float, *, for_api: bool = False) -> ServedToken:
         """Look, refresh if that is due, and hand out; for the API a key will do."""
         token = environment_token()
@@ -5178,7 +5173,8 @@ class OAuthService:
         if not has_key and self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
         if for_api and not has_key and needs_key(credentials):
-            credentials = self._with_token(self._make_missing_key)[0]
+            make = lambda _token: self._make_key(only_if_missing=True)  # noqa: E731
+            credentials = self._with_token(make)[0]
         return self._view.serve(credentials, self._clock())
 
     def _refresh(
@@ -5222,6 +5218,7 @@ class OAuthService:
 
     # Whose login it is
 
+    @hides_locals
     def credentials(self) -> Credentials | None:
         """Return the credential in force, or None; no network is used.
 
@@ -5234,6 +5231,7 @@ class OAuthService:
         token = environment_token()
         return Credentials(token) if token else self._view.look()
 
+    @hides_locals
     def profile(self, *, force: bool = False) -> Profile:
         """Return whose login it is, from the cache unless forced to ask.
 
@@ -5272,17 +5270,17 @@ class OAuthService:
 
     def _keep_profile(self, profile: Profile, token: str) -> Credentials | None:
         """Store the profile of an access token, if the store still holds that token."""
-        if self._view.is_read_only:
-            return self._cache_account(profile, required(self._view.look()))
-        with self.storage.lock(SHORT_WAIT):
+        import contextlib
+
+        is_ours = not self._view.is_read_only
+        with self.storage.lock(SHORT_WAIT) if is_ours else contextlib.nullcontext():
             stored, newest = self._view.read()
             if newest is None or newest.access_token != token:
                 return None  # somebody refreshed, or logged out or in, meanwhile
             completed = self._cache_account(profile, newest)
-            if completed != newest:
-                error = self._view.save(completed, stored)
-                if error:
-                    raise error
+            error = completed != newest and is_ours and self._view.save(completed, stored)
+            if error:
+                raise error
             return completed
 
     def _cache_account(self, profile: Profile, credentials: Credentials) -> Credentials:
@@ -5298,6 +5296,7 @@ class OAuthService:
 
     # The Console path
 
+    @hides_locals
     def create_api_key(self) -> str:
         """Make a permanent Console API key, store it, and return it.
 
@@ -5305,49 +5304,35 @@ class OAuthService:
 
         Raises:
             TokenRefused: The account may not make keys.
+            StorageError: The key could not be stored, so none was made.
             And what ``access_token`` raises.
         """
         if environment_token():
             return self._with_token(self._client.create_api_key)[0]
-        self.storage.check()  # a permanent key must not be made to be lost
-        key, token = self._with_token(self._client.create_api_key)
-        try:
-            with self.storage.lock(LOCK_TIMEOUT):
-                stored, newest = self._view.read()
-                if newest is None or newest.access_token != token:
-                    raise StorageError("somebody else has logged in meanwhile")
-                self._save_key(key, newest, stored)
-        except ClaudeOAuthError as error:
-            warn(f"the new API key could not be stored: {error}")
-        return key
+        return self._with_token(lambda _token: self._make_key())[0].api_key or ""
 
-    def _make_missing_key(self, _token: str) -> Credentials:
-        """Make the Console path's API key, unless another process has made one."""
+    def _make_key(self, *, only_if_missing: bool = False) -> Credentials:
+        """Make an API key, and store it and whose it is."""
+        file = self._account_file
         with self.storage.lock(LOCK_TIMEOUT):
             stored, found = self._view.read()
             newest = required(found)
-            if not needs_key(newest):
+            if only_if_missing and not needs_key(newest):
                 self._view.remember(newest)
                 return newest
-            self.storage.check()
+            self.storage.check()  # a permanent key must not be made to be lost
             key = self._client.create_api_key(newest.access_token)
-            return self._save_key(key, newest, stored)
-
-    def _save_key(
-        self, key: str, newest: Credentials, stored: Credentials | None
-    ) -> Credentials:
-        """Store an API key and whose it is.  Needs the storage's lock."""
-        file = self._account_file
-        with_key = newest.replace(api_key=key)
-        error = self._view.save(with_key, stored)
-        if error:
-            warn(f"the new API key is kept in memory: {safe_text(error)}")
-        owner = file.key_owner(key, file.account(newest).get("organizationUuid"))
-        file.update(notes=file.notes().replace(key_owner=owner))
-        return with_key
+            with_key = newest.replace(api_key=key)
+            error = self._view.save(with_key, stored)
+            if error:
+                warn(f"the new API key is kept in memory: {safe_text(error)}")
+            owner = file.key_owner(key, file.account(newest).get("organizationUuid"))
+            file.update(notes=file.notes().replace(key_owner=owner))
+            return with_key
 
     # Login and logout
 
+    @hides_locals
     def login(
         self,
         *,
@@ -5366,7 +5351,7 @@ class OAuthService:
             paste: Whether a code may be typed on stdin.
             port: For the loopback redirect; 0 lets the system choose.
             timeout: Seconds for the person.
-            email: Whose login it shall be; the sign-in page fills it in.
+            email: What the sign-in page is to fill in (``login_hint``).
 
         Raises:
             ConfigError: A setting, the client id for one, is missing or unusable.
@@ -5470,6 +5455,7 @@ class OAuthService:
             return credentials
         return credentials.replace(api_key=key)
 
+    @hides_locals
     def logout(self) -> bool:
         """End the login here; return whether there was one.
 
@@ -5481,38 +5467,34 @@ class OAuthService:
             StorageError: The credential could not be deleted.
         """
         flush = self._flush_telemetry
-        if flush and self._has_login():
+        try:
+            has_login = self._view.look() is not None
+        except StorageError:
+            has_login = True  # there may be one
+        if flush and has_login:
             _try_within_limit("the telemetry flush", lambda: flush(FLUSH_TIMEOUT))
         # Under the lock, or a refresh under way would bring the record back.
         with self.storage.lock(LOCK_TIMEOUT):
             try:
-                _, newest = self._view.read()
+                newest = self._view.read()[1]
             except StorageError as error:
                 newest = None
                 warn(f"nothing is revoked: {error}")
-            if newest and newest.refresh_token and self.config.revoke_url:
-                self._revoke(newest, newest.refresh_token)
+            token = newest and newest.refresh_token
+            if newest and token and self.config.revoke_url:
+                client_id = newest.client_id or self.config.client_id
+                limits = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
+                client = OAuthClient(limits, session=self._session)
+                _try_within_limit("the revocation", lambda: client.revoke(token or ""))
             found = self.storage.delete()
             self._account_file.clear()
             self._view.pending = None
             self._view.remember(None)
         return found
 
-    def _has_login(self) -> bool:
-        try:
-            return self._view.look() is not None
-        except StorageError:
-            return True  # there may be one
-
-    def _revoke(self, login: Credentials, refresh_token: str) -> None:
-        config = self.config.replace(
-            client_id=login.client_id or self.config.client_id, timeout=FLUSH_TIMEOUT
-        )
-        client = OAuthClient(config, session=self._session)
-        _try_within_limit("the revocation", lambda: client.revoke(refresh_token))
-
     # Status
 
+    @hides_locals
     def status(self) -> dict[str, object]:
         """Return what `status --json` prints; no network, never a token.
 
@@ -5547,48 +5529,42 @@ class OAuthService:
             "warnings": self._warnings(stored, is_environments),
         }
 
-    def _warnings_of_environment(self) -> list[str]:
-        warning = "CLAUDE_OAUTH_TOKEN is in force"
-        try:
-            if self._view.look():
-                warning += f", and hides the login in {self.storage.describe()}"
-        except StorageError as error:
-            return [warning, str(error)]
-        return [warning]
-
     def _warnings(self, stored: Credentials | None, is_environments: bool) -> list[str]:
         """Return what a person should know about a login that looks fine."""
         if is_environments:
-            return self._warnings_of_environment()
+            hides = f", and hides the login in {self.storage.describe()}"
+            try:
+                return ["CLAUDE_OAUTH_TOKEN is in force" + hides * bool(self._view.look())]
+            except StorageError as error:
+                return ["CLAUDE_OAUTH_TOKEN is in force", str(error)]
         if stored is None:
             return []
-        ours, ends_at = self.config.client_id, stored.refresh_token_expires_at
-        warnings = []
-        if self._view.pending:
-            warnings.append("the login is in memory alone: it could not be saved")
-        if ours and stored.client_id not in (None, ours):
-            warnings.append("the login was made with another client id than is set")
-        warnings += filter(None, [self._warning_of_refresh(stored)])
-        left = LOGIN_END_WARNING if ends_at is None else ends_at - self._clock()
-        if left < LOGIN_END_WARNING:
-            ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
-            text = f"the login itself {ends}, whatever is refreshed: log in again"
-            warnings.append(text)
-        return warnings
-
-    def _warning_of_refresh(self, stored: Credentials) -> str:
-        is_expired = seconds_left(stored, self._clock()) <= 0
-        pause = self._account_file.pause_left()
-        if self._account_file.is_refused(stored):
-            return "the server refused to refresh the login: log in again"
-        if is_expired and self._view.is_read_only:
-            return "the token has expired: run the program that owns it"
-        if is_expired and not stored.refresh_token:
-            return "the token has expired, with none to refresh it: log in"
-        if pause:
-            span = describe_seconds(pause)
-            return f"requests to the server are paused for another {span}"
-        return ""
+        now, pause = self._clock(), self._account_file.pause_left()
+        is_expired = seconds_left(stored, now) <= 0
+        login_left = (stored.refresh_token_expires_at or now + LOGIN_END_WARNING) - now
+        ends = f"ends in {describe_seconds(login_left)}" if login_left > 0 else "is over"
+        is_refused = self._account_file.is_refused(stored)
+        known = {
+            "the login is in memory alone: it could not be saved": self._view.pending,
+            "the login was made with another client id than is set": (
+                self.config.client_id
+                and stored.client_id not in (None, self.config.client_id)
+            ),
+            "the server refused to refresh the login: log in again": is_refused,
+            "the token has expired: run the program that owns it": (
+                is_expired and self._view.is_read_only
+            ),
+            "the token has expired, with none to refresh it: log in": (
+                is_expired and not stored.refresh_token
+            ),
+            f"requests to the server are paused for another {describe_seconds(pause)}": (
+                pause and not is_refused
+            ),
+            f"the login itself {ends}, whatever is refreshed: log in again": (
+                login_left < LOGIN_END_WARNING
+            ),
+        }
+        return [warning for warning, applies in known.items() if applies]
 
     def _is_usable(self, stored: Credentials | None) -> bool:
         """Tell whether a token can be had, as far as that is known here."""
@@ -5656,7 +5632,6 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
         warn(f"logging out goes on without {name} ({problem})")
 
 
-@hides_locals
 class BearerAuth:
     """Signs requests in: an auth object for `requests`, and for httpx.
 
@@ -5675,19 +5650,21 @@ class BearerAuth:
     def __init__(
         self, service: OAuthService, *, hosts: Iterable[str] = ("api.anthropic.com",)
     ) -> None:
+        import functools
         from urllib.parse import urlsplit
 
         self._service = service
-        api_host = urlsplit(service.config.profile_url).hostname or ""
-        for host in hosts:
-            is_name = host.lower() == urlsplit(f"https://{host}/").hostname
-            if not is_name or not is_header_safe(host):
+        names = [host.lower() for host in hosts]
+        for name in names:
+            is_host = name == urlsplit(f"https://{name}/").hostname
+            if not is_host or not is_header_safe(name):
                 raise ConfigError(
-                    f"{printable(host)!r} is not a host name: give hosts= names alone,"
+                    f"{printable(name)!r} is not a host name: give hosts= names alone,"
                     " without scheme, port or path"
                 )
-        self._hosts = frozenset((*(host.lower() for host in hosts), api_host))
-        self._decided: dict[str, bool] = {}  # what _may_sign said, by origin
+        self._hosts = {*names, urlsplit(service.config.profile_url).hostname}
+        # A crawler asks about many origins; each is decided on once.
+        self._is_ours = functools.lru_cache(maxsize=100)(self._decide)
 
     def __call__(self, request: Any) -> Any:
         """Sign a request of `requests` or httpx, and return it."""
@@ -5695,7 +5672,10 @@ class BearerAuth:
             self._sign(request)
             hooks = getattr(request, "hooks", None)  # httpx has none
             if hooks is not None:
-                hooks["response"].append(self._repeater(_position(request.body)))
+                position = _position(request.body)
+                hooks["response"].append(
+                    lambda answer, **options: self.repeat(answer, position, options)
+                )
         return request
 
     def auth_flow(self, request: Any) -> Generator[Any, Any, None]:
@@ -5710,27 +5690,26 @@ class BearerAuth:
                 self._service.note_rejected(_bearer_of(request))
 
     def _may_sign(self, url: str) -> bool:
-        origin = "/".join(url.split("/", 3)[:3])
-        if origin not in self._decided:
-            from urllib.parse import urlsplit
+        return self._is_ours("/".join(url.split("/", 3)[:3]))
 
-            if len(self._decided) > 100:  # a crawler's memory must not grow with it
-                self._decided = {}
-            host = urlsplit(origin).hostname or ""
-            self._decided[origin] = may_carry_token(origin) and host in self._hosts
-        return self._decided[origin]
+    def _decide(self, origin: str) -> bool:
+        from urllib.parse import urlsplit
+
+        return may_carry_token(origin) and urlsplit(origin).hostname in self._hosts
 
     def _sign(self, request: Any) -> None:
         """Put the headers on a request, in the place of another's credential."""
         headers = self._service.auth_headers()
-        asked_for = request.headers.get("anthropic-beta")
-        if asked_for and "anthropic-beta" in headers:
-            headers["anthropic-beta"] = _with_beta(asked_for)
+        present = {name.lower() for name in request.headers}
+        if "anthropic-beta" in present and "anthropic-beta" in headers:
+            headers["anthropic-beta"] = _with_beta(request.headers["anthropic-beta"])
         # The API takes a token or a key, and refuses both.
-        for name in ("authorization", "x-api-key"):
-            request.headers.pop(name, None)
-        request.headers.update(headers)
+        for name in present & {"authorization", "x-api-key"}:
+            del request.headers[name]
+        for name, value in headers.items():
+            request.headers[name] = value
 
+    @hides_locals
     def _renew(self, request: Any) -> bool:
         """Refresh after a 401, and sign again; tell whether that makes sense."""
         token = _bearer_of(request)
@@ -5742,35 +5721,32 @@ class BearerAuth:
         self._sign(request)
         return True
 
-    def _repeater(self, position: int | None) -> Callable[..., Any]:
-        """Return the response hook of one request."""
-        token_of = _bearer_of
-
-        @hides_locals
-        def repeat_after_401(response: requests.Response, **options: Any) -> Any:
-            request: Any = response.request
-            if response.is_redirect:
-                self._keep_from_strangers(response)
-            # After a redirect this runs for the stranger's answer too: only a refusal
-            # of a token that may go there counts.
-            if response.status_code != 401 or not self._may_sign(str(request.url)):
+    @hides_locals
+    def repeat(
+        self, response: requests.Response, position: int | None, options: Any
+    ) -> Any:
+        """Return the answer to a request; after a 401, to its repetition."""
+        request: Any = response.request
+        if response.is_redirect:
+            self._keep_from_strangers(response)
+        # After a redirect this runs for the stranger's answer too: only a refusal of a
+        # token that may go there counts.
+        if response.status_code != 401 or not self._may_sign(str(request.url)):
+            return response
+        repeated = request.copy()
+        try:
+            if not _rewind(request.body, position) or not self._renew(repeated):
                 return response
-            repeated = request.copy()
-            try:
-                if not _rewind(request.body, position) or not self._renew(repeated):
-                    return response
-            except ClaudeOAuthError:
-                response.close()  # nobody else gets it to close
-                raise
-            response.close()
-            answer: Any = response.connection.send(repeated, **options)
-            if answer.status_code == 401:
-                self._service.note_rejected(token_of(repeated))
-            answer.history.append(response)
-            answer.request = repeated
-            return answer
-
-        return repeat_after_401
+        except ClaudeOAuthError:
+            response.close()  # nobody else gets it to close
+            raise
+        response.close()
+        answer: Any = response.connection.send(repeated, **options)
+        if answer.status_code == 401:
+            self._service.note_rejected(_bearer_of(repeated))
+        answer.history.append(response)
+        answer.request = repeated
+        return answer
 
     def _keep_from_strangers(self, response: requests.Response) -> None:
         """Take the API key off before `requests` follows a redirect to another host.
@@ -5796,8 +5772,8 @@ def _with_beta(asked_for: str | bytes) -> str:
 def _position(body: Any) -> int | None:
     """Return where a body that is a file begins, None if it cannot be sent again."""
     try:
-        position: int = body.tell()
-    except (AttributeError, OSError):
+        position: int | None = body.tell() if hasattr(body, "tell") else None
+    except OSError:
         return None
     return position
 
