@@ -7482,7 +7482,7 @@ def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 def test_fifty_listeners_leave_threads_sockets_and_memory_where_they_were():
     tracemalloc = pytest.importorskip("tracemalloc")  # PyPy has none
 
@@ -7567,7 +7567,8 @@ def test_a_port_that_is_taken_is_named_with_the_reason(listener):
     found, problem = claude_oauth.start_listener(STATE, listener.port)
 
     assert found is None
-    assert problem == f"port {listener.port} cannot be used (address already in use)"
+    reason = r"address already in use|only one usage .*|windows error 0x2740"
+    assert re.fullmatch(rf"port {listener.port} cannot be used \(({reason})\)", problem)
 
 
 ONE_PORT_TOO_LOW = """
@@ -7984,7 +7985,8 @@ def test_nobody_is_waited_for_longer_than_the_limit(listener):
 def stdin_pipe(monkeypatch):
     """A pipe as stdin: what is written here is what a person's program pipes in."""
     reading, writing = os.pipe()
-    with os.fdopen(reading, encoding="utf-8") as stdin:
+    # errors= is what Python itself opens stdin with in its UTF-8 mode.
+    with os.fdopen(reading, encoding="utf-8", errors="surrogateescape") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         with os.fdopen(writing, "wb", buffering=0) as pipe:
             yield pipe
@@ -8038,6 +8040,7 @@ def test_a_pipe_that_never_ends_its_nonsense_is_given_up(stdin_pipe, capsys):
     assert refusals == claude_oauth.MAX_PIPED_REFUSALS
 
 
+@pytest.mark.posix("a pipe of Windows holds less than is written to it here")
 def test_a_line_that_never_ends_is_refused(stdin_pipe, capsys):
     stdin_pipe.write(b"x" * 20_000)
     stdin_pipe.close()
@@ -8047,6 +8050,7 @@ def test_a_line_that_never_ends_is_refused(stdin_pipe, capsys):
     assert "longer than any code" in capsys.readouterr().err
 
 
+@pytest.mark.posix("a read that waits cannot be called off on Windows")
 def test_the_browser_wins_while_the_prompt_waits_for_a_pipe(listener, stdin_pipe):
     def open_browser(url):
         bring_code(listener)
@@ -13101,16 +13105,29 @@ def test_a_file_that_somebody_has_open_for_a_moment_is_replaced(saved, start_pyt
 
 
 @windows_only
-def test_a_file_that_somebody_keeps_open_is_an_error_and_stays(
+def test_a_file_that_somebody_keeps_open_is_whole_whatever_comes_of_a_save(
     saved, folder, start_python
 ):
     holder = start_python(HOLD_FILE, saved.path, LIMIT)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(claude_oauth.StorageError, match="cannot write .*credentials"):
+    expected = NEW_LOGIN
+    try:
         saved.save(NEW_LOGIN)
+    except claude_oauth.StorageError as error:
+        expected = OLD_LOGIN
+        assert "cannot write" in str(error)
 
-    assert saved.load() == OLD_LOGIN
+    assert saved.load() == expected
     assert os.listdir(folder) == ["credentials.json"]
+
+
+@windows_only
+def test_a_logout_ends_a_login_whose_file_somebody_has_open(saved, start_python):
+    holder = start_python(HOLD_FILE, saved.path, 0.5)
+    assert holder.stdout.readline() == "held\n"
+
+    assert saved.delete() and saved.load() is None
+    assert end_of_process(holder) == (0, "", "")
 
 
 def test_a_home_may_have_blanks_and_letters_of_any_alphabet(
@@ -13999,7 +14016,7 @@ def test_status_for_people(member, command):
     assert rows["not granted"] == "org:create_api_key"
     assert re.match(r"in 7 h 59 min", rows["token ends"])
     assert re.match(r"in 20 d 0 h", rows["login ends"])
-    assert rows["store"] == member.storage.path
+    assert rows["store"] == member.storage.path + ENCRYPTED
     assert not secrets_in(said.out)
 
 
@@ -14145,8 +14162,9 @@ def test_a_logout_and_a_second_one(member, command):
     first, second = command("logout"), command("logout")
 
     assert (first.code, first.out, second.code, second.out) == (0, "", 0, "")
-    assert first.err == f"Logged out of {member.storage.path}.\n"
-    assert second.err == f"There was no login in {member.storage.path}.\n"
+    place = member.storage.path + ENCRYPTED
+    assert first.err == f"Logged out of {place}.\n"
+    assert second.err == f"There was no login in {place}.\n"
 
 
 @pytest.mark.parametrize("name", claude_oauth.SIGNS_IN)
