@@ -7422,7 +7422,7 @@ def test_a_held_callback_outlives_a_thousand_connections(listener):
     browser = bring_code(listener)
     listener.wait(LIMIT)
     with contextlib.ExitStack() as stack:
-        for _ in range(1000):
+        for _ in range(1000 if os.name == "posix" else 100):  # Wine opens 60 a second
             stack.enter_context(connect(listener))
         listener.finish(PAGES["success"])
 
@@ -8011,7 +8011,9 @@ def test_a_wrong_paste_is_explained_and_asked_for_again(stdin_pipe, capsys):
 
     assert race(paste=True).code == CODE
     shown = capsys.readouterr().err
-    assert shown.count("Paste the code") == 4
+    # Windows has the first line before anything is shown.
+    assert shown.count("Paste the code") == (4 if os.name == "posix" else 3)
+    assert shown.count("Not taken") == 3
     assert "another sign-in" in shown and "not a code" in shown
     assert CODE not in shown
 
