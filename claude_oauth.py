@@ -1524,13 +1524,9 @@ class Deadline:
 
 
 def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
-    """Return what a function returns, or raise what it raises, in so many seconds.
+    """Return what a function returns, or raise TimeoutError after so many seconds.
 
-    It runs in a daemon thread, which goes on when the time is over.  Where no thread
-    can be started it runs here, without the limit.
-
-    Raises:
-        TimeoutError: The time is over.
+    It runs on then, in a daemon thread.  Where none can start, there is no limit.
     """
     import threading
 
@@ -1546,10 +1542,9 @@ def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
     thread = threading.Thread(target=run, daemon=True, name="claude-oauth-call")
     try:
         thread.start()
+        thread.join(seconds)
     except RuntimeError:
         run()
-    else:
-        thread.join(seconds)
     if errors:
         raise errors.pop()
     if not results:
@@ -1557,20 +1552,11 @@ def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
     return results.pop()
 
 
-class _ConnectionDropped(Unavailable):
-    """The connection ended before an answer began."""
-
-
 @hides_locals
 class OAuthClient:
     """The requests to the service, each with a time limit and a size limit.
 
-    Safe to share between threads, unless a session is passed that is not.
-
-    Args:
-        session: A ``requests.Session`` to use; by default each request has its own, so
-            that no idle connection and no cookie is shared.
-        clock: Seconds since the epoch.
+    Without a session each has its own.  Safe to share between threads if that is.
     """
 
     def __init__(
@@ -1585,25 +1571,15 @@ class OAuthClient:
         self._clock = clock
 
     def check(self) -> None:
-        """Look for what no request will ever get past, without sending one.
-
-        Raises:
-            ConfigError: There is no client id; `requests` is missing or broken; the
-                proxy's URL or the file of trusted certificates is unusable.
-        """
+        """Raise ConfigError for what no request gets past, without sending one."""
         self.client_id_for(None)
         session = self._session or import_requests().Session()
         for url in (self.config.token_url, self.config.profile_url):
-            proxy_address(url, session)
-            check_ca_bundle(url, session)
+            check_way(url, session)
 
     def client_id_for(self, credentials: Credentials | None) -> str:
-        """Return the program that a grant belongs to: the one that it was issued to.
-
-        Raises:
-            ConfigError: Neither the credential nor the settings name one.
-        """
-        client_id = (credentials and credentials.client_id) or self.config.client_id
+        """Return the program that a grant was issued to; ConfigError if unknown."""
+        client_id = getattr(credentials, "client_id", "") or self.config.client_id
         if not client_id:
             raise ConfigError(
                 "no client id: pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
@@ -1624,16 +1600,11 @@ class OAuthClient:
 
         Source: RFC 6749 section 4.1.1 and RFC 7636 section 4.3; ``code=true`` makes the
         service's manual page show the code (seen in the public client's traffic).
-
-        Raises:
-            ConfigError: There is no client id.
         """
         from urllib.parse import urlencode
 
         config = self.config
-        page = (
-            config.console_authorize_url if console else config.claude_ai_authorize_url
-        )
+        page = (config.claude_ai_authorize_url, config.console_authorize_url)[console]
         query = {
             "code": "true",
             "client_id": self.client_id_for(None),
@@ -1652,13 +1623,9 @@ class OAuthClient:
     ) -> Credentials:
         """Trade an authorization code for tokens.  A code works once.
 
-        Source: RFC 6749 section 4.1.3, RFC 7636 section 4.5.  ``state`` is in neither,
-        and the service refuses the request without it.
-
-        Raises:
-            TokenRefused: The code is wrong, used or too old; log in again.
-            Unavailable: No usable answer; the code may be spent all the same.
-            BadAnswer: There is no usable token in the answer.
+        Raises TokenRefused if it is wrong, used or too old; Unavailable or BadAnswer if
+        the answer is not usable, and the code may be spent all the same.  Source: RFC
+        6749 section 4.1.3; the service refuses a request without ``state``.
         """
         client_id = self.client_id_for(None)
         body = {
@@ -1669,9 +1636,7 @@ class OAuthClient:
             "code_verifier": verifier,
             "state": state,
         }
-        secrets = (code, verifier, state)
-        sent = self._send("POST", self.config.token_url, body, secrets=secrets)
-        answer = read_answer(*sent, field="access_token", secrets=secrets)
+        answer = self._send(self.config.token_url, body, field="access_token")
         granted = Credentials.from_answer(answer, received_at=self._clock())
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
         scopes = granted.scopes or self.config.scopes
@@ -1682,12 +1647,9 @@ class OAuthClient:
     ) -> Credentials:
         """Spend the refresh token for new tokens, merged over the given ones.
 
-        Save what this returns before using it: the token that was sent is dead.
-
-        Raises:
-            NotLoggedIn: There is no refresh token; log in.
-            TokenRefused: The token is dead, or a scope is not to be had; log in again.
-            Unavailable: No usable answer; the token may be spent all the same.
+        Save what this returns before using it: the token that was sent is dead.  Raises
+        NotLoggedIn without one; TokenRefused if it is dead, or a scope is out of reach;
+        Unavailable if the answer is not usable, and it may be spent all the same.
         """
         answer = self.request_refresh(credentials, scopes or ())
         renewed = Credentials.from_answer(
@@ -1698,60 +1660,43 @@ class OAuthClient:
     def request_refresh(
         self, credentials: Credentials, scopes: Iterable[str] = ()
     ) -> dict[str, object]:
-        """Spend the refresh token, and return the answer as the server gave it.
+        """Do what `refresh` does, and return the answer as the server gave it.
 
-        Without scopes the server keeps those granted.  Raises what `refresh` does.
-        Source: RFC 6749 section 6.
+        Without scopes the server keeps those granted.  Source: RFC 6749 section 6.
         """
-        token = credentials.refresh_token
-        if not token:
+        if not credentials.refresh_token:
             raise NotLoggedIn(
                 "the login has no refresh token; run `claude-oauth login`"
             )
         body = {
             "grant_type": "refresh_token",
-            "refresh_token": token,
+            "refresh_token": credentials.refresh_token,
             "client_id": self.client_id_for(credentials),
+            "scope": " ".join(scopes),
         }
-        scope = " ".join(scopes)
-        if scope:
-            body["scope"] = scope
-        # Repeated if the connection drops before an answer begins: if the token was
-        # spent by then, its successor is lost, and whoever tries later sends it again.
-        url = self.config.token_url
-        sent = self._send("POST", url, body, secrets=[token], repeatable=True)
-        return read_answer(*sent, field="access_token", secrets=[token])
+        if not body["scope"]:
+            del body["scope"]
+        # Repeated if it is dropped: had that spent the token, its successor would be
+        # lost, and whoever tries later would send it again.
+        return self._send(self.config.token_url, body, field="access_token", tries=2)
 
     def fetch_profile(self, access_token: str) -> Profile:
-        """Ask whose login it is; needs the scope user:profile.
-
-        Raises:
-            TokenRefused: The token is dead (status 401) or too narrow (403).
-        """
+        """Ask whose login it is; TokenRefused if the token is dead or too narrow."""
         url = self.config.profile_url
-        sent = self._send("GET", url, None, bearer=access_token, repeatable=True)
-        answer = read_answer(*sent, field="account", secrets=[access_token])
+        answer = self._send(url, None, field="account", bearer=access_token, tries=2)
         return Profile.from_answer(answer)
 
     def create_api_key(self, access_token: str) -> str:
-        """Make a permanent Console API key; each call makes another one.
-
-        Raises:
-            TokenRefused: The account may not make keys (403), or the token is dead.
-        """
-        sent = self._send("POST", self.config.api_key_url, {}, bearer=access_token)
-        answer = read_answer(*sent, field="raw_key", secrets=[access_token])
+        """Make one more permanent Console API key; TokenRefused if it may not."""
+        url = self.config.api_key_url
+        answer = self._send(url, {}, field="raw_key", bearer=access_token)
         key = _header_text(answer.get("raw_key"))
         if key is None:
             raise BadAnswer("raw_key")
         return key
 
     def revoke(self, token: str) -> None:
-        """End the grant behind a refresh token.  Source: RFC 7009 section 2.1.
-
-        Raises:
-            ConfigError: No revoke_url is set.
-        """
+        """End the grant behind a refresh token.  Source: RFC 7009 section 2.1."""
         if not self.config.revoke_url:
             raise ConfigError("no revoke_url is set; set one, or log out without it")
         body = {
@@ -1759,91 +1704,124 @@ class OAuthClient:
             "token_type_hint": "refresh_token",
             "client_id": self.client_id_for(None),
         }
-        self._send("POST", self.config.revoke_url, body, secrets=[token])
+        self._send(self.config.revoke_url, body)
 
     def _send(
         self,
-        method: str,
         url: str,
         body: Mapping[str, str] | None,
         *,
+        field: str = "",
         bearer: str = "",
-        secrets: Iterable[str] = (),
-        repeatable: bool = False,
-    ) -> tuple[int, bytes]:
-        """Send a request; return status and content of an answer that is no error."""
-
-        def attempt() -> tuple[int, Mapping[str, str], bytes]:
-            return self._attempt(method, url, body, bearer)
-
-        # The time limit of `requests` is one for each packet, and none for a name to be
-        # looked up: headers that drip would hold the lock for ever.
-        limit = 3 * self.config.timeout
+        tries: int = 1,
+    ) -> dict[str, object]:
+        """Send a request; return the object that is its answer, {} without a field."""
+        # `requests` limits the wait for a packet only: headers that drip, or a resolver
+        # that hangs, would hold the lock for ever.
         try:
-            try:
-                status, headers, content = call_with_limit(attempt, limit)
-            except _ConnectionDropped:
-                if not repeatable:
-                    raise
-                status, headers, content = call_with_limit(attempt, limit)
+            status, headers, content = call_with_limit(
+                lambda: self._attempt(url, body, bearer, tries), 3 * self.config.timeout
+            )
         except TimeoutError:
             raise Unavailable("no whole answer in time; try again later") from None
-        if 200 <= status < 300:
-            return status, content
-        raise error_of_answer(
-            status,
-            content,
-            retry_after=parse_retry_after(
-                headers.get("Retry-After"), now=self._clock()
-            ),
-            request_id=headers.get("request-id"),
-            secrets=(*secrets, bearer),
-        )
+        sent = {"bearer": bearer, **(body or {})}
+        names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
+        secrets = [sent.get(name, "") for name in names]
+        if not 200 <= status < 300:
+            wait = parse_retry_after(headers.get("Retry-After"), now=self._clock())
+            request = headers.get("request-id")
+            raise error_of_answer(
+                status, content, retry_after=wait, request_id=request, secrets=secrets
+            )
+        if not field:
+            return {}
+        return read_answer(status, content, field=field, secrets=secrets)
 
     def _attempt(
-        self, method: str, url: str, body: Mapping[str, str] | None, bearer: str
+        self, url: str, body: Mapping[str, str] | None, bearer: str, tries: int
     ) -> tuple[int, Mapping[str, str], bytes]:
-        """Send a request once; return status, headers and content of any answer."""
+        """Return status, headers and content of any answer."""
+        from contextlib import ExitStack
+
         headers = {"Accept": "application/json", "User-Agent": self.config.user_agent}
         if bearer:
             headers["Authorization"] = f"Bearer {bearer}"
             headers["anthropic-beta"] = OAUTH_BETA
-        session = self._session or import_requests().Session()
-        proxy_address(url, session)
-        check_ca_bundle(url, session)
-        response = None
-        try:
-            with session.request(
-                method,
-                url,
-                json=body,
-                headers=headers,
-                # Without an auth= of ours, a netrc entry would replace the token.
-                auth=lambda request: request,
-                proxies=proxies_for(url),
-                timeout=self.config.timeout,
-                # A token must not follow a redirect to wherever it points.
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                content = _read_limited(response, Deadline(self.config.timeout))
-            return response.status_code, response.headers, content
-        except Exception as failure:
-            error = failure
-        finally:
-            if session is not self._session:
-                session.close()
+        content = b""
+        with ExitStack() as stack:
+            session = self._session or stack.enter_context(import_requests().Session())
+            way, proxies = check_way(url, session)
+            try:
+                response = session.request(
+                    ("POST", "GET")[body is None],
+                    url,
+                    json=body,
+                    headers=headers,
+                    # Without an auth= of ours, a netrc entry would replace the token.
+                    auth=_without_redirect,
+                    proxies=proxies,
+                    timeout=self.config.timeout,
+                    # A token must not follow a redirect to wherever it points.
+                    allow_redirects=False,
+                    stream=True,
+                )
+                tries = 1  # an answer has begun: the token is spent
+                pieces = stack.enter_context(response).iter_content(8192)
+                while len(content) <= MAX_ANSWER_BYTES and (piece := next(pieces, b"")):
+                    content += piece
+                is_cut = getattr(response.raw, "length_remaining", 0)  # for urllib3 1
+                if is_cut or len(content) > MAX_ANSWER_BYTES:
+                    raise BufferError
+                return response.status_code, response.headers, content
+            except Exception as failure:
+                error = failure
         # Whatever a session raises may hold the request, and that the tokens: only a
         # sentence is raised, and outside that block, so that no chain leads back.
-        raise _error_of_failure(error, url, session, has_begun=response is not None)
+        failed = _error_of_failure(error, way)
+        if tries > 1 and str(failed) == _DROPPED.format(way=way):
+            return self._attempt(url, body, bearer, tries - 1)
+        raise failed
+
+
+def _without_redirect(request: Any) -> Any:
+    # `requests` parses, and may fail on, an address that it is not to follow.
+    request.register_hook("response", lambda got, **_: got.headers.update(Location=""))
+    return request
+
+
+_DROPPED: Final = "{way} dropped the connection; try again later"
+
+_FAILURES: Final = {
+    "SSLError": "TLS to {way} failed, or its certificate is not trusted; if a proxy"
+    " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
+    "ProxyError": "the way to {way} is closed: the proxy refused or did not answer;"
+    " check HTTPS_PROXY with its name and password",
+    "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
+    "Timeout TimeoutError": "no answer from {way} in time; try again later",
+    "ValueError FileNotFoundError PermissionError OSErrorNone": "no request to {way}"
+    " can be made ({kind}); check the address, the proxy and the certificates' files",
+    "ConnectionError": "no connection to {way}; check the network and try again",
+    "Exception": "no usable answer from {way} ({kind}); try again later",
+}
+"""What is said of exceptions of a class, or around one; the first that fits counts."""
+
+
+def _error_of_failure(error: Exception, way: str) -> ClaudeOAuthError:
+    # `requests` wraps urllib3's error, and that the socket's; they nest by args.
+    causes: list[object] = [error]
+    for cause in causes:
+        causes += getattr(cause, "args", ())
+    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    kind = type(error).__name__
+    # What `requests` itself says of a missing file is an OSError without a number.
+    kinds.add(f"{kind}{getattr(error, 'errno', '')}")
+    row = next(names for names in _FAILURES if kinds.intersection(names.split()))
+    text = _FAILURES[row].format(way=way, kind=kind)
+    return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
 
 def import_requests() -> Any:
-    """Return the package `requests`.
-
-    Raises:
-        ConfigError: It is missing, or it is there and cannot be imported.
-    """
+    """Return the package `requests`; ConfigError if it is missing or broken."""
     try:
         import requests
 
@@ -1859,157 +1837,66 @@ def import_requests() -> Any:
     )
 
 
-def proxies_for(url: str) -> dict[str, str]:
-    """Keep plain http on this machine, whatever HTTP_PROXY or a session says.
-
-    `requests` prefers the key with the host to every other one.
-    """
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(url)
-    return {f"http://{parts.hostname}": ""} if parts.scheme == "http" else {}
-
-
-def proxy_address(url: str, session: requests.Session) -> str:
-    """Return host and port of the proxy for a URL, "" if there is none.
+def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
+    """Return the host of a URL, with its proxy's, as text; and the proxies to use.
 
     Raises:
-        ConfigError: The proxy's setting is no URL that `requests` can use; the text
-            does not show it, since a password may be in it.
+        ConfigError: The proxy's URL, or the file of certificates, is unusable.  No URL
+            of a proxy is shown: a password may be in it.
     """
-    requests = import_requests()
-    # A session may be of another make that has none of these attributes.
-    proxies = {**getattr(session, "proxies", {}), **proxies_for(url)}
-    if getattr(session, "trust_env", False):
-        proxies = {**requests.utils.get_environ_proxies(url), **proxies}
-    proxy = requests.utils.select_proxy(url, proxies)
-    if not proxy:
-        return ""
-    name = "the proxy of the session or the system"
-    for variable, value in os.environ.items():
-        if value == proxy and variable.lower() in ("https_proxy", "all_proxy"):
-            name = variable
-    return _check_proxy(proxy if "://" in proxy else f"http://{proxy}", name)
-
-
-def _check_proxy(proxy: str, name: str) -> str:
+    import re
     from urllib.parse import urlsplit
 
-    requests = import_requests()
-    problem = (
-        f"{name} is no usable proxy URL; give it as http://host:port, and write"
-        " characters like # ? / [ @ of a password as %23 %3F %2F %5B %40"
-    )
+    requests, parts = import_requests(), urlsplit(url)
+    # Plain http stays on this machine, whatever HTTP_PROXY or a session says: no key
+    # goes before the one with the host.
+    proxies = {f"http://{parts.hostname}": ""}
+    merge = getattr(session, "merge_environment_settings", None)
+    if parts.scheme == "http" or not merge:  # a session of another make
+        return parts.netloc, proxies
+    settings = merge(url, proxies, True, None, None)
+    variables = sorted(os.environ.items())
+    names = {value: name for name, value in variables if name.upper() in _VARIABLES}
+    bundle = settings["verify"]
     try:
-        parts = urlsplit(proxy)
-        rest = parts.path.strip("/") or parts.query or parts.fragment
-        is_usable = bool(parts.hostname and proxy.split() == [proxy])
-        is_usable = is_usable and parts.port != 0 and not rest
-        if is_usable:
-            requests.adapters.HTTPAdapter().proxy_manager_for(proxy)
-    except requests.exceptions.InvalidSchema:
-        problem = f"{name} names a SOCKS proxy; get PySocks: pip install PySocks"
-        is_usable = False
-    except (ValueError, AssertionError):
-        is_usable = False
-    if not is_usable:
-        raise ConfigError(problem)
-    return parts.netloc.rpartition("@")[2]
+        if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
+            import ssl
 
-
-def check_ca_bundle(url: str, session: requests.Session) -> None:
-    """Look whether the certificates that a session is to trust for a URL can be read.
-
-    Raises:
-        ConfigError: They cannot, or this Python has no TLS.
-    """
-    name = "the session's verify"
-    path: Any = getattr(session, "verify", True) or True
-    for variable in ("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
-        if getattr(session, "trust_env", False) and os.environ.get(variable):
-            name, path = variable, os.environ[variable]
-    try:
-        import ssl
-
-        if path is not True and not os.path.isdir(path) and not proxies_for(url):
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-        return
-    except ImportError:
-        problem = "this Python has no TLS (no module ssl); install one that has"
-    except (OSError, ValueError):
-        problem = (
-            f"{name} names {printable(path)}, which is no readable file of"
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
+    except (ImportError, OSError, ValueError):
+        name = names.get(str(bundle), "the session's verify")
+        raise ConfigError(
+            f"{name} names {printable(bundle)}, which is no readable file of"
             " certificates; correct or unset it"
-        )
-    raise ConfigError(problem)
-
-
-def _read_limited(response: requests.Response, limit: Deadline) -> bytes:
-    """Read an answer of at most MAX_ANSWER_BYTES, however slowly it drips."""
-    # A read of many bytes waits for the last of them.  urllib3 1 has no read1, and a
-    # byte at a time is the only read that comes back before the limit.
-    read1 = getattr(response.raw, "read1", None)
-    pieces = (
-        iter(lambda: read1(65536, decode_content=True), b"")
-        if read1
-        else response.iter_content(1)
-    )
-    content = bytearray()
-    for piece in pieces:
-        content += piece
-        if len(content) > MAX_ANSWER_BYTES or limit.passed():
-            raise ValueError("the answer is too long or too slow")
-    if getattr(response.raw, "length_remaining", 0):  # urllib3 1 says nothing of it
-        raise ValueError("the answer is cut short")
-    return bytes(content)
-
-
-def _error_of_failure(
-    error: Exception, url: str, session: requests.Session, *, has_begun: bool
-) -> ClaudeOAuthError:
-    """Return what went wrong on the way, naming the host, the proxy and the cure."""
-    from urllib.parse import urlsplit
-
-    requests = import_requests()
-    exceptions, urllib3 = requests.exceptions, requests.packages.urllib3.exceptions
-    host, proxy = urlsplit(url).netloc, proxy_address(url, session)
-    way = f"{host} through the proxy {proxy}" if proxy else host
-    unusable = (exceptions.InvalidURL, urllib3.LocationValueError, UnicodeError)
-    # What `requests` itself says of a file is an OSError without a number.
-    if isinstance(error, unusable) or (type(error) is OSError and not error.errno):
+        ) from None
+    proxy = requests.utils.select_proxy(url, settings["proxies"])
+    if not proxy:
+        return parts.netloc, proxies
+    try:
+        (address,) = re.findall(_PROXY_URL, proxy)
+        address.split(":")[0].encode("idna")  # fails for an empty or a long label
+        proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
+        requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
+        return f"{parts.netloc} through the proxy {address}", proxies
+    except (ValueError, AssertionError) as error:
         kind = type(error).__name__
-        return ConfigError(
-            f"no request to {way} can be made ({kind}); check the address, the proxy"
-            " and the files of certificates"
-        )
-    is_way_closed = isinstance(error, (exceptions.SSLError, exceptions.ProxyError))
-    if _is_drop(error) and not is_way_closed:
-        dropped = Unavailable if has_begun else _ConnectionDropped
-        return dropped(f"{way} dropped the connection; try again later")
-    # The first kind that fits counts.  A response that is read piecemeal lets urllib3's
-    # own errors out.
-    texts = {
-        exceptions.SSLError: "TLS to {way} failed, or its certificate is not trusted;"
-        " if a proxy inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's"
-        " file",
-        exceptions.ProxyError: "the way to {way} is closed: the proxy refused or did"
-        " not answer; check HTTPS_PROXY with its name and password",
-        exceptions.Timeout: "no answer from {way} in time; try again later",
-        urllib3.TimeoutError: "no answer from {way} in time; try again later",
-        exceptions.ConnectionError: "no connection to {way}; check the network and try"
-        " again",
-        Exception: "no usable answer from {way} ({kind}); try again later",
-    }
-    text = next(text for kind, text in texts.items() if isinstance(error, kind))
-    return Unavailable(text.format(way=way, kind=type(error).__name__))
+    name = names.get(proxy, "the proxy of the session or the system")
+    raise ConfigError(f"{name} {_PROXY_PROBLEMS.get(kind, _PROXY_PROBLEMS[''])}")
 
 
-def _is_drop(error: BaseException) -> bool:
-    # requests wraps urllib3's error, which wraps the socket's; they nest by args.
-    drops = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
-    if isinstance(error, drops):  # http.client.RemoteDisconnected is the first
-        return True
-    return any(_is_drop(arg) for arg in error.args if isinstance(arg, BaseException))
+_VARIABLES: Final = ("HTTPS_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+_PROXY_URL: Final = (
+    r"^(?:[A-Za-z0-9]+://)?(?:[^\s/?#\[\]]*@)?"
+    r"((?:[^\s/?#@:\[\]]+|\[[^\s/?#@\]]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
+)
+"""A proxy's URL as `requests` takes it; the group is its host and port."""
+
+_PROXY_PROBLEMS: Final = {
+    "": "is no usable proxy URL; give it as http://host:port, and write characters like"
+    " # ? / [ @ of a password as %23 %3F %2F %5B %40",
+    "InvalidSchema": "names a SOCKS proxy; get PySocks: pip install PySocks",
+}
 
 
 # -- Storage ---------------------------------------------------------------------------

@@ -44,6 +44,7 @@ import urllib.parse
 import warnings
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import attrgetter
 from pathlib import Path
 
 import hypothesis
@@ -3143,6 +3144,27 @@ def test_no_token_follows_a_redirect(scripted_server, call, status):
     assert not elsewhere.requests
 
 
+BROKEN_ADDRESSES = {"latin-1": "/\xe9", "bracket": "http://[a", "port": "http://a:b/"}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("place", BROKEN_ADDRESSES.values(), ids=BROKEN_ADDRESSES)
+def test_a_redirect_to_nowhere_is_one_like_any_other(scripted_server, call, place):
+    scripted_server.add(302, headers={"Location": place})
+    error = failure_of(call, client_for(scripted_server))
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert "redirects the request (302)" in str(error)
+
+
+def test_the_hooks_of_a_session_see_the_answer(scripted_server):
+    scripted_server.add(200, ANSWER)
+    seen = []
+    with requests.Session() as session:
+        session.hooks["response"].append(lambda answer, **_: seen.append(answer.url))
+        assert CALLS["refresh"](client_for(scripted_server, session=session))
+    assert seen == [scripted_server.origin + "/v1/oauth/token"]
+
+
 @pytest.mark.parametrize("call", GRANTS)
 @pytest.mark.parametrize("client_id", ["grant", "client", "authorization_code"])
 def test_the_code_of_an_error_is_as_the_server_wrote_it(
@@ -3811,6 +3833,10 @@ PROXIES = {
     "with-a-path": "http://proxy:3128/x",
     "line-end": "http://proxy:3128\r",
     "blank": "http://pro xy:3128",
+    "dots": "http://a..b:3128",
+    "long-name": f"http://{'a' * 64}:3128",
+    "quoted": "'http://proxy:3128'",
+    "no-scheme-but-slashes": "//proxy:3128",
     "not-latin-1": "http://user:%E2%82%AC@proxy:3128",
 }
 
@@ -3834,6 +3860,25 @@ def test_a_proxy_of_a_session_is_looked_at_too(outside):
         with pytest.raises(claude_oauth.ConfigError, match="the session") as caught:
             client.check()
     assert "ame@" not in chain_text(caught.value)
+
+
+def test_a_proxy_of_the_environment_goes_before_the_sessions(outside, monkeypatch):
+    """`requests` does it so; what is looked at is what will be used."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:ses#ame@proxy:3128")
+    with requests.Session() as session:
+        session.proxies["https"] = "http://127.0.0.1:1"
+        client = claude_oauth.OAuthClient(outside.config, session=session)
+        with pytest.raises(claude_oauth.ConfigError, match="HTTPS_PROXY is no"):
+            client.check()
+
+
+def test_a_proxy_that_no_proxy_rules_out_may_be_anything(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:ses#ame@proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.0/8")
+    config = claude_oauth.OAuthConfig.for_server("https://127.0.0.1:1", client_id="c")
+    client = claude_oauth.OAuthClient(config)
+    client.check()
+    assert "no connection to 127.0.0.1:1;" in str(failure_of("refresh", client))
 
 
 USABLE = ["http://127.0.0.1:1", "HTTP://127.0.0.1:1/", "127.0.0.1:1", "https://[::1]:1"]
@@ -15035,35 +15080,26 @@ def test_the_demo_can_use_the_persons_browser(browser_program):
 # Every fenced block of README.md is run in a scratch directory, where somebody is
 # logged in at a Sandbox that the CLAUDE_OAUTH_ variables point to:
 #
-#   python    a program; an `output` block right below it is what it prints
+#   python    a program; the comment behind its last `print` is what that prints
 #   sh        a script that has to end with 0
-#   console   lines with `$ ` are commands, the others are what they print; `…` stands
-#             for anything on one line
-#   ini, text   what other programs read: each has a test of its own
-#   mermaid     pictures
+#   js        a program for Node
+#   console   lines with `$ ` are commands, the others are what they print
+#   ini, json, text   what other programs read: each has a test of its own
+#   mermaid           pictures
+#
+# `…` stands for anything on one line.
 
 README_TEXT = README.read_text("utf-8") if README.exists() else ""
-FENCE = re.compile(
-    r"^```(\w+)\n(.*?)^```$(?:\n\n^```output\n(.*?)^```$)?|^#+ ([^\n]*)$", re.M | re.S
-)
-
-
-class Block:
-    """A fenced block: its language, its code and, of a program, what it prints."""
-
-    def __init__(self, name, language, code, output):
-        self.name, self.language = name, language
-        self.code, self.output = code, output
-
-
-def blocks_of(text):
-    heading, found = "", Counter()
-    for language, code, output, title in FENCE.findall(text):
-        if title:
-            heading = slug(title)
-        elif language != "output":
-            found[heading] += 1
-            yield Block(f"{heading}-{found[heading]}", language, code, output)
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$|^#+ ([^\n]*)$", re.M | re.S)
+NETWORK = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTPS_PROXY", "NO_PROXY")
+TO_REACH_PACKAGES = {n: os.environ[n] for n in NETWORK if n in os.environ}
+"""What the tests do without, and pip and uv may need."""
+RUN_ELSEWHERE = {
+    "class RedisStorage": "by the tests of the stores",
+    "force_flush": "by the tests of the logout",
+    "anthropic.Anthropic": "by the tests of the SDK, in a process that has imported it",
+    "/bin/pytest": "by .ci/run; it is what runs this",
+}
 
 
 def slug(heading):
@@ -15071,33 +15107,22 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-NETWORK = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTPS_PROXY", "NO_PROXY")
-TO_REACH_PACKAGES = {n: os.environ[n] for n in NETWORK if n in os.environ}
-"""What the tests do without, and pip and uv may need."""
-RUN_ELSEWHERE = {
-    "class RedisStorage": "by the tests of the stores",
-    "force_flush": "by the tests of the logout",
-    "/bin/pytest": "by .ci/run; it is what runs this",
-    "/bin/tox": "by .ci/run; it is what runs this",
-}
-
-
 def readme_blocks(language):
     """The blocks to run, as parameters of a test."""
-    return [
-        pytest.param(block, id=block.name, marks=slow_if(gets_packages(block)))
-        for block in blocks_of(README_TEXT)
-        if block.language == language
-        and not any(text in block.code for text in RUN_ELSEWHERE)
-    ]
+    heading, found, blocks = "", Counter(), []
+    for block_language, code, title in FENCE.findall(README_TEXT):
+        heading = slug(title) if title else heading
+        if block_language != language or any(text in code for text in RUN_ELSEWHERE):
+            continue
+        found[heading] += 1
+        marks = [pytest.mark.slow] if gets_packages(code) else []
+        name = f"{heading}-{found[heading]}"
+        blocks.append(pytest.param(code, id=name, marks=marks))
+    return blocks
 
 
-def gets_packages(block):
-    return bool(re.search("pip install|uv run", block.code))
-
-
-def slow_if(condition):
-    return [pytest.mark.slow] if condition else []
+def gets_packages(code):
+    return bool(re.search("pip install|uv run", code))
 
 
 @pytest.fixture
@@ -15109,7 +15134,8 @@ def scratch(sandbox, tmp_path, monkeypatch):
     programs.mkdir()
     for name in ("claude_oauth.py", "LICENSE"):
         (scratch / name).symlink_to(MODULE.with_name(name))
-    make_program(programs / "claude-oauth", f'exec "{sys.executable}" "{MODULE}" "$@"')
+    program = CLAUDE_OAUTH.format(sys.executable, str(MODULE.parent))
+    make_program(programs / "claude-oauth", program)
     make_program(programs / "python3", f'exec "{sys.executable}" "$@"')
     make_program(programs / "browser", BROWSER.format(sys.executable))
     path = [str(programs), os.path.dirname(sys.executable), os.environ["PATH"]]
@@ -15146,6 +15172,13 @@ def make_program(path, script):
     path.chmod(0o755)
 
 
+# As pip makes it: a module's bytecode is cached, a script is compiled at each start.
+CLAUDE_OAUTH = """#!{}
+import sys
+sys.path.insert(0, {!r})
+from claude_oauth import main
+sys.exit(main())
+"""
 BROWSER = """#!{}
 import sys, urllib.request
 urllib.request.urlopen(sys.argv[1], b"decision=approve").read()
@@ -15174,50 +15207,48 @@ def prints_like(printed, wanted):
     return re.fullmatch(re.escape(wanted.strip()).replace("…", ".*"), lines)
 
 
-def need_imports(code):
-    for name in re.findall(r"^(?:import|from) (\w+)", code, re.M):
-        pytest.importorskip(name)
+@pytest.mark.parametrize("code", readme_blocks("python"))
+def test_a_program_of_the_readme_runs(code, scratch):
+    for names in re.findall(r"^(?:import|from) ([\w, ]+)", code, re.M):
+        for name in names.split(" import")[0].split(", "):
+            pytest.importorskip(name)
+    printed = run_in(scratch, sys.executable, "-c", code)
+    wanted = re.search(r"^ *print\(.*\)  # (.*)$", code, re.M)
+
+    assert not wanted or prints_like(printed.splitlines()[-1], wanted[1]), printed
 
 
-@pytest.mark.parametrize("block", readme_blocks("python"))
-def test_a_program_of_the_readme_runs(block, scratch, home):
-    need_imports(block.code)
-    if "~/.claude/.credentials.json" in block.code:
-        login = home / ".claude" / "claude-oauth" / "credentials.json"
-        shutil.copy(str(login), str(home / ".claude" / ".credentials.json"))
-    is_test = "def test_" in block.code
-    program = scratch / "test_program.py"
-    program.write_text(block.code, "utf-8")
-    how = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if is_test else []
-    printed = run_in(scratch, sys.executable, *how, program.name)
-
-    assert not block.output or prints_like(printed, block.output), printed
-
-
-@pytest.mark.parametrize("block", readme_blocks("sh"))
-def test_a_script_of_the_readme_runs(block, scratch, request):
-    need_programs(block.code)
-    if gets_packages(block):
-        request.getfixturevalue("packages")
-    if "pip install" in block.code:
+@pytest.mark.parametrize("code", readme_blocks("sh"))
+def test_a_script_of_the_readme_runs(code, scratch, request):
+    need_programs(code)
+    if gets_packages(code):
         request.getfixturevalue("clone")
-    printed = run_in(scratch, "sh", "-ec", block.code, timeout=10 * LIMIT)
+    printed = run_in(scratch, "sh", "-ec", code, timeout=10 * LIMIT)
 
     assert "Traceback" not in printed
 
 
 def need_programs(script):
-    for program in ("curl", "uv", "pipx", "shtab", "sha256sum"):
+    for program in ("curl", "uv", "pipx", "sha256sum"):
         if re.search(rf"\b{program} ", script) and not shutil.which(program):
             pytest.skip(f"{program} is missing")
     if "PASSPHRASE" in script:
         pytest.importorskip("cryptography")
 
 
-@pytest.mark.parametrize("block", readme_blocks("console"))
-def test_a_command_of_the_readme_prints_what_it_says(block, scratch, request):
-    command = " ".join(block.code.split()[1:3])
-    RUN_BY_ITSELF.get(command, run_session)(block.code, scratch, request)
+@pytest.mark.parametrize("code", readme_blocks("js"))
+def test_a_program_for_node_gets_the_token_and_keeps_it(code, scratch):
+    need("node", "nodejs")
+
+    assert run_in(scratch, "node", "-e", code) == "sk-ant-oat01- true\n"
+
+
+@pytest.mark.parametrize("code", readme_blocks("console"))
+def test_a_command_of_the_readme_prints_what_it_says(code, scratch, request):
+    if gets_packages(code):
+        request.getfixturevalue("clone")
+    run = run_login if code.startswith("$ claude-oauth login") else run_session
+    run(code, scratch, request)
 
 
 def commands_of(session):
@@ -15229,7 +15260,8 @@ def commands_of(session):
 def run_session(session, scratch, request):
     commands = commands_of(session)
     script = "\n".join(f"echo '$ '; {command}" for command, _ in commands)
-    printed = re.split(r"^\$ \n", run_in(scratch, "sh", "-c", script), flags=re.M)[1:]
+    all_printed = run_in(scratch, "sh", "-c", script, timeout=10 * LIMIT)
+    printed = re.split(r"^\$ \n", all_printed, flags=re.M)[1:]
 
     assert len(printed) == len(commands)
     for (command, wanted), text in zip(commands, printed):
@@ -15244,39 +15276,19 @@ def run_login(session, scratch, request):
     [(command, wanted)] = commands_of(session)
     child = spawn_cli(*command.split()[1:])
     child.logfile_read = io.StringIO()
-    child.expect(r"(http\S+/oauth/authorize\S+)\r\n")
-    manual_url = child.match[1]
-    child.expect("left\\):")
-    query = urllib.parse.urlsplit(sandbox.approve(manual_url)).query
-    pasted = dict(urllib.parse.parse_qsl(query))
-    child.sendline("{code}#{state}".format(**pasted))
+    approve_and_paste(child, sandbox)
     child.expect(pexpect.EOF)
 
     printed = child.logfile_read.getvalue().replace("\r\n", "\n")
     assert prints_like(printed, wanted), printed
 
 
-def run_sandbox(session, scratch, request):
-    [(command, wanted)] = commands_of(session)
-    child = subprocess.Popen(
-        ["sh", "-c", f"exec {command}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
-    with child:
-        lines = [child.stdout.readline() for _ in wanted.splitlines()]
-        child.send_signal(signal.SIGINT)
-        rest = child.communicate(timeout=LIMIT)[0]
-
-    assert prints_like("".join(lines), wanted), lines
-    assert (rest, child.returncode) == ("", 0)
-
-
-RUN_BY_ITSELF = {
-    "claude-oauth login": run_login,  # asks a person
-    "claude-oauth sandbox": run_sandbox,  # never ends
-}
+def approve_and_paste(child, sandbox):
+    """Answer a login in a terminal as a person does who opens the address elsewhere."""
+    child.expect(r"(http\S+/oauth/authorize\S+)\r\n")
+    query = urllib.parse.urlsplit(sandbox.approve(child.match[1])).query
+    child.expect("left\\):")
+    child.sendline("{code}#{state}".format(**dict(urllib.parse.parse_qsl(query))))
 
 
 def free_port():
@@ -15293,104 +15305,92 @@ def test_the_readme_has_the_test_command_that_ci_runs():
 
 # -- README: does it tell the truth about the module? ----------------------------------
 
-REFERENCE = README_TEXT.partition("\n## Reference\n")[2].partition("\n## ")[0]
-ENTRIES = {
-    found[1]: (found[2], found[3])
-    for found in re.finditer(
-        r"^#### `(\w+)(.*?)`$\n(.*?)(?=^###|\Z)", REFERENCE, re.M | re.S
+
+def test_the_module_is_no_larger_than_the_readme_promises():
+    promise = re.search(r"at most ([\d,]+) lines", README_TEXT)[1]
+    lines = MODULE.read_text("utf-8").splitlines()
+
+    assert len(lines) <= int(promise.replace(",", "")) <= 5200
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README_TEXT.splitlines()) <= 600
+
+
+def chapter(title):
+    return README_TEXT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def rows(title):
+    """The rows of the table in a chapter, cell by cell."""
+    lines = re.findall(r"^\| (.*) \|$", chapter(title), re.M)[2:]
+    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
+
+
+def names_in(text):
+    return re.findall(r"`(\w+)`", text)
+
+
+def test_the_tables_name_each_public_name_once():
+    errors = chapter("Errors").partition("|")[0]
+    cells = [errors] + [row[0] for row in rows("Public names") + rows("Errors")]
+    told = [name for cell in cells for name in names_in(cell)]
+
+    assert sorted(told) == sorted(claude_oauth.__all__)
+
+
+FOR_BEARER_AUTH = {"is_rejected", "note_rejected"}
+
+
+def test_the_table_of_names_has_the_methods_of_a_service():
+    row = next(row for row in rows("Public names") if row[0] == "`OAuthService`")
+
+    assert set(names_in(row[1])) | FOR_BEARER_AUTH == public_methods(
+        claude_oauth.OAuthService
     )
-}
-"""By name: the signature in the heading, and the text below it."""
-FIELDS = ("OAuthConfig", "Credentials", "Profile")
-
-
-def test_the_reference_has_a_heading_for_each_public_name():
-    assert sorted(ENTRIES) == sorted(claude_oauth.__all__)
-    assert len(set(claude_oauth.__all__)) == len(claude_oauth.__all__)
-
-
-def test_whatever_is_public_is_there_and_documented():
-    for name in claude_oauth.__all__:
-        value = getattr(claude_oauth, name)
-
-        assert not callable(value) or value.__doc__, name
-
-
-def signatures():
-    """Every signature of the reference, with the object that it is of."""
-    for name, (signature, text) in ENTRIES.items():
-        owner = getattr(claude_oauth, name, None)
-        if signature and name not in FIELDS:
-            yield pytest.param(owner, signature, id=name)
-        if isinstance(owner, type):
-            for method, arguments in re.findall(r"^- `\.(\w+)(\(.*?\))`", text, re.M):
-                method_id = f"{name}.{method}"
-                yield pytest.param(getattr(owner, method), arguments, id=method_id)
-
-
-def shape_of(function):
-    """Names, kinds and defaults of the parameters."""
-    import inspect
-
-    if getattr(function, "__init__", None) is Exception.__init__:
-        function = lambda message: None  # noqa: E731
-    parameters = inspect.signature(function).parameters.values()
-    return [(p.name, p.kind, p.default) for p in parameters if p.name != "self"]
-
-
-@pytest.mark.parametrize(("owner", "signature"), list(signatures()))
-def test_a_signature_of_the_reference_is_the_module_s(owner, signature):
-    names = {**vars(claude_oauth), "time": time}
-    told = eval(f"lambda {signature[1:-1]}: None", names)
-
-    assert shape_of(told) == shape_of(owner)
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_the_reference_names_every_field(name):
-    value = getattr(claude_oauth, name)
-    _, text = ENTRIES[name]
-    cells = re.findall(r"^\| (`.*?) \|", text, re.M)
-    told = re.findall(r"`(\w+)`", "".join(cells) if cells else text)
-
-    assert set(value.__annotations__) <= set(told)
 
 
 def public_methods(cls):
     return {n for n in vars(cls) if not n.startswith("_") and callable(vars(cls)[n])}
 
 
+def test_pydoc_describes_every_public_name():
+    text = run_in(MODULE.parent, sys.executable, "-m", "pydoc", "claude_oauth")
+    entry = r"^    (?:class )?(\w+)(?:\(|$| = )"
+
+    assert set(claude_oauth.__all__) <= set(re.findall(entry, text, re.M))
+
+
 @pytest.mark.parametrize(
-    "name", [n for n in ENTRIES if isinstance(getattr(claude_oauth, n, None), type)]
+    "name", [n for n in claude_oauth.__all__ if callable(getattr(claude_oauth, n))]
 )
-def test_the_reference_names_every_method(name):
-    cls = getattr(claude_oauth, name)
-    told = set(re.findall(r"`\.(\w+)\(", ENTRIES[name][1]))
-    known = ONLY_IN_DOCSTRINGS.get(name, set())
-    if hasattr(cls, "stamp") and name != "Storage":
-        known = public_methods(claude_oauth.Storage)  # told once, there
-
-    assert public_methods(cls) - told - known == set()
+def test_pydoc_begins_each_entry_with_a_sentence(name):
+    value = getattr(claude_oauth, name)
+    methods = public_methods(value) if isinstance(value, type) else ()
+    for each in [value, *(getattr(value, method) for method in methods)]:
+        assert re.match(r"[A-Z][^\n]*[.:,;]?(\n|$)", each.__doc__ or ""), each
 
 
-ONLY_IN_DOCSTRINGS = {
-    "BearerAuth": {"auth_flow"},  # httpx calls it
-    "FernetCipher": {"encrypt", "decrypt"},  # FileStorage calls these
-    "DPAPICipher": {"encrypt", "decrypt"},
-    "Profile": {"from_answer", "from_record", "to_record"},  # the service calls these
-}
+WITH_ARGUMENTS = (
+    "OAuthService OAuthService.login OAuthService.access_token OAuthService.refresh"
+    " OAuthService.profile FileStorage KeychainStorage BearerAuth"
+).split()
 
 
-def rows(title):
-    """The rows of the table in a chapter, cell by cell."""
-    chapter = README_TEXT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    lines = re.findall(r"^\| (.*) \|$", chapter, re.M)[2:]
-    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
+@pytest.mark.parametrize("name", WITH_ARGUMENTS)
+def test_a_docstring_tells_of_each_argument(name):
+    import inspect
+
+    value = attrgetter(name)(claude_oauth)
+    names = [each for each in inspect.signature(value).parameters if each != "self"]
+
+    assert names
+    assert [each for each in names if each not in value.__doc__] == []
 
 
 def test_the_table_of_errors_has_each_one_with_its_exit_code():
-    bases = ("ClaudeOAuthError", "LoginError")
     told = {name.strip("`"): int(code) for name, _, _, code in rows("Errors")}
+    bases = ("ClaudeOAuthError", "LoginError")
     leaves = {n for n in claude_oauth.__all__ if is_error(n)} - set(bases)
 
     assert told == {name: exit_code_of(name) for name in leaves}
@@ -15416,12 +15416,12 @@ def test_the_table_of_the_environment_has_every_variable():
 
 
 def test_the_readme_names_every_host_that_is_asked():
-    chapter = README_TEXT.partition("What it touches")[2].partition("\n##")[0]
+    told = README_TEXT.partition("What it touches")[2].partition("\n##")[0]
     settings = vars(claude_oauth.OAuthConfig(CLIENT_ID)).items()
     urls = [url for name, url in settings if url and name.endswith(("_url", "_uri"))]
 
     assert {urllib.parse.urlsplit(url).hostname for url in urls} == set(
-        re.findall(r"`([\w.]+\.com)`", chapter)
+        re.findall(r"`([\w.]+\.com)`", told)
     )
 
 
@@ -15430,7 +15430,7 @@ def test_every_command_stands_in_the_readme():
 
     assert len(commands) == 9
     for command in commands:
-        assert f"claude-oauth {command}" in README_TEXT
+        assert re.search(rf"`{command}[ `]|claude-oauth {command}", README_TEXT)
 
 
 def test_the_links_within_the_readme_lead_somewhere():
@@ -15463,12 +15463,23 @@ def age(service):
 
 def test_httpx2_takes_what_the_readme_writes_for_httpx(scratch, sandbox):
     pytest.importorskip("httpx2")
-    code = readme_block("import httpx\n").replace("httpx", "httpx2")
+    code = readme_block("httpx.Client").replace("httpx", "httpx2")
     sandbox.expire_access_tokens()
     printed = run_in(scratch, sys.executable, "-c", code)
 
     assert printed == "200\n"
     assert sandbox.counts["refresh_token"] == 1
+
+
+def test_claude_code_gets_a_key_that_works_by_its_apikeyhelper(scratch, sandbox):
+    setting = json.loads(readme_block("apiKeyHelper"))["apiKeyHelper"]
+    sandbox.scopes = claude_oauth.CONSOLE_SCOPES
+    log_in(sandbox)
+    command = setting.replace("/opt/tool/.venv/bin", f"{scratch}/../bin")
+    printed = run_in(scratch, "/bin/sh", "-c", command)
+    url, headers = sandbox.origin + "/v1/messages", {"x-api-key": printed.strip()}
+
+    assert requests.post(url, json={}, headers=headers).status_code == 200
 
 
 def test_a_shell_loop_with_curl_refreshes_once(scratch, sandbox):
@@ -15550,6 +15561,20 @@ def test_systemd_knows_every_line_of_the_unit(tmp_path):
     assert "job.service" not in printed
 
 
+def test_the_unit_s_job_reads_what_systemd_hands_it(scratch, sandbox, monkeypatch):
+    pytest.importorskip("cryptography")
+    passphrase = scratch / "passphrase"
+    passphrase.write_text("correct horse battery staple\n")
+    passphrase.chmod(0o400)  # as systemd does
+    setting = re.search("^Environment=(.*)=%d(.*)$", readme_block("[Service]"), re.M)
+    monkeypatch.setenv(setting[1], f"{scratch}{setting[2]}")
+    service = log_in(sandbox)
+
+    assert "claudeOauthEncrypted" in Path(service.storage.path).read_text("utf-8")
+    printed = run_in(scratch, "claude-oauth", "token").splitlines()[-1]
+    assert printed.startswith("sk-ant-oat01-")
+
+
 # A container as docker makes it from an image that is this machine: a file system of
 # its own with the volume in it, its own processes, and no setting but those handed in.
 DOCKER = """#!{python}
@@ -15595,10 +15620,7 @@ def test_containers_share_the_login_that_one_of_them_made(docker, scratch, sandb
     pexpect = pytest.importorskip("pexpect")
     command = readme_block("docker run").replace("\\\n", " ")
     child = pexpect.spawn("sh", ["-c", command], encoding="utf-8", timeout=LIMIT)
-    child.expect(r"(http\S+/oauth/authorize\S+)\r\n")
-    query = urllib.parse.urlsplit(sandbox.approve(child.match[1])).query
-    child.expect("left\\):")
-    child.sendline("{code}#{state}".format(**dict(urllib.parse.parse_qsl(query))))
+    approve_and_paste(child, sandbox)
     child.expect("kept in /login/credentials.json")
     child.expect(pexpect.EOF)
     path = scratch / "volumes" / "claude-login" / "credentials.json"
@@ -15620,7 +15642,7 @@ def sdk_program(scratch):
 
     def run():
         program = {}
-        exec(readme_block("import anthropic"), program)
+        exec(readme_block("anthropic.Anthropic"), program)
         programs.append(program)
         return program
 
@@ -15633,6 +15655,12 @@ def ask(program):
     return program["client"].messages.create(
         model="a-model", max_tokens=100, messages=[{"role": "user", "content": "Hi"}]
     )
+
+
+def test_the_program_for_the_sdk_runs(sdk_program, capsys):
+    sdk_program()
+
+    assert "Hello" in capsys.readouterr().out
 
 
 def test_the_sdk_refreshes_after_a_401_in_mid_run(sdk_program, sandbox):
@@ -15678,8 +15706,7 @@ def test_the_asynchronous_sdk_takes_the_same_login(sdk_program, sandbox):
     import anthropic
     import anyio
 
-    program = sdk_program()
-    login = program["Login"](program["service"])
+    login = sdk_program()["Login"]()
 
     async def ask_twice():
         base_url = sandbox.origin
@@ -15724,6 +15751,7 @@ def test_a_vendored_copy_works_under_another_name(vendored):
     assert "8 of 8 have a token, 1 token in all" in printed
 
 
+@pytest.mark.slow
 def test_a_vendored_copy_works_in_a_zip_archive(vendored, tmp_path):
     import zipapp
 
@@ -15945,7 +15973,8 @@ def test_mypy_sees_an_installed_copy_with_the_readme_s_setting(tmp_path):
     run_in(tmp_path, sys.executable, "-m", "venv", "--without-pip", site)
     [packages] = site.glob("lib/python*/site-packages")
     shutil.copy(str(MODULE), str(packages))
-    (tmp_path / "mypy.ini").write_text(readme_block("follow_untyped_imports"))
+    setting = re.search(r"`(follow_\S+ = True)`\s+under\s+`(.*?)`", README_TEXT)
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\n{setting[2]}\n{setting[1]}\n")
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir=cache"]
     command += ["--python-executable", str(site / "bin" / "python"), "mistakes.py"]
@@ -15979,7 +16008,7 @@ def completion(tmp_path):
 COMPLETIONS = {
     "a-command": ("claude-oauth lo", ["login", "logout"]),
     "an-option": ("claude-oauth login --no", ["--no-browser"]),
-    "a-store": ("claude-oauth --store k", ["keychain"]),
+    "a-store": ("claude-oauth --store keyc", ["keychain"]),
 }
 
 
