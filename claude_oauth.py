@@ -8,11 +8,9 @@
 # ///
 """Sign a program in to Claude, and never let that login lapse.
 
-    python claude_oauth.py login            a person signs in, by browser or by paste
-    python claude_oauth.py token            a token that works, for scripts
-
-    service = claude_oauth.OAuthService()
-    requests.get(url, auth=claude_oauth.BearerAuth(service))
+    python claude_oauth.py login        a person signs in, by browser or by paste
+    python claude_oauth.py token        a token that works, for scripts
+    requests.get(url, auth=BearerAuth(OAuthService()))        the same, for programs
 
 Copy this file into your tree, unchanged; it needs `requests`, and that only when it
 talks to a server.  Every section uses only the sections above it:
@@ -59,8 +57,8 @@ import sys
 import time
 import types
 
-# Importing this module must cost next to nothing, because `token` stands in shell
-# loops: what is slow to import is imported where it is needed, and `typing` never is.
+# `token` stands in shell loops, so importing must cost next to nothing: what is slow to
+# import is imported where it is needed, and `typing` never is.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -68,24 +66,10 @@ if TYPE_CHECKING:
     import socket
     import subprocess
     import threading
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from types import FrameType
-    from typing import (
-        Any,
-        Callable,
-        ClassVar,
-        ContextManager,
-        Final,
-        Generator,
-        Iterable,
-        Iterator,
-        Mapping,
-        NoReturn,
-        Protocol,
-        Sequence,
-        TextIO,
-        TypeVar,
-    )
+    from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
 
     import requests
     from typing_extensions import Self, dataclass_transform
@@ -100,54 +84,17 @@ else:
 
 
 __all__ = [
-    "ALLOWED_SCOPE_EXPANSIONS",
-    "ALL_SCOPES",
-    "AuthCodeListener",
-    "BadAnswer",
-    "BearerAuth",
-    "CLAUDE_AI_SCOPES",
-    "CONSOLE_SCOPES",
-    "ClaudeOAuthError",
-    "ConfigError",
-    "Credentials",
-    "DPAPICipher",
-    "FernetCipher",
-    "FileStorage",
-    "KeychainStorage",
-    "KeyringStorage",
-    "LoginCancelled",
-    "LoginDenied",
-    "LoginError",
-    "LoginTimeout",
-    "MemoryStorage",
-    "NotLoggedIn",
-    "OAuthClient",
-    "OAuthConfig",
-    "OAuthService",
-    "Profile",
-    "REFRESH_BUFFER",
-    "SCOPE_ORG_CREATE_API_KEY",
-    "SCOPE_USER_FILE_UPLOAD",
-    "SCOPE_USER_INFERENCE",
-    "SCOPE_USER_MCP_SERVERS",
-    "SCOPE_USER_PROFILE",
-    "SCOPE_USER_SESSIONS_CLAUDE_CODE",
-    "SECURITY",
-    "SUBSCRIPTION_TYPES",
-    "Sandbox",
-    "Storage",
-    "StorageCorrupt",
-    "StorageError",
-    "StorageLocked",
-    "TokenRefused",
-    "Unavailable",
-    "code_challenge",
-    "default_storage",
-    "generate_code_verifier",
-    "generate_state",
-    "main",
-    "make_parser",
-    "merge_record",
+    "ALLOWED_SCOPE_EXPANSIONS", "ALL_SCOPES", "AuthCodeListener", "BadAnswer",
+    "BearerAuth", "CLAUDE_AI_SCOPES", "CONSOLE_SCOPES", "ClaudeOAuthError",
+    "ConfigError", "Credentials", "DPAPICipher", "FernetCipher", "FileStorage",
+    "KeychainStorage", "KeyringStorage", "LoginCancelled", "LoginDenied", "LoginError",
+    "LoginTimeout", "MemoryStorage", "NotLoggedIn", "OAuthClient", "OAuthConfig",
+    "OAuthService", "Profile", "REFRESH_BUFFER", "SCOPE_ORG_CREATE_API_KEY",
+    "SCOPE_USER_FILE_UPLOAD", "SCOPE_USER_INFERENCE", "SCOPE_USER_MCP_SERVERS",
+    "SCOPE_USER_PROFILE", "SCOPE_USER_SESSIONS_CLAUDE_CODE", "SECURITY",
+    "SUBSCRIPTION_TYPES", "Sandbox", "Storage", "StorageCorrupt", "StorageError",
+    "StorageLocked", "TokenRefused", "Unavailable", "code_challenge", "default_storage",
+    "generate_code_verifier", "generate_state", "main", "make_parser", "merge_record",
 ]
 
 __version__ = "0.2.0"
@@ -155,19 +102,14 @@ __version__ = "0.2.0"
 
 # -- Constants -------------------------------------------------------------------------
 
+# Source of the endpoints: the public client's traffic.
 CLAUDE_AI_AUTHORIZE_URL: Final = "https://claude.com/cai/oauth/authorize"
-"""Where a Claude.ai subscriber signs in.  Source: the public client's traffic."""
-
 CONSOLE_AUTHORIZE_URL: Final = "https://platform.claude.com/oauth/authorize"
-"""Where a Console user signs in.  Source: as above."""
-
 TOKEN_URL: Final = "https://platform.claude.com/v1/oauth/token"
 PROFILE_URL: Final = "https://api.anthropic.com/api/oauth/profile"
 API_KEY_URL: Final = "https://api.anthropic.com/api/oauth/claude_cli/create_api_key"
-
 REVOKE_URL: Final = "https://platform.claude.com/v1/oauth/token/revoke"
-"""Not documented.  Source: six independent public programs, one of them a capture of
-the public client's traffic at logout."""
+"""Seen at logout.  Source: six independent public programs."""
 
 MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
 """The page that shows ``code#state`` to copy, for who cannot reach the loopback."""
@@ -179,24 +121,19 @@ SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
 SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
-CLAUDE_AI_SCOPES: Final = (
-    SCOPE_USER_PROFILE,
-    SCOPE_USER_INFERENCE,
-    SCOPE_USER_SESSIONS_CLAUDE_CODE,
-    SCOPE_USER_MCP_SERVERS,
-    SCOPE_USER_FILE_UPLOAD,
-)
-CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
-
-ALL_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, *CLAUDE_AI_SCOPES)
-"""What both paths ask for; the server grants those that fit the account."""
-
 ALLOWED_SCOPE_EXPANSIONS: Final = (
     SCOPE_USER_SESSIONS_CLAUDE_CODE,
     SCOPE_USER_MCP_SERVERS,
     SCOPE_USER_FILE_UPLOAD,
 )
 """Scopes that a refresh may add to an older login, without a new login."""
+
+CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
+ALL_SCOPES: Final = (*CONSOLE_SCOPES, SCOPE_USER_INFERENCE, *ALLOWED_SCOPE_EXPANSIONS)
+"""What both paths ask for; the server grants those that fit the account."""
+
+CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
+"""What a Claude.ai subscriber can have: all but Console API keys."""
 
 SUBSCRIPTION_TYPES: Final = {
     "claude_max": "max",
@@ -211,58 +148,42 @@ OAUTH_BETA: Final = "oauth-2025-04-20"
 
 REFRESH_BUFFER: Final = 300
 """Seconds before expiry from which a token is refreshed while it is still served."""
-
 DEFAULT_LIFETIME: Final = 3600.0
 """Seconds that a token counts for if its answer does not say so usably."""
-
 MAX_LIFETIME: Final = 366 * 86400.0
 """Seconds; a longer lifetime in an answer is a mistake, and counts as malformed."""
-
 LOGIN_END_WARNING: Final = 3 * 86400.0
 """Seconds before the end of the login itself (30 days) from which `status` warns."""
 
 LOGIN_TIMEOUT: Final = 300.0
 """Seconds for a person to sign in."""
-
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
-
 MAX_REQUEST_TIMEOUT: Final = 86400.0
 """Seconds; what is far longer does not fit the system's own limits."""
-
 LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
-
 SLOW_FAILURE: Final = 0.1
 """Seconds; a store that took longer to fail is not asked again for some time."""
-
 LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
 """Seconds to wait for a refresh elsewhere: as long as one request may take there."""
-
 PUT_OFF: Final = 30.0
 """Seconds until the next try when a refresh failed and the token is still alive."""
-
 SHORT_WAIT: Final = 2.0
 """Seconds; a pause up to this is waited out on the spot when the token has expired."""
-
 WAIT_FLOOR: Final = 1.0
 """Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
-
 RATE_LIMIT_FLOOR: Final = 30.0
-"""Seconds to pause after a 429 that names none or 0: knocking makes it worse."""
-
+"""Seconds to pause after a 429 that names none or 0; asking sooner prolongs it."""
 WAIT_CEILING: Final = 3600.0
 """Seconds; no Retry-After is believed beyond this."""
-
 FLUSH_TIMEOUT: Final = 5.0
 """Seconds that a logout gives to telemetry, and then to revocation."""
 
 MAX_ANSWER_BYTES: Final = 1 << 20
 """No answer of the service comes near; more is not read."""
-
 MAX_FILE_BYTES: Final = 1 << 20
 """A credential file beyond this is not one."""
-
 MAX_PASTE_CHARS: Final = 4096
 """What a person pastes is a code or an address; nothing longer is either."""
 
@@ -276,8 +197,8 @@ USER_AGENT: Final = "claude-oauth-py/" + __version__
 class ClaudeOAuthError(Exception):
     """Whatever this module reports; ``str()`` says what is wrong and what to do.
 
-    No token, code, verifier, request or response is in an error or in its chain, and
-    each survives pickle and copy: its arguments are the facts, in order.
+    No secret, request or response is in an error or in its chain.  The arguments are
+    the facts, in order, so that an error survives pickle and copy.
     """
 
 
@@ -301,8 +222,8 @@ class LoginError(ClaudeOAuthError):
 class LoginDenied(LoginError):
     """The server answered the callback with an error.
 
-    ``code`` is for programs (``access_denied``), ``description`` for people; the server
-    wrote it.  Source: RFC 6749 section 4.1.2.1.
+    ``code`` is for programs (``access_denied``), ``description`` for people.
+    Source: RFC 6749 section 4.1.2.1.
     """
 
     def __init__(self, code: str, description: str | None = None) -> None:
@@ -348,15 +269,11 @@ class TokenRefused(ClaudeOAuthError):
 class Unavailable(ClaudeOAuthError):
     """No usable answer, for a reason that may pass: try later.
 
-    ``retry_after`` is in seconds, or None if nobody said; ``status`` is HTTP's, or None
-    if there was no answer at all.
+    ``retry_after`` is in seconds, ``status`` is HTTP's; each is None if nobody said.
     """
 
     def __init__(
-        self,
-        message: str,
-        retry_after: float | None = None,
-        status: int | None = None,
+        self, message: str, retry_after: float | None = None, status: int | None = None
     ) -> None:
         super().__init__(message, retry_after, status)
         self.retry_after = retry_after
@@ -372,10 +289,9 @@ class BadAnswer(ClaudeOAuthError):
     def __init__(self, field: str, problem: str = "is missing or malformed") -> None:
         super().__init__(field, problem)
         self.field = field
-        self.problem = problem
 
     def __str__(self) -> str:
-        return f"the server's answer is wrong: {self.field} {self.problem}; try later"
+        return "the server's answer is wrong: {} {}; try later".format(*self.args)
 
 
 class StorageError(ClaudeOAuthError):
@@ -391,110 +307,118 @@ class StorageCorrupt(StorageError):
 
 
 def hides_locals(subject: _T) -> _T:
-    """Decorate a function, or a class with public methods: no exception shows a secret.
+    """Decorate a function, or the public methods of a class: no error shows a secret.
 
     Error trackers record the local variables of each frame of a traceback.  When an
-    exception leaves, the frames below the call are cleared; each keeps its function's
-    name and its line.  The chain of the exception is treated alike, except for what the
-    caller was handling already: those frames are the caller's.
+    exception leaves, the frames below the call lose theirs, those of its causes and
+    contexts too; each keeps its function's name and its line.
     """
     function: Any = subject
     if isinstance(function, type):
-        _guard_methods(function)
+        for name, member in list(vars(function).items()):
+            if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
+                continue
+            if isinstance(member, types.FunctionType):
+                setattr(function, name, hides_locals(member))
+            elif isinstance(member, classmethod):
+                setattr(function, name, classmethod(hides_locals(member.__func__)))
         return subject
 
     def call(*args: Any, **options: Any) -> Any:
-        handled = sys.exc_info()[1]
+        has_failed = True
         try:
-            return function(*args, **options)
+            result = function(*args, **options)
+            has_failed = False
         finally:
-            if sys.exc_info()[1] is not handled:
-                _clear_frames(handled)
+            if has_failed:
+                _clear_frames(sys.exc_info()[1])
+        return result
 
-    def generate(*args: Any, **options: Any) -> Any:
-        handled, is_leaving = sys.exc_info()[1], True
-        try:
-            result = yield from function(*args, **options)
-            is_leaving = False
-            return result
-        finally:
-            if is_leaving:
-                _clear_frames(handled)
-
-    wrapper: Any = generate if function.__code__.co_flags & _CO_GENERATOR else call
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(wrapper, name, getattr(function, name))
+        setattr(call, name, getattr(function, name))
+    wrapper: Any = call
     wrapper.__wrapped__ = function
     decorated: _T = wrapper
     return decorated
 
 
-_CO_GENERATOR: Final = 0x20
-"""The flag of a generator function's code.  `inspect` has it, and is slow to import."""
-
-
-def _guard_methods(cls: type) -> None:
-    for name, member in list(vars(cls).items()):
-        if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
-            continue
-        if isinstance(member, types.FunctionType):
-            setattr(cls, name, hides_locals(member))
-        elif isinstance(member, (classmethod, staticmethod)):
-            setattr(cls, name, type(member)(hides_locals(member.__func__)))
-
-
-def _clear_frames(handled: BaseException | None) -> None:
+def _clear_frames(error: BaseException | None) -> None:
     # Not traceback.clear_frames: where no file can be opened, its import would fail.
-    chain = [sys.exc_info()[1]]
-    for error in chain:  # it grows meanwhile
-        step = error.__traceback__ if error else None
+    chain = [error]
+    for failure in filter(None, chain):  # it grows meanwhile
+        step = failure.__traceback__
+        if step and failure is not error and not _is_cleared(step.tb_frame):
+            continue  # the caller is handling it: those frames are the caller's
         while step:
-            try:
-                step.tb_frame.clear()
-            except RuntimeError:
-                pass  # it still runs: the public function's wrapper, and its callers
+            _is_cleared(step.tb_frame)
             step = step.tb_next
-        for other in (error and error.__cause__, error and error.__context__):
-            if other is not handled and other not in chain:
-                chain.append(other)
+        others = (failure.__cause__, failure.__context__)
+        chain += [other for other in others if other not in chain]
+
+
+def _is_cleared(frame: FrameType) -> bool:
+    try:
+        frame.clear()
+    except RuntimeError:  # it runs still
+        return False
+    return True
 
 
 # -- Values ----------------------------------------------------------------------------
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return a setting of the environment, "" if it is unset or empty.
-
-    It loses the blanks and line ends that files with Windows line ends leave around it.
-    """
+    """Return a setting of the environment without blanks and line ends around it."""
     return (os.environ if environ is None else environ).get(name, "").strip()
+
+
+def import_package(name: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        ConfigError: The package is missing, or it is there and cannot be imported.
+    """
+    from importlib import import_module
+
+    package = name.partition(".")[0]
+    broken = (AttributeError, OSError, RuntimeError, SyntaxError, ValueError)
+    try:
+        import_module(package)
+        return import_module(name)
+    except (ImportError, *broken) as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        problem = "is missing" if is_missing else f"is broken: {printable(error)}"
+    raise ConfigError(
+        f"the package `{package}` {problem}; get it by `apt install python3-{package}`,"
+        f" `dnf install python3-{package}` or pip install {package}"
+    )
 
 
 @hides_locals
 @dataclass_transform(frozen_default=True)
 class _Value:
-    """A frozen record: its annotations are its fields, in order.
+    """A frozen record whose annotations are its fields, in order.
 
-    A frozen dataclass in little.  `import dataclasses` alone takes longer than starting
-    Python does, and would be most of what `token` costs.
+    A dataclass in little: `import dataclasses` takes longer than Python's own start.
     """
 
     _secret: ClassVar[tuple[str, ...]] = ()
     """Fields whose content no repr shows."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        fields = tuple(type(self).__annotations__)
-        if len(values) > len(fields):
-            raise TypeError(f"{type(self).__name__} takes {len(fields)} values at most")
-        given = dict(zip(fields, values))
-        for name in named:
-            if name in given or name not in fields:
-                raise TypeError(f"{type(self).__name__} got an unfitting {name!r}")
-        given.update(named)
-        for name in fields:
-            if name not in given and not hasattr(type(self), name):
-                raise TypeError(f"{type(self).__name__} needs {name!r}")
-            self.__dict__[name] = given.get(name, getattr(type(self), name, None))
+        cls = type(self)
+        names = cls.__annotations__
+        given = {**dict(zip(names, values)), **named}
+        needed = {name for name in names if not hasattr(cls, name)}
+        is_clear = len(given) == len(values) + len(named)
+        if not (is_clear and needed <= given.keys() <= names.keys()):
+            raise TypeError(
+                f"{cls.__name__} takes {', '.join(names)};"
+                f" it got {len(values)} values and {sorted(named)}"
+            )
+        for name in names:
+            value = given.get(name, getattr(cls, name, None))
+            self.__dict__[name] = tuple(value) if isinstance(value, list) else value
         self._validate()
 
     def _validate(self) -> None:
@@ -504,11 +428,10 @@ class _Value:
         """Return a copy with these fields changed."""
         return type(self)(**{**self.__dict__, **changes})
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
+    def __setattr__(self, name: str, value: object = None) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} is frozen; use replace()")
 
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{type(self).__name__} is frozen")
+    __delattr__ = __setattr__
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.__dict__ == other.__dict__
@@ -528,10 +451,9 @@ class _Value:
 class OAuthConfig(_Value):
     """Who asks, and where: the client id, the endpoints, the scopes.
 
-    Endpoints must be https; plain http is for loopback hosts alone.
-
     Raises:
-        ConfigError: An endpoint, the User-Agent or the time limit is unusable.
+        ConfigError: The User-Agent or the time limit is unusable, or an endpoint is not
+            https; plain http is for loopback hosts alone.
     """
 
     client_id: str
@@ -554,35 +476,25 @@ class OAuthConfig(_Value):
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
         """Return the settings for a server that has every endpoint at one origin.
 
-        Args:
-            origin: Scheme, host and port (``http://127.0.0.1:8000``), without a path.
-
         Raises:
-            ConfigError: The origin has a path or is not https (or loopback http).
+            ConfigError: The origin is not ``https://host:port`` (or loopback http).
         """
         origin = origin.rstrip("/")
         if origin.count("/") != 2 or "?" in origin or "#" in origin:
-            raise ConfigError(
-                "a server is given as scheme, host and port alone,"
-                " as in https://auth.example.com"
-            )
+            raise ConfigError("a server is given as https://host:port, without a path")
         endpoints = {
-            "claude_ai_authorize_url": origin + "/oauth/authorize",
-            "console_authorize_url": origin + "/oauth/authorize",
-            "token_url": origin + "/v1/oauth/token",
-            "profile_url": origin + "/api/oauth/profile",
-            "api_key_url": origin + "/api/oauth/claude_cli/create_api_key",
-            "manual_redirect_uri": origin + "/oauth/code/callback",
-            "revoke_url": origin + "/v1/oauth/token/revoke",
+            name: f"{origin}/{url.split('/', 3)[3]}"
+            for name, url in vars(OAuthConfig).items()
+            if name.endswith(("_url", "_uri"))
         }
+        endpoints["claude_ai_authorize_url"] = endpoints["console_authorize_url"]
         return cls(client_id, **{**endpoints, **settings})
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> OAuthConfig:
         """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say.
 
-        Raises:
-            ConfigError: CLAUDE_OAUTH_SERVER is not a usable origin.
+        Raises what `for_server` does.
         """
         client_id = setting("CLAUDE_OAUTH_CLIENT_ID", environ)
         server = setting("CLAUDE_OAUTH_SERVER", environ)
@@ -591,38 +503,25 @@ class OAuthConfig(_Value):
     def _validate(self) -> None:
         if isinstance(self.scopes, str):
             raise ConfigError("scopes must be a list of strings, not one string")
-        self.__dict__["scopes"] = tuple(self.scopes)
-        self.__dict__["client_id"] = (self.client_id or "").strip()
         if not 0 < self.timeout <= MAX_REQUEST_TIMEOUT:
-            raise ConfigError(
-                "the time limit of a request must be above 0 seconds and at most a day"
-            )
+            raise ConfigError("timeout must be above 0 seconds and at most a day")
         if not self.user_agent.isprintable() or not self.user_agent.isascii():
-            raise ConfigError("a User-Agent must be printable ASCII")
-        if USER_AGENT not in self.user_agent:
-            self.__dict__["user_agent"] = f"{self.user_agent} {USER_AGENT}".strip()
+            raise ConfigError("user_agent must be printable ASCII")
         for name, url in self.__dict__.items():
             # The defaults are known to be good, and urllib is slow to import.
             if name.endswith(("_url", "_uri")) and url != getattr(type(self), name):
-                _check_endpoint(name, url)
+                self._check_endpoint(name, url)
+        own = "" if USER_AGENT in self.user_agent else USER_AGENT
+        self.__dict__["user_agent"] = f"{self.user_agent} {own}".strip()
+        self.__dict__["client_id"] = (self.client_id or "").strip()
 
-
-def _check_endpoint(name: str, url: str) -> None:
-    from urllib.parse import urlsplit
-
-    if name == "revoke_url" and not url:
-        return
-    try:
-        parts = urlsplit(url if is_header_safe(url) else "")
-        is_usable = parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, brackets that do not match
-        is_usable = False
-    if not is_usable:
-        raise ConfigError(f"{name} is not a usable URL; give it as https://host/path")
-    if parts.username is not None:
-        raise ConfigError(f"{name} must not carry a name or password; leave them out")
-    if not may_carry_token(url):
-        raise ConfigError(f"{name} must be https (plain http is for loopback alone)")
+    def _check_endpoint(self, name: str, url: str) -> None:
+        is_left_out = name == "revoke_url" and not url
+        if not is_left_out and (not may_carry_token(url) or "@" in url):
+            raise ConfigError(
+                f"{name} must be a URL like https://host/path, without a password"
+                " (plain http is for loopback alone)"
+            )
 
 
 def may_carry_token(url: str) -> bool:
@@ -630,13 +529,12 @@ def may_carry_token(url: str) -> bool:
     from urllib.parse import urlsplit
 
     try:
-        parts = urlsplit(url)
-        host = parts.hostname
-    except ValueError:
+        parts = urlsplit(url if is_header_safe(url) else "")
+        host = (parts.port != 0 and parts.hostname) or ""
+    except ValueError:  # a port that is no number, brackets that do not match
         return False
-    return bool(host) and (
-        parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or ""))
-    )
+    is_safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
+    return bool(host) and is_safe
 
 
 def is_loopback(host: str) -> bool:
@@ -666,6 +564,10 @@ def _text(value: object) -> str | None:
 
 def _header_text(value: object) -> str | None:
     return value if isinstance(value, str) and is_header_safe(value) else None
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: object) -> float | None:
@@ -715,12 +617,7 @@ _PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]
     "account_created_at": ("account", "created_at", "accountCreatedAt", _text),
     "organization_uuid": ("organization", "uuid", "organizationUuid", _text),
     "organization_name": ("organization", "name", "organizationName", _text),
-    "subscription_type": (
-        "organization",
-        "organization_type",
-        "",
-        lambda value: SUBSCRIPTION_TYPES.get(_text(value) or ""),
-    ),
+    "subscription_type": ("organization", "organization_type", "", _text),
     "rate_limit_tier": ("organization", "rate_limit_tier", "", _text),
     "billing_type": ("organization", "billing_type", "billingType", _text),
     "subscription_created_at": (
@@ -767,9 +664,6 @@ class Credentials(_Value):
         """Whether this is a Claude.ai subscriber's login rather than the Console's."""
         return SCOPE_USER_INFERENCE in self.scopes
 
-    def _validate(self) -> None:
-        self.__dict__["scopes"] = tuple(self.scopes)
-
     def to_record(self) -> dict[str, object]:
         """Return the JSON object to store; what is None is left out."""
         tokens = {}
@@ -778,7 +672,7 @@ class Credentials(_Value):
             if value is not None:
                 tokens[key] = int(value * 1000) if read is _moment else value
         tokens["scopes"] = list(self.scopes)
-        top = {k: tokens.pop(k) for k in RECORD_KEYS if k in tokens}
+        top = {key: tokens.pop(key) for key in RECORD_KEYS if key in tokens}
         return {"claudeAiOauth": tokens, **top}
 
     @classmethod
@@ -789,36 +683,30 @@ class Credentials(_Value):
             StorageCorrupt: A token has the wrong type, or no header can carry it; the
                 text names the field.
         """
-        tokens = record.get("claudeAiOauth")
-        if not isinstance(tokens, dict):
-            raise _corrupt("claudeAiOauth")
+        tokens = _object(record.get("claudeAiOauth"))
         stored = {**tokens, "consoleApiKey": record.get("consoleApiKey")}
         found = {n: read(stored.get(key)) for n, (key, read) in _RECORD_FIELDS.items()}
         for name in cls._secret:
             key = _RECORD_FIELDS[name][0]
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if is_needed and found[name] is None:
-                raise _corrupt(key)
+                raise StorageCorrupt(
+                    f"the stored record is damaged: {key} is missing or malformed (in"
+                    " claudeAiOauth or beside it); move it away and log in again"
+                )
         return cls(**found)
 
     @classmethod
     def from_answer(
-        cls,
-        answer: object,
-        *,
-        received_at: float,
-        previous: Credentials | None = None,
+        cls, answer: object, *, received_at: float, previous: Credentials | None = None
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        What the answer leaves out stays as it was.  An unusable lifetime counts as
-        3600 s: the refresh token behind this answer is spent, so a good successor must
-        not be thrown away for it.
+        The refresh token behind the answer is spent: what it leaves out stays as it
+        was, and an unusable lifetime counts as 3600 s.  Source: RFC 6749 section 5.1.
 
         Raises:
             BadAnswer: There is no usable access token in it.
-
-        Source: RFC 6749 section 5.1.
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
@@ -838,13 +726,6 @@ class Credentials(_Value):
             expires_at=received_at + lifetime,
             scopes=_scopes(answer.get("scope")) or base.scopes,
         )
-
-
-def _corrupt(field: str) -> StorageCorrupt:
-    return StorageCorrupt(
-        f"the stored record is damaged: {field} is missing or malformed;"
-        " move it away and log in again"
-    )
 
 
 @hides_locals
@@ -871,22 +752,14 @@ class Profile(_Value):
         Raises:
             BadAnswer: It names no account.
         """
-        account = answer.get("account")
-        if not isinstance(account, dict):
-            raise BadAnswer("account")
-        organization = answer.get("organization")
-        parts: dict[str, dict[str, object]] = {
-            "account": account,
-            "organization": organization if isinstance(organization, dict) else {},
-        }
         found = {
-            name: read(parts[part].get(key))
+            name: read(_object(answer.get(part)).get(key))
             for name, (part, key, _stored, read) in _PROFILE_FIELDS.items()
         }
         if not found["account_uuid"]:
             raise BadAnswer("account.uuid")
-        found["display_name"] = found["display_name"] or _text(account.get("full_name"))
-        return cls(**found)
+        plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
+        return cls(**{**found, "subscription_type": plan})
 
     def to_record(self) -> dict[str, object]:
         """Return what account.json keeps; plan and tier stay with the credential."""
@@ -911,8 +784,7 @@ class Profile(_Value):
 def generate_code_verifier() -> str:
     """Return a new code verifier: 32 random bytes, 43 characters.
 
-    Make one anew for each login, and keep it in memory alone.  Source: RFC 7636
-    section 4.1.
+    It is for one login, and for memory alone.  Source: RFC 7636 section 4.1.
     """
     import secrets
 
@@ -929,13 +801,8 @@ def code_challenge(verifier: str) -> str:
 
 
 def generate_state() -> str:
-    """Return a new state: 32 random bytes, which only the right callback can know.
-
-    Source: RFC 6749 section 10.12.
-    """
-    import secrets
-
-    return secrets.token_urlsafe(32)
+    """Return a new state: 32 random bytes.  Source: RFC 6749 section 10.12."""
+    return generate_code_verifier()
 
 
 # -- Messages --------------------------------------------------------------------------
@@ -947,16 +814,14 @@ def parse_json_object(
 ) -> dict[str, object] | None:
     """Return the JSON object in data, or None if it holds anything else.
 
-    Args:
-        lenient: Replace broken characters, and take raw control characters.
+    With ``lenient``, broken characters are replaced and control characters taken.
     """
     import json
 
     # A JSONDecodeError carries the whole text, tokens included: it ends here.
     try:
-        if isinstance(data, bytes):
-            errors = "replace" if lenient else "surrogatepass"
-            data = data.decode(json.detect_encoding(data), errors)
+        if lenient and isinstance(data, bytes):
+            data = data.decode(json.detect_encoding(data), "replace")
         found = json.loads(data, strict=not lenient)
     except (ValueError, RecursionError):
         return None
@@ -994,23 +859,19 @@ def read_answer(
     The grant behind it is spent, so nothing beside the tokens may cost them: not a
     broken character, nor what follows them.
 
-    Args:
-        field: What the answer is for.  An ``error`` without it is a refusal.
-
     Raises:
         BadAnswer: It is JSON, but no object.
         Unavailable: It is not the service's.
-        TokenRefused: It is a refusal, whatever its status.
+        TokenRefused: There is an ``error`` in it in place of the field asked for.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
         answer = _fields_of(content)
-    if answer is None:
-        if parse_json_object(b'{"answer":' + content + b"}", lenient=True):
-            raise BadAnswer("the answer", "is not a JSON object")
-        raise Unavailable(_unavailable_text(status, ""), None, status)
-    found = answer.get(field)
-    if answer.get("error") and not (isinstance(found, dict) or _header_text(found)):
+    if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
+        raise BadAnswer("the answer", "is not a JSON object")
+    found = _object(answer).get(field)
+    is_granted = isinstance(found, dict) or _header_text(found)
+    if answer is None or (answer.get("error") and not is_granted):
         raise error_of_answer(status, content, secrets=secrets)
     return answer
 
@@ -1019,16 +880,15 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     """Return what a JSON object that is cut or damaged says of the tokens."""
     import re
 
-    if not content.lstrip().startswith(b"{"):
-        return None
     names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
     value = rb'"(?:[ !#-\[\]-~]|\\["/\\])*"|\d{1,9}(?=[\s,}])'
     fields = re.findall(rb'"(?:%s)"\s*:\s*(?:%s)' % (names, value), content)
-    found = parse_json_object(b"{" + b",".join(fields) + b"}") or {}
+    found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
     # What is cut may have lost its refresh token: half a login is none.
     is_cut = not content.rstrip().endswith(b"}")
     is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
-    return found if is_whole or "raw_key" in found else None
+    is_object = content.lstrip().startswith(b"{")
+    return found if is_object and (is_whole or "raw_key" in found) else None
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
@@ -1042,21 +902,20 @@ def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[st
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
-    """Return a Retry-After header in seconds: it is a number or a date.
+    """Return a Retry-After header in seconds, None if it is no number and no date.
 
-    None if it is absent, malformed or not in the future.  Source: RFC 9110 section
-    10.2.3.
+    None, too, if it is not in the future.  Source: RFC 9110 section 10.2.3.
     """
     from email.utils import parsedate_to_datetime
 
     text = (value or "").strip()
-    if text.isascii() and text.isdigit():
-        seconds = float(text[:12])
-    else:
-        try:
+    try:
+        if text.isdigit():
+            seconds = float(text[:12])
+        else:
             seconds = parsedate_to_datetime(text).timestamp() - now
-        except (TypeError, ValueError, IndexError, OverflowError):
-            return None
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
     return min(seconds, WAIT_CEILING) if seconds > 0 else None
 
 
@@ -1065,10 +924,8 @@ def seconds_to_wait(
 ) -> float:
     """Return how long to leave the server alone after a 429 or a 5xx.
 
-    Args:
-        asked_for: Its Retry-After in seconds, if it gave one.
-        failures: How many in a row, this one included.
-        chance: 0 to 1, drawn by lot, so that many machines do not return at once.
+    It asked for so many seconds, or doubles them with each of the failures in a row.
+    A chance, drawn from 0 to 1, keeps many machines from returning at once.
     """
     floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
     seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
@@ -1083,98 +940,74 @@ def error_of_answer(
     request_id: str | None = None,
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
-    """Return the error that an answer stands for.
+    """Return the error that an answer stands for, without the secrets it may quote.
 
     Both envelopes are read: RFC 6749 section 5.2's, and the API's
     ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
-
-    Args:
-        secrets: What the request carried; a server may quote it.
     """
     if status == 403 and b"error code: 1010" in body:
         return ConfigError(
-            "the service's edge refuses this User-Agent; set user_agent to name your"
-            " program"
+            "the edge refuses this User-Agent; set user_agent to name your program"
         )
-    answer = parse_json_object(body, lenient=True) or {}
-    found = answer.get("error")
-    inner = found if isinstance(found, dict) else {}
-    codes = (found, inner.get("type"), inner.get("code"))
-    code = printable(next(filter(_text, codes), ""), secrets=secrets, limit=60)
-    texts = (answer.get("error_description"), inner.get("message"))
-    description = next(filter(_text, (*texts, answer.get("message"))), "")
-    notes = [printable(description, secrets=secrets)]
+    answer = _object(parse_json_object(body, lenient=True))
+    error = _object(answer.get("error"))
+
+    def first_text(*found: object, limit: int) -> str:
+        return printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
+
+    codes = (answer.get("error"), error.get("type"), error.get("code"))
+    code = first_text(*codes, limit=60)
+    texts = (answer.get("error_description"), error.get("message"))
+    details = first_text(*texts, answer.get("message"), limit=200)
     if request_id:
-        notes.append(f"request {printable(request_id, secrets=secrets, limit=80)}")
-    details = "; ".join(filter(None, notes))
-    if status == 429 or status >= 500 or code in _PASSING_CODES:
-        return Unavailable(_unavailable_text(status, details), retry_after, status)
-    return TokenRefused(code, details or None, status)
+        details += f"; request {first_text(request_id, limit=80)}"
+    details = details.lstrip("; ")
+    if status == 429:
+        text = "the server is limiting requests"
+    elif status >= 500:
+        text = f"the server is out of order ({status})"
+    elif 300 <= status < 400:
+        text = f"the server redirects the request ({status}), which is not followed"
+    elif code in _PASSING_CODES:
+        text = f"the answer ({status}) is not the service's; a proxy may stand between"
+    else:
+        return TokenRefused(code, details or None, status)
+    text += f" ({details})" if details else ""
+    return Unavailable(f"{text}; try again later", retry_after, status)
 
 
-_PASSING_CODES: Final = frozenset(
-    (
-        "",  # no error of OAuth's at all
-        "temporarily_unavailable",
-        "server_error",
-        "rate_limit_error",
-        "overloaded_error",
-        "api_error",
-        "timeout_error",
-    )
+_PASSING_CODES: Final = (
+    *("", "temporarily_unavailable", "server_error", "rate_limit_error"),
+    *("overloaded_error", "api_error", "timeout_error"),
 )
 """Error codes that say nothing about the grant, whatever the status beside them."""
 
 
-def _unavailable_text(status: int, details: str) -> str:
-    if status == 429:
-        text = "the server is limiting requests"
-    elif 300 <= status < 400:
-        text = f"the server redirects the request ({status}), which is not followed"
-    elif status >= 500:
-        text = f"the server is out of order ({status})"
-    else:
-        text = f"the answer ({status}) is not the service's; a proxy may stand between"
-    return f"{text}{f' ({details})' if details else ''}; try again later"
-
-
-def merge_record(
-    stored: Mapping[str, object], ours: Mapping[str, object]
-) -> dict[str, object]:
+def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored record with our part replaced.
 
-    Keys that are not this module's stay, at the top and inside: another program put
-    them there.
+    The keys of other programs stay, at the top and inside.
     """
     own_keys = {key for key, _read in _RECORD_FIELDS.values()}
-    stored_tokens, tokens = stored.get("claudeAiOauth"), ours["claudeAiOauth"]
-    assert isinstance(tokens, dict)
-    if isinstance(stored_tokens, dict):
-        foreign = {k: v for k, v in stored_tokens.items() if k not in own_keys}
-        tokens = {**foreign, **tokens}
-    kept = {k: v for k, v in stored.items() if k not in RECORD_KEYS}
-    return {**kept, **ours, "claudeAiOauth": tokens}
+    tokens = _object(stored.get("claudeAiOauth"))
+    foreign = {key: tokens[key] for key in tokens if key not in own_keys}
+    kept = {key: stored[key] for key in stored if key not in RECORD_KEYS}
+    return {**kept, **ours, "claudeAiOauth": {**foreign, **ours["claudeAiOauth"]}}
 
 
 @hides_locals
 def clean_token(value: str) -> str:
-    """Return a token from the environment without the blanks that secrets arrive with.
+    """Return a token from the environment without the blanks around it.
 
     Raises:
-        ConfigError: It is no token, but a quoted one, an assignment, JSON, a
-            placeholder.
-
-    Source: RFC 6750 section 2.1, ``b64token``.
+        ConfigError: It is no ``b64token`` of RFC 6750 section 2.1, but a quoted one, an
+            assignment, JSON, a placeholder.
     """
+    import re
+
     token = value.strip()
-    characters = token.rstrip("=")
-    if not characters.isascii() or not all(
-        c.isalnum() or c in "-._~+/" for c in characters or "="
-    ):
-        raise ConfigError(
-            "CLAUDE_OAUTH_TOKEN holds something that no token has;"
-            " set it to the token alone"
-        )
+    if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
+        raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
 
 
@@ -1821,20 +1654,9 @@ def _error_of_failure(error: Exception, way: str) -> ClaudeOAuthError:
 
 
 def import_requests() -> Any:
-    """Return the package `requests`; ConfigError if it is missing or broken."""
-    try:
-        import requests
-
-        requests.Session, requests.exceptions.InvalidSchema  # noqa: B018 - is it it?
-    except (ImportError, AttributeError, SyntaxError, OSError, ValueError) as error:
-        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "requests"
-        problem = "is missing" if is_missing else f"is broken: {printable(error)}"
-    else:
-        return requests
-    raise ConfigError(
-        f"the package `requests` {problem}; get it by `pip install requests`,"
-        " `apt install python3-requests` or `dnf install python3-requests`"
-    )
+    """Return the package `requests`; raises ConfigError if it is missing or broken."""
+    import_package("requests.sessions")  # a stray requests.py has none
+    return sys.modules["requests"]
 
 
 def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
@@ -2946,7 +2768,7 @@ class KeyringStorage(_SecretStorage):
         return True
 
     def _call(self, function: str, service: str, *secret: str) -> object:
-        call = getattr(import_extra("keyring", "keyring"), function)
+        call = getattr(import_package("keyring"), function)
         try:
             return call_with_limit(
                 lambda: call(service, self._account, *secret), self.time_limit
@@ -2969,29 +2791,6 @@ class KeyringStorage(_SecretStorage):
         )
 
 
-def import_extra(package: str, module: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        ConfigError: The package is missing, or is there and broken.
-    """
-    from importlib import import_module
-
-    # Not by `import`: a type checker would miss the package beside a vendored copy.
-    try:
-        return import_module(module)
-    except (ImportError, AttributeError, OSError, RuntimeError, SyntaxError) as error:
-        name = getattr(error, "name", None) or ""
-        missing = isinstance(error, ImportError) and name.partition(".")[0] == package
-        reason = printable(error) or type(error).__name__
-    if missing and "cannot import" not in reason:
-        raise ConfigError(f"this needs `{package}`: pip install {package}")
-    raise ConfigError(
-        f"the package `{package}` is there but broken ({reason}); repair it with"
-        f" pip install --force-reinstall {package}"
-    )
-
-
 @hides_locals
 class FernetCipher:
     """Encrypts with a passphrase: scrypt, then Fernet (AES-128-CBC and HMAC-SHA256).
@@ -3011,9 +2810,8 @@ class FernetCipher:
             passphrase = passphrase.encode()
         if not passphrase:
             raise ConfigError("the passphrase is empty")
-        self._fernet = import_extra("cryptography", "cryptography.fernet")
-        kdf = "cryptography.hazmat.primitives.kdf.scrypt"
-        self._kdf = import_extra("cryptography", kdf)
+        self._fernet = import_package("cryptography.fernet")
+        self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
         self._keys: dict[tuple[int, int, int, bytes], bytes] = {}
         """Derived keys, by cost and salt: deriving one is slow on purpose."""
@@ -5567,12 +5365,12 @@ class BearerAuth:
                 )
         return request
 
-    def auth_flow(self, request: Any) -> Generator[Any, Any, None]:
+    def auth_flow(self, request: Any) -> Iterator[Any]:
         """Sign, send, and repeat once after a 401: what ``httpx.Auth`` asks for."""
         is_ours = self._may_sign(str(request.url))
         if is_ours:
             self._sign(request)
-        response = yield request
+        response: Any = yield request
         if is_ours and response.status_code == 401 and self._renew(request):
             response = yield request
             if response.status_code == 401:
@@ -5677,13 +5475,6 @@ def _rewind(body: Any, position: int | None) -> bool:
 
 # -- Sandbox ---------------------------------------------------------------------------
 
-SANDBOX_BODY_LIMIT: Final = 1 << 16
-"""Bytes; no request to a sandbox is longer."""
-
-SANDBOX_PATIENCE: Final = 5.0
-"""Seconds that the end of a sandbox waits for each of its threads."""
-
-
 class _SandboxRefusal(Exception):
     """An error to answer with: status, code, message, and Retry-After in seconds."""
 
@@ -5698,17 +5489,14 @@ class Sandbox:
 
     It holds a client to the rules: S256, the same redirect_uri and state, codes and
     refresh tokens that work once, and the end of the whole login when one comes again.
-    Its tokens look like real ones and are worth nothing.  With an access token, or a
-    key that it made, ``/v1/messages`` answers with the body that it got.
+    ``/v1/messages`` takes its tokens and keys, and answers with the body that it got.
 
     Attributes:
         origin: ``http://127.0.0.1:PORT``, once the block has begun.
-        counts: How often each of these was asked for: authorize, authorization_code,
-            refresh_token, profile, api_key, callback (the page with the code to paste),
-            revoke, messages.
+        counts: Requests by endpoint: authorize, callback (the page with the code),
+            authorization_code, refresh_token, profile, api_key, revoke, messages.
         lifetime: Seconds that the next access token lives.
-        scopes: The most that the next login is granted; CONSOLE_SCOPES make it one of
-            the Console.
+        scopes: The most that the next login is granted (CONSOLE_SCOPES: the Console).
     """
 
     def __init__(
@@ -5716,8 +5504,6 @@ class Sandbox:
         *,
         port: int = 0,
         lifetime: float = 28800,
-        login_lifetime: float = 30 * 86400,
-        rotate: bool = True,
         scopes: Iterable[str] = CLAUDE_AI_SCOPES,
     ) -> None:
         import threading
@@ -5727,18 +5513,14 @@ class Sandbox:
         self.scopes = tuple(scopes)
         self.counts = dict.fromkeys((*_SANDBOX_PATHS.values(), *_SANDBOX_GRANTS), 0)
         self._port = port
-        self._login_lifetime = login_lifetime
-        self._rotate = rotate
-        self._server: Any = None
         self._threads: list[threading.Thread] = []
         # Guards counts and all below, while a request is answered.
         self._lock = threading.Lock()
         self._failures: dict[str, list[_SandboxRefusal]] = {}
         # A login is a family of tokens that live and die together: by code and refresh
-        # token, and by access token with its end.
+        # token, and by access token or key with its end.
         self._logins: dict[str, types.SimpleNamespace] = {}
         self._access: dict[str, tuple[types.SimpleNamespace, float]] = {}
-        self._api_keys: set[str] = set()
 
     def __enter__(self) -> Self:
         try:
@@ -5755,7 +5537,7 @@ class Sandbox:
         self._server.shutdown()
         self._server.server_close()
         for thread in self._threads:
-            thread.join(SANDBOX_PATIENCE)
+            thread.join()
 
     @property
     def config(self) -> OAuthConfig:
@@ -5780,7 +5562,8 @@ class Sandbox:
     def expire_access_tokens(self) -> None:
         """Answer every access token with 401, however long it should live."""
         with self._lock:
-            self._access.clear()
+            keys = [key for key in self._access if key.startswith("sk-ant-api")]
+            self._access = {key: self._access[key] for key in keys}
 
     def fail_next(
         self,
@@ -5793,9 +5576,8 @@ class Sandbox:
     ) -> None:
         """Answer the next requests of an endpoint, as `counts` calls it, with an error.
 
-        Args:
-            code: What the error is called, like ``invalid_grant``.
-            retry_after: Seconds for a Retry-After header; 0 for none.
+        ``code`` is the error's name, like ``invalid_grant``; ``retry_after`` is in
+        seconds, 0 for no such header.
         """
         if endpoint not in self.counts:
             raise ValueError(f"a sandbox has no endpoint {endpoint!r}")
@@ -5814,69 +5596,61 @@ class Sandbox:
         self._threads.append(thread)
 
     def _decide(self, url: str, decision: bytes) -> str:
-        target = url[len(self.origin) :] if url.startswith(self.origin + "/") else ""
-        request = types.SimpleNamespace(
-            method="POST", target=target, body=decision, token=""
-        )
-        _, answer, headers = self._answer(request)
-        if "Location" not in headers:
-            raise ValueError(f"this login cannot be decided on: {answer}")
-        location = headers["Location"]
+        is_ours = url.startswith(self.origin + "/oauth/authorize?")
+        path = url[len(self.origin) :] if is_ours else ""
+        request = types.SimpleNamespace(command="POST", path=path, body=decision)
+        try:
+            location = str(self._answer(request))
+        except _SandboxRefusal as refusal:
+            problem = refusal.args[2]
+            raise ValueError(f"this login cannot be decided on: {problem}") from None
         if not location.startswith(self.origin + "/"):
             self._start(_visit, location)
         return location
 
-    def _handle(self, handler: Any) -> None:
+    def _handle(self, request: Any) -> None:
         """Answer a request of `make_server`; the connection ends with the answer."""
-        length = handler.headers.get("Content-Length") or "0"
-        is_known = length.isdecimal() and int(length) <= SANDBOX_BODY_LIMIT
-        bearer = (handler.headers.get("Authorization") or "").split("Bearer ")[-1]
-        request = types.SimpleNamespace(
-            method=handler.command,
-            target=handler.path,
-            body=handler.rfile.read(int(length)) if is_known else b"",
-            token=handler.headers.get("x-api-key") or bearer,
-        )
-        status, answer, headers = self._answer(request)
-        kind = "text/html; charset=utf-8"
-        if not isinstance(answer, str):
-            kind, answer = "application/json", dump_json(answer)
-        handler.send_response_only(status)  # send_response would name the server
-        headers = {**_SANDBOX_HEADERS, "Content-Type": kind, **headers}
-        for name, value in headers.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(answer.encode())))
-        handler.end_headers()
-        handler.wfile.write(answer.encode())
+        length = request.headers.get("Content-Length", "")
+        request.body = request.rfile.read(int(length)) if length.isdecimal() else b""
+        bearer = request.headers.get("Authorization", "").split("Bearer ")[-1]
+        request.token = request.headers.get("x-api-key", bearer)
+        status, headers = 200, {"Content-Type": "application/json"}
+        try:
+            answer = self._answer(request)
+        except _SandboxRefusal as refusal:
+            status, code, message, *pause = refusal.args
+            answer = {"type": "error", "error": {"type": code, "message": message}}
+            if request.path == "/v1/oauth/token":  # RFC 6749 section 5.2
+                answer = {"error": code, "error_description": message}
+            if any(pause):
+                headers["Retry-After"] = f"{pause[0]:g}"
+        content = answer if isinstance(answer, str) else dump_json(answer)
+        if content.startswith("http"):
+            status, headers["Location"] = 302, content
+        elif content.startswith("<"):
+            headers["Content-Type"] = "text/html; charset=utf-8"
+        request.send_response_only(status)  # send_response would name the server
+        for header in headers.items():
+            request.send_header(*header)
+        request.end_headers()
+        request.wfile.write(content.encode())
 
-    def _answer(
-        self, request: Any
-    ) -> tuple[int, str | dict[str, object], dict[str, str]]:
-        """Return status, content (a page or an object) and headers."""
-        path, _, query = request.target.partition("?")
-        endpoint = _SANDBOX_PATHS.get(path, "")
+    def _answer(self, request: Any) -> str | dict[str, object]:
+        """Return a page, an address to go to, or an object."""
+        path, _, query = request.path.partition("?")
+        request.asked = _sandbox_parameters(path, query, request.body)
+        request.endpoint = _SANDBOX_PATHS.get(path, "")
+        if path == "/v1/oauth/token":
+            request.endpoint = request.asked.get("grant_type", "")
+        if request.endpoint not in self.counts:
+            raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
         with self._lock:
-            try:
-                request.asked = _sandbox_parameters(path, query, request.body)
-                if path == "/v1/oauth/token":
-                    endpoint = request.asked.get("grant_type", "")
-                if endpoint not in self.counts:
-                    raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
-                self.counts[endpoint] += 1
-                if self._failures.get(endpoint):
-                    raise self._failures[endpoint].pop(0)
-                answer = getattr(self, "_do_" + endpoint)(request)
-            except _SandboxRefusal as refusal:
-                status, code, message, *pause = refusal.args
-            else:
-                if endpoint == "authorize" and request.method == "POST":
-                    return 302, "", {"Location": answer}
-                return 200, answer, {}
-        headers = {"Retry-After": f"{pause[0]:g}"} if any(pause) else {}
-        if endpoint in _SANDBOX_GRANTS:  # RFC 6749 section 5.2
-            return status, {"error": code, "error_description": message}, headers
-        error = {"type": code, "message": message}
-        return status, {"type": "error", "error": error}, headers
+            self.counts[request.endpoint] += 1
+            if self._failures.get(request.endpoint):
+                raise self._failures[request.endpoint].pop(0)
+            do = getattr(self, "_do_" + request.endpoint, self._do_resource)
+            answer: str | dict[str, object] = do(request)
+            return answer
 
     def _do_authorize(self, request: Any) -> str:
         """Return the page with the question, or where its answer leads."""
@@ -5888,36 +5662,35 @@ class Sandbox:
             pattern = rule.replace("ORIGIN", re.escape(self.origin))
             if not re.fullmatch(pattern, asked.get(name, "")):
                 raise _SandboxRefusal(400, "invalid_request", f"{name} is not valid")
-        if request.method != "POST":
+        if request.command != "POST":
             return _SANDBOX_PAGE
         callback = {"error": "access_denied", "error_description": "they said no"}
         if request.body == b"decision=approve":
-            callback = {"code": _sandbox_secret("authcode-")}
+            callback = {"code": "authcode-sandbox-" + generate_state()}
             self._logins[callback["code"]] = types.SimpleNamespace(
                 asked=asked,
                 scopes=sorted({*asked["scope"].split()} & {*self.scopes}),
                 grant=callback["code"],  # the code or refresh token that is not spent
-                ends=float("inf"),
                 is_alive=True,
             )
         query = urlencode({**callback, "state": asked["state"]})
         return f"{asked['redirect_uri']}?{query}"
 
     def _do_authorization_code(self, request: Any) -> dict[str, object]:
+        import re
+
         asked = request.asked
         if not asked.get("state"):  # RFC 6749 knows nothing of this; the service does
             raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
         login = self._login_of(asked.get("code", ""))
         login.grant = ""  # the code is spent, whatever comes next
-        for name in ("redirect_uri", "state", "client_id"):
+        verifier = asked.get("code_verifier", "")
+        if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+            raise _SandboxRefusal(400, "invalid_request", "code_verifier is not valid")
+        asked["code_challenge"] = code_challenge(verifier)
+        for name in ("redirect_uri", "state", "client_id", "code_challenge"):
             if asked.get(name) != login.asked[name]:
                 raise _SandboxRefusal(400, "invalid_grant", f"{name} is another one")
-        verifier = asked.get("code_verifier", "")
-        if not 43 <= len(verifier) <= 128 or not verifier.isascii():
-            raise _SandboxRefusal(400, "invalid_request", "code_verifier is not valid")
-        if code_challenge(verifier) != login.asked["code_challenge"]:
-            raise _SandboxRefusal(400, "invalid_grant", "code_verifier does not fit")
-        login.ends = time.monotonic() + self._login_lifetime
         return self._issue(login)
 
     def _do_refresh_token(self, request: Any) -> dict[str, object]:
@@ -5931,63 +5704,28 @@ class Sandbox:
         login.scopes = sorted(wanted) or login.scopes
         return self._issue(login)
 
-    def _login_of(self, grant: str) -> types.SimpleNamespace:
-        """Return the login of a code or refresh token; one that comes again ends it.
-
-        Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
-        """
-        login = self._logins.get(grant)
-        if login is None or not login.is_alive or login.ends < time.monotonic():
-            raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
-        if login.grant != grant:
-            login.is_alive = False  # two programs have it, and one of them is a thief
-            raise _SandboxRefusal(400, "invalid_grant", "the grant was used before")
-        return login
-
-    def _issue(self, login: types.SimpleNamespace) -> dict[str, object]:
-        now = time.monotonic()
-        access_token = _sandbox_secret("sk-ant-oat01-")
-        self._access[access_token] = login, now + self.lifetime
-        if self._rotate or not login.grant:
-            login.grant = _sandbox_secret("sk-ant-ort01-")
-            self._logins[login.grant] = login
-        return {
-            "token_type": "bearer",
-            "access_token": access_token,
-            "refresh_token": login.grant,
-            "expires_in": self.lifetime,
-            "refresh_token_expires_in": int(login.ends - now),
-            "scope": " ".join(login.scopes),
-        }
-
-    def _check_access(self, token: str, scope: str) -> None:
-        login, end = self._access.get(token, (None, 0.0))
+    def _do_resource(self, request: Any) -> dict[str, object]:
+        """Answer what takes an access token or a key."""
+        login, end = self._access.get(request.token, (None, 0.0))
         if login is None or not login.is_alive or end <= time.monotonic():
             raise _SandboxRefusal(401, "authentication_error", "the token is dead")
+        scope = _SANDBOX_SCOPES[request.endpoint]
         if scope not in login.scopes:
             raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
-
-    def _do_profile(self, request: Any) -> dict[str, object]:
-        self._check_access(request.token, SCOPE_USER_PROFILE)
-        return _SANDBOX_PROFILE
-
-    def _do_api_key(self, request: Any) -> dict[str, object]:
-        self._check_access(request.token, SCOPE_ORG_CREATE_API_KEY)
-        key = _sandbox_secret("sk-ant-api03-")
-        self._api_keys.add(key)
+        if request.endpoint == "profile":
+            return {**_SANDBOX_PROFILE}
+        if request.endpoint == "messages":
+            return {"echo": request.body.decode("utf-8", "replace")}
+        key = "sk-ant-api03-sandbox-" + generate_state()
+        holder = types.SimpleNamespace(is_alive=True, scopes=[SCOPE_USER_INFERENCE])
+        self._access[key] = holder, float("inf")
         return {"raw_key": key}
-
-    def _do_messages(self, request: Any) -> dict[str, object]:
-        if request.token not in self._api_keys:
-            self._check_access(request.token, SCOPE_USER_INFERENCE)
-        return {"echo": request.body.decode("utf-8", "replace")}
 
     def _do_callback(self, request: Any) -> str:
         from html import escape
 
-        asked = request.asked
-        code = f"{asked.get('code', '')}#{asked.get('state', '')}"
-        shown = asked.get("error") or code
+        asked = {"code": "", "state": "", **request.asked}
+        shown = asked.get("error") or "{code}#{state}".format_map(asked)
         return f"<!doctype html><title>Sandbox</title><p><code>{escape(shown)}</code>"
 
     def _do_revoke(self, request: Any) -> dict[str, object]:
@@ -5997,11 +5735,32 @@ class Sandbox:
             login.is_alive = False
         return {}  # for an unknown token too: RFC 7009 section 2.2
 
+    def _login_of(self, grant: str) -> types.SimpleNamespace:
+        """Return the login of a code or refresh token; one that comes again ends it.
 
-def _sandbox_secret(prefix: str) -> str:
-    import secrets
+        Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
+        """
+        login = self._logins.get(grant)
+        if login is None or not login.is_alive:
+            raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
+        if login.grant != grant:
+            login.is_alive = False  # two programs have it, and one of them is a thief
+            raise _SandboxRefusal(400, "invalid_grant", "the grant was used before")
+        return login
 
-    return f"{prefix}sandbox-{secrets.token_urlsafe(18)}"
+    def _issue(self, login: types.SimpleNamespace) -> dict[str, object]:
+        access_token = "sk-ant-oat01-sandbox-" + generate_state()
+        self._access[access_token] = login, time.monotonic() + self.lifetime
+        login.grant = "sk-ant-ort01-sandbox-" + generate_state()
+        self._logins[login.grant] = login
+        return {
+            "token_type": "bearer",
+            "access_token": access_token,
+            "refresh_token": login.grant,
+            "expires_in": self.lifetime,
+            "refresh_token_expires_in": 30 * 86400,
+            "scope": " ".join(login.scopes),
+        }
 
 
 def _sandbox_parameters(path: str, query: str, body: bytes) -> dict[str, str]:
@@ -6023,29 +5782,15 @@ def _sandbox_parameters(path: str, query: str, body: bytes) -> dict[str, str]:
 
 
 def _visit(url: str) -> None:
-    """Fetch a page of this machine as a browser does, two redirects included."""
-    import socket
-    from http.client import HTTPConnection, HTTPException
-    from urllib.parse import urljoin, urlsplit
-
-    for _ in range(3):
+    """Fetch a page of this machine as a browser does, redirects included."""
+    options = {"headers": {"Host": url.split("/")[2]}, "timeout": REQUEST_TIMEOUT}
+    for address in ("127.0.0.1", "[::1]"):  # `localhost` does not resolve everywhere
+        page = url.replace("localhost", address, 1)
         try:
-            parts = urlsplit(url)
-            port = parts.port or 80
-            try:  # by address: the name `localhost` does not resolve everywhere
-                sock = socket.create_connection(("127.0.0.1", port), LOGIN_TIMEOUT)
-            except OSError:
-                sock = socket.create_connection(("::1", port), LOGIN_TIMEOUT)
-            with sock:
-                connection = HTTPConnection(parts.netloc)
-                connection.sock = sock
-                connection.request("GET", parts._replace(scheme="", netloc="").geturl())
-                location = connection.getresponse().getheader("Location")
-        except (OSError, ValueError, HTTPException):
-            return  # the program is gone; its own test will say so
-        if not location:
-            return
-        url = urljoin(url, location)
+            import_requests().get(page, proxies={"no_proxy": "*"}, **options)
+        except (OSError, ValueError, ClaudeOAuthError):
+            continue  # it is not there; the program's own test will say so
+        return
 
 
 _SANDBOX_PATHS: Final = {
@@ -6058,6 +5803,13 @@ _SANDBOX_PATHS: Final = {
 }
 _SANDBOX_GRANTS: Final = ("authorization_code", "refresh_token")  # /v1/oauth/token
 
+_SANDBOX_SCOPES: Final = {
+    "profile": SCOPE_USER_PROFILE,
+    "api_key": SCOPE_ORG_CREATE_API_KEY,
+    "messages": SCOPE_USER_INFERENCE,
+}
+"""What an access token must be granted for an endpoint."""
+
 _SANDBOX_RULES: Final = {
     "response_type": "code",
     "client_id": r"[!-~]+",
@@ -6069,17 +5821,10 @@ _SANDBOX_RULES: Final = {
 }
 """What an authorize request must have, and how each value must look."""
 
-_SANDBOX_HEADERS: Final = {
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
-}
-
-_SANDBOX_PROFILE: Final = {
+_SANDBOX_PROFILE: Final[Mapping[str, object]] = {
     "account": {
         "uuid": "sandbox-account",
         "email": "sandbox@example.com",
-        "display_name": "Sandbox",
         "created_at": "2024-01-01T00:00:00Z",
     },
     "organization": {
@@ -6089,45 +5834,47 @@ _SANDBOX_PROFILE: Final = {
         "rate_limit_tier": "default_claude_max_5x",
         "billing_type": "stripe_subscription",
         "subscription_created_at": "2024-01-01T00:00:00Z",
-        "has_extra_usage_enabled": False,
     },
 }
 
 _SANDBOX_PAGE: Final = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Sandbox</title>
 <h1>Sandbox</h1><p>A program asks to sign in. Nothing here is real.</p>
-<form method="post">
-<button id="approve" name="decision" value="approve">Approve</button>
-<button id="deny" name="decision" value="deny">Deny</button>
-</form></html>
+<form method="post"><button name="decision" value="approve">Approve</button>
+<button name="decision" value="deny">Deny</button></form></html>
 """
 
 
 # -- Command line ----------------------------------------------------------------------
 
-_EXIT_CODES: Final = (
-    (ConfigError, 2),
-    (NotLoggedIn, 3),
-    (TokenRefused, 3),
-    (LoginError, 3),
-    (Unavailable, 4),
-    (StorageError, 5),
-    (ClaudeOAuthError, 1),
-    (OSError, 1),
-)
+_EXIT_CODES: Final[Mapping[int, Any]] = {
+    2: ConfigError,
+    3: (NotLoggedIn, TokenRefused, LoginError),
+    4: Unavailable,
+    5: StorageError,
+    1: Exception,
+}
 """What a script can tell by; 2 is also argparse's, and 130 is Ctrl-C."""
+
+
+def python_program() -> str | None:
+    """Return the Python that runs this, None where it is built into a program."""
+    name = os.path.basename(sys.executable or "").lower()
+    is_python = name.startswith(("python", "pypy")) and not hasattr(sys, "frozen")
+    return sys.executable if is_python else None
 
 
 @hides_locals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    if sys.stdout is None:
+        say("claude-oauth: cannot write the answer: stdout is closed")
+        return 1
     for stream in (sys.stdout, sys.stderr):
         # A name in Japanese must not be a traceback where the terminal cannot show it.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        if sys.stdout is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
@@ -6143,7 +5890,15 @@ def _run(argv: list[str]) -> int:
     if argv == ["token"]:
         print(OAuthService().api_token())
         return 0
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        option = "argument --" + name.replace("_", "-")
+        most = 65535 if name == "port" else MAX_LIFETIME
+        if "" in (value if isinstance(value, list) else [value]):  # "$UNSET" in a shell
+            parser.error(f"{option}: it is empty; give it a value or leave it out")
+        if isinstance(value, (int, float)) and not 0 <= value <= most:
+            parser.error(f"{option}: give a number from 0 to {most:.0f}")
     if options.verbose:
         import logging
 
@@ -6160,24 +5915,15 @@ def _report(error: BaseException) -> int:
     text = str(error)
     if isinstance(error, OSError):
         text = (error.strerror or type(error).__name__).lower()
-        if _has_lost_stdout():
-            text = f"cannot write the answer: {text}"
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # What is still in the buffer must not fail once more at Python's end.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):  # nobody is left to read the answer
         say(f"claude-oauth: {text}")
-    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
-
-
-def _has_lost_stdout() -> bool:
-    if sys.stdout is None:
-        return True
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # What is still in the buffer must not fail once more at Python's end.
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return True
-    return False
+    return next(c for c, kinds in _EXIT_CODES.items() if isinstance(error, kinds))
 
 
 def _service(options: Any) -> OAuthService:
@@ -6199,142 +5945,123 @@ def _login(options: Any) -> int:
         timeout=options.timeout,
         email=options.email,
     )
-    with _Unset("CLAUDE_OAUTH_TOKEN"):  # it would hide whose login this is
-        who = service.status()["email"] or "an account that gives no name"
-    where = service.storage.describe()
-    say(f"Signed in as {printable(who)}; the login is kept in {where}.")
-    return _print_status(service.status(), options)
+    status = service.status()
+    name = f" as {printable(status['email'])}" if status["email"] else ""
+    say(f"Signed in{name}; the login is kept in {service.storage.describe()}.")
+    _print(options, status, {})
+    return 0
+
+
+_SOURCES: Final = {
+    "store": "",
+    "environment": "CLAUDE_OAUTH_TOKEN, not the store",
+    "none": "none; run `claude-oauth login` to sign in",
+}
 
 
 def _status(options: Any) -> int:
     """Show whose login this is, what it may do and when it ends, offline."""
     service = _service(options)
-    check, text = _check(service) if options.check else ("", "")
-    status = service.status()
-    scopes: Any = status["scopes"]
-    missing = [scope for scope in service.config.scopes if scope not in scopes]
-    is_outside = status["source"] == "environment"
-    rows = (
-        ("logged in", "yes" if status["logged_in"] else "no"),
-        ("check", text),
-        ("source", "CLAUDE_OAUTH_TOKEN, not the store" if is_outside else ""),
-        ("account", status["email"]),
-        ("organization", status["organization"]),
-        ("plan", status["subscription_type"]),
-        ("tier", status["rate_limit_tier"]),
-        ("path", status["method"]),
-        *(("" if index else "scopes", scope) for index, scope in enumerate(scopes)),
-        ("not granted", " ".join(missing) if scopes else ""),
-        ("token ends", _when(status["expires_at"])),
-        ("login ends", _when(status["refresh_token_expires_at"])),
-        ("store", status["storage"]),
-        ("client id", status["client_id"]),
-    )
-    if not options.check:
-        return _print_status(status, options, rows)
-    _print_status({**status, "check": check}, options, rows)
-    return {"works": 0, "refused": 3, "unknown": 4}[check]
+    check = _check(service) if options.check else ""
+    status, stored = service.status(), service.credentials() or Credentials("")
+    missing = sorted({*service.config.scopes} - {*stored.scopes})
+    rows = {
+        "logged in": status["logged_in"],
+        "check": check,
+        "source": _SOURCES[str(status["source"])],
+        "account": status["email"],
+        "organization": status["organization"],
+        "plan": status["subscription_type"],
+        "tier": status["rate_limit_tier"],
+        "path": status["method"],
+        "scopes": " ".join(stored.scopes),
+        "not granted": " ".join(missing) if stored.scopes else "",
+        "token ends": _until(stored.expires_at),
+        "login ends": _until(stored.refresh_token_expires_at),
+        "store": status["storage"],
+        "client id": status["client_id"],
+    }
+    word = check.partition(":")[0]
+    _print(options, {**status, "check": word} if word else status, rows)
+    code = 0 if status["logged_in"] else 3
+    return {"works": 0, "refused": 3, "unknown": 4}.get(word, code)
 
 
-def _check(service: OAuthService) -> tuple[str, str]:
-    """Ask the server with the present token; return its verdict, short and in full."""
+def _check(service: OAuthService) -> str:
+    """Ask the server with the present token; return its verdict, with the reason."""
     try:
         token = service.access_token()
         if token.startswith("sk-ant-api"):
-            return "unknown", "unknown: an API key cannot ask for the profile"
-        try:
-            OAuthClient(service.config).fetch_profile(token)
-        except TokenRefused as error:
-            if error.status != 403:  # else it is good, but too narrow for the profile
-                raise
+            return "unknown: an API key cannot ask for the profile"
+        OAuthClient(service.config).fetch_profile(token)
     except (NotLoggedIn, TokenRefused) as error:
-        return "refused", f"refused: {error}"
+        # With 403 the token is good, but too narrow for the profile.
+        if getattr(error, "status", None) != 403:
+            return f"refused: {error}"
     except (Unavailable, BadAnswer) as error:
-        return "unknown", f"unknown: {error}"
-    return "works", "works"
+        return f"unknown: {error}"
+    return "works"
 
 
-def _when(moment: object) -> str:
-    """Return a moment of a status as people count: from now."""
-    import calendar
-
-    if not isinstance(moment, str):
+def _until(moment: float | None) -> str:
+    """Return a moment as people count: from now."""
+    if moment is None:
         return ""
-    try:
-        then = calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
-    except ValueError:
-        return f"in more than 1000 years ({moment})"
-    left = then - time.time()
-    word = "in" if left > 0 else "over for"
-    return f"{word} {describe_seconds(abs(left))} ({moment})"
+    left = moment - time.time()
+    span = ("in " if left > 0 else "over for ") + describe_seconds(abs(left))
+    return f"{span} ({describe_moment(moment)})"
 
 
-def _print_status(
-    status: Mapping[str, object], options: Any, rows: Iterable[tuple[str, object]] = ()
-) -> int:
-    """Print a status; return 3 where nobody is logged in."""
+def _print(
+    options: Any, answer: Mapping[str, Any], rows: Mapping[str, object]
+) -> None:
+    """Print an answer as JSON, or else its rows; its warnings go to stderr."""
     if options.json:
-        print(dump_json(status))
-    else:
-        for name, value in rows:
-            if value:
-                print(f"{name:14}{printable(value, limit=1000)}")
-        warnings: Any = status["warnings"]
-        if status["source"] == "none":
-            warnings = ["run `claude-oauth login` to sign in"]
-        for warning in warnings:
-            say(f"! {warning}")
-    return 0 if status["logged_in"] else 3
+        print(dump_json(answer))
+        return
+    width = max(map(len, rows), default=0) + 2
+    for name, value in rows.items():
+        text = ("no", "yes")[value] if isinstance(value, bool) else value
+        if text:
+            print(f"{name:{width}}{printable(text, limit=1000)}")
+    for warning in answer.get("warnings", ()):
+        say(f"! {warning}")
 
 
 def _token(options: Any) -> int:
     """Print an access token that works; on the Console path, the API key."""
     service = _service(options)
     token = service.api_token(min_validity=options.min_validity)
-    if not options.json:
-        print(token)
-        return 0
-    status = service.status()
-    answer = {"access_token": token}
-    ends = {name: status[name] for name in ("expires_at", "expires_in")}
-    if status["method"] == "console":
-        answer, ends = {"api_key": token}, {"expires_at": None}
-    print(dump_json({**answer, **ends, "token": token}))
+    if options.json:
+        status = service.status()
+        ends = {name: status[name] for name in ("expires_at", "expires_in")}
+        answer = {"access_token": token, **ends}
+        if status["method"] == "console":
+            answer = {"api_key": token, "expires_at": None}
+        token = dump_json({**answer, "token": token})
+    print(token)
     return 0
 
 
 def _refresh(options: Any) -> int:
     """Ask the server for a new token, however long the present one lives."""
     service = _service(options)
-    service.refresh()
-    status = service.status()
-    left = status["expires_in"]
-    until = f" for {describe_seconds(left)}" if isinstance(left, int) else ""
-    say(f"Refreshed; the new token is good{until}.")
-    return _print_status(status, options)
+    left = (service.refresh().expires_at or 0) - time.time()
+    say(f"Refreshed; the new token is good for {describe_seconds(left)}.")
+    _print(options, service.status(), {})
+    return 0
 
 
 def _profile(options: Any) -> int:
     """Ask the server whose login it is."""
     profile = vars(_service(options).profile(force=True))
-    if options.json:
-        print(dump_json(profile))
-        return 0
-    for name, value in profile.items():
-        if value is not None:
-            text = {True: "yes", False: "no"}.get(value, value)
-            print(f"{name.replace('_', ' '):26}{printable(text)}")
+    _print(options, profile, {k.replace("_", " "): v for k, v in profile.items()})
     return 0
 
 
 def _api_key(options: Any) -> int:
     """Make one more permanent API key of the Console, store it and print it."""
-    try:
-        print(_service(options).create_api_key())
-    except TokenRefused as error:
-        if error.status == 403:
-            say("Keys are made by a Console login: `claude-oauth login --console`.")
-        raise
+    print(_service(options).create_api_key())
     say("This key is permanent; delete it on the Console's page of API keys.")
     return 0
 
@@ -6345,48 +6072,28 @@ def _logout(options: Any) -> int:
     found = service.logout()
     where = service.storage.describe()
     say(f"Logged out of {where}." if found else f"There was no login in {where}.")
-    for name in SIGNS_IN:
-        if setting(name):
-            say(f"{name} is set, and still signs programs in.")
+    for name in filter(setting, SIGNS_IN):
+        say(f"{name} is set, and still signs programs in.")
     return 0
-
-
-class _Unset:
-    """A block without the environment's settings that begin with a prefix."""
-
-    def __init__(self, prefix: str) -> None:
-        self._names = [name for name in os.environ if name.startswith(prefix)]
-
-    def __enter__(self) -> None:
-        self._settings = {name: os.environ.pop(name) for name in self._names}
-
-    def __exit__(self, *exc_info: object) -> None:
-        os.environ.update(self._settings)
-
-
-def _settings_for(sandbox: Sandbox, directory: str) -> dict[str, str]:
-    return {
-        "CLAUDE_OAUTH_SERVER": sandbox.origin,
-        "CLAUDE_OAUTH_CLIENT_ID": sandbox.config.client_id,
-        "CLAUDE_OAUTH_DIR": directory,
-        "CLAUDE_OAUTH_STORE": "file",
-    }
 
 
 def _sandbox(options: Any) -> int:
     """Serve a login to play with; the lines it prints point claude-oauth at it."""
+    import contextlib
     import shlex
     import signal
     from tempfile import TemporaryDirectory
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
     # Ended in either way, it takes its folder with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
-            for name, value in _settings_for(sandbox, directory).items():
-                print(f"export {name}={shlex.quote(value)}")
-            sys.stdout.flush()
+            print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
+            print(f"export CLAUDE_OAUTH_CLIENT_ID={sandbox.config.client_id}")
+            print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
+            print("export CLAUDE_OAUTH_STORE=file", flush=True)
             say("Paste these lines into another terminal; Ctrl-C ends this one.")
             while True:
                 time.sleep(3600)  # Windows: Ctrl-C ends a sleep, but not an Event.wait
@@ -6396,37 +6103,50 @@ def _sandbox(options: Any) -> int:
 
 def _demo(options: Any) -> int:
     """Play a login's whole life against a sandbox, in a temporary folder."""
+    names = [name for name in os.environ if name.startswith("CLAUDE_")]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        return _play(options.browser)
+    finally:
+        os.environ.update(hidden)
+
+
+def _play(uses_browser: bool) -> int:
+    from functools import partial
     from tempfile import TemporaryDirectory
 
+    show = partial(print, flush=True)
     temporary = TemporaryDirectory(prefix="claude-oauth-")
-    with _Unset("CLAUDE_"), temporary as directory, Sandbox() as sandbox:
+    with temporary as directory, Sandbox() as sandbox:
         storage = make_storage("file", directory)  # as the processes below make theirs
         service = OAuthService(
             sandbox.config,
             storage,
-            flush_telemetry=lambda _: _step("logout", "telemetry is flushed first"),
+            flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
         )
-        _step("server", f"a sandbox at {sandbox.origin}; the store is {directory}")
-        opener = True if options.browser else sandbox.approve
-        service.login(open_browser=opener, paste=options.browser)
+        show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
+        service.login(open_browser=uses_browser or sandbox.approve, paste=uses_browser)
         status = service.status()
-        _step("login", f"{status['email']}, plan {status['subscription_type']}")
+        show(f"login     {status['email']}, plan {status['subscription_type']}")
         first = service.access_token()
-        _step("token", f"{first[:13]}… from the file, no request")
+        show(f"token     {first[:13]}… from the file, no request")
         _expire(storage)
         news = "the same token" if service.access_token() == first else "a new token"
-        _step("expiry", f"{news}, {sandbox.counts['refresh_token']} refresh")
+        show(f"expiry    {news}, {sandbox.counts['refresh_token']} refresh")
         _expire(storage)
-        _demo_stampede(sandbox, directory)
-        _demo_early_end(service, sandbox)
+        show(f"stampede  {_stampede(sandbox, directory)}")
+        time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
+        sandbox.expire_access_tokens()
+        url, auth = sandbox.origin + "/v1/messages", BearerAuth(service)
+        post = import_requests().post
+        answer = post(url, json={}, auth=auth, proxies={"no_proxy": "*"}, timeout=9)
+        codes = [each.status_code for each in (*answer.history, answer)]
+        text = "a token that died early is refreshed and the request repeated"
+        show(f"401       {text}: {codes}")
         service.logout()
         left = "nothing" if storage.load() is None else "something"
-        _step("", f"the grant is revoked; {left} is left in the store")
+        show(f"          the grant is revoked; {left} is left in the store")
     return 0
-
-
-def _step(name: str, text: str) -> None:
-    print(f"{name:10}{text}", flush=True)
 
 
 def _expire(storage: Storage) -> None:
@@ -6437,99 +6157,56 @@ def _expire(storage: Storage) -> None:
     time.sleep(LOOK_INTERVAL)
 
 
-def _demo_stampede(sandbox: Sandbox, directory: str) -> None:
+def _stampede(sandbox: Sandbox, directory: str) -> str:
+    """Have 8 processes want a token at once; return what came of it."""
     import subprocess
 
-    if getattr(sys, "frozen", False):
-        _step("stampede", "left out: a frozen program would start itself")
-        return
+    python = python_program()
+    if python is None:
+        return "left out: this program has no Python to start"
     before = sandbox.counts["refresh_token"]
     spec = globals().get("__spec__")  # None where this file is run as a script
-    start = ["-m", spec.name] if spec else [os.path.abspath(__file__)]
-    command = [sys.executable, *start, "token"]
+    program = ["-m", spec.name] if spec else [os.path.abspath(__file__)]
+    command = [python, *program, "--dir", directory, "--store", "file", "token"]
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
-    settings = _settings_for(sandbox, directory)
-    environ = {**os.environ, **settings, "PYTHONPATH": paths}
-    workers = [  # in a folder where nothing is imported by mistake
-        subprocess.Popen(command, env=environ, cwd=directory, stdout=subprocess.PIPE)
-        for _ in range(8)
+    environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
+    # In a folder where nothing is imported by mistake; quiet when Ctrl-C ends them all.
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    workers = [
+        subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
     ]
-    tokens = [worker.communicate()[0].strip() for worker in workers]
-    _step(
-        "stampede",
+    answers: list[bytes] = [worker.communicate()[0] for worker in workers]
+    tokens = list(filter(None, answers))
+    return (
         "8 processes find an expired token:"
         f" {sandbox.counts['refresh_token'] - before} refresh,"
-        f" {sum(map(bool, tokens))} of 8 have a token, {len(set(tokens))} token in all",
+        f" {len(tokens)} of 8 have a token, {len(set(tokens))} token in all"
     )
 
 
-def _demo_early_end(service: OAuthService, sandbox: Sandbox) -> None:
-    import requests
+_STORES: Final = ("auto", "file", "keychain", "keyring")
 
-    time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
-    sandbox.expire_access_tokens()
-    url = sandbox.origin + "/v1/messages"
-    with requests.Session() as session:
-        session.trust_env = False  # no proxy
-        answer = session.post(url, json={}, auth=BearerAuth(service), timeout=9)
-    codes = [each.status_code for each in (*answer.history, answer)]
-    _step(
-        "401",
-        f"a token that died early is refreshed and the request repeated: {codes}",
-    )
-
-
-def _port(text: str) -> int:
-    import argparse
-
-    if text.isascii() and text.isdigit() and int(text) < 65536:
-        return int(text)
-    raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
-
-
-def _seconds(text: str) -> float:
-    import argparse
-
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if 0 <= seconds <= MAX_LIFETIME:
-        return seconds
-    raise argparse.ArgumentTypeError("a time is a number of seconds, as in 300")
-
-
-def _filled(text: str) -> str:
-    """Refuse what a shell makes of an unset variable: it is not the default."""
-    import argparse
-
-    if text.strip():
-        return text.strip()
-    raise argparse.ArgumentTypeError("it is empty; give it a value or leave it out")
-
-
-_OPTIONS: Final = {
-    "--client-id": (_filled, None, "ID", "the client id of your program"),
-    "--dir": (_filled, None, "PATH", "folder of the credential and of account.json"),
-    "--port": (_port, 0, "N", "a fixed one, for `ssh -L` (default: free)"),
-    "--timeout": (_seconds, LOGIN_TIMEOUT, "SECONDS", "to sign in within"),
-    "--email": (_filled, None, "ADDRESS", "the account to suggest on the page"),
-    "--min-validity": (_seconds, REFRESH_BUFFER, "SECONDS", "that it must live on"),
-    "--lifetime": (_seconds, 28800, "SECONDS", "that access tokens live"),
-}
-"""Options with a value: how it is read, the default, its name, and what it is."""
-
-_FLAGS: Final = {
+_OPTIONS: Final[Mapping[str, Any]] = {
+    "--client-id": ("ID", str.strip, None, "the client id of your program"),
+    "--dir": ("PATH", str.strip, None, "folder of the login's files"),
+    "--store": (None, None, None, "auto: the Keychain on macOS, else a file", _STORES),
     "--verbose": "log, without secrets, to stderr",
-    "--console": "at the Console, for an API key",
+    "--console": "sign in at the Console, for an API key",
     "--no-browser": "open none, print the address",
-    "--browser": "sign in with your own browser",
+    "--port": ("N", int, 0, "a fixed one, for `ssh -L` (default: free)"),
+    "--timeout": ("SECONDS", float, LOGIN_TIMEOUT, "to sign in within"),
+    "--scope": ("SCOPE", str.strip, None, "ask for this one (may be repeated)"),
+    "--email": ("ADDRESS", str.strip, None, "the account to suggest on the page"),
     "--check": "ask the server too: ends with 0 (works), 3 (refused) or 4 (unknown)",
     "--json": "print one JSON object",
+    "--min-validity": ("SECONDS", float, REFRESH_BUFFER, "that it must live on"),
+    "--lifetime": ("SECONDS", float, 28800, "that access tokens live"),
+    "--browser": "sign in with your own browser",
 }
+"""A flag's help; or what stands for the value, its type, its default, help, choices."""
 
 _COMMANDS: Final = {
-    "login": (_login, "--console --no-browser --port --timeout --email --json"),
+    "login": (_login, "--console --no-browser --port --timeout --scope --email --json"),
     "status": (_status, "--check --json"),
     "token": (_token, "--min-validity --json"),
     "refresh": (_refresh, "--json"),
@@ -6539,40 +6216,20 @@ _COMMANDS: Final = {
     "sandbox": (_sandbox, "--port --lifetime"),
     "demo": (_demo, "--browser"),
 }
-"""Each command: what runs, whose docstring is its help; and its options."""
+"""Each command: the function, whose docstring is its help; and its options."""
 
 _EPILOG: Final = """\
-environment:
-  CLAUDE_OAUTH_CLIENT_ID        the client id of your program
-  CLAUDE_OAUTH_SERVER           another server's origin (see `sandbox`)
-  CLAUDE_OAUTH_DIR              folder of the credential and of account.json
-  CLAUDE_OAUTH_STORE            auto, file, keychain or keyring
-  CLAUDE_OAUTH_TOKEN            a token to use as it is, before any store
-  CLAUDE_OAUTH_PASSPHRASE_FILE  encrypts the file with what is in this one
-  BROWSER, HTTPS_PROXY, REQUESTS_CA_BUNDLE
-
-exit codes:
-  0 done                    3 log in (again), or not allowed   130 Ctrl-C
-  1 another error           4 not to be had now: try later
-  2 usage or settings       5 the store cannot be read or written
+environment: CLAUDE_OAUTH_CLIENT_ID, CLAUDE_OAUTH_DIR, CLAUDE_OAUTH_STORE,
+  CLAUDE_OAUTH_SERVER (see `sandbox`), CLAUDE_OAUTH_TOKEN (comes before any store),
+  CLAUDE_OAUTH_PASSPHRASE_FILE (encrypts the file), BROWSER, HTTPS_PROXY
+exit codes: 0 done, 1 another error, 2 usage or settings, 3 log in (again),
+  4 try later, 5 the store cannot be read or written, 130 Ctrl-C
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line's parser, which shtab makes completions from."""
     import argparse
-
-    def add(parser: argparse.ArgumentParser, *names: str) -> None:
-        for name in names:
-            if name in _FLAGS:
-                parser.add_argument(name, action="store_true", help=_FLAGS[name])
-            else:
-                read, default, metavar, text = _OPTIONS[name]
-                if read is _seconds:
-                    text += " (default: %(default)g)"
-                parser.add_argument(
-                    name, type=read, default=default, metavar=metavar, help=text
-                )
 
     parser = argparse.ArgumentParser(
         prog="claude-oauth",
@@ -6582,19 +6239,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    add(parser, "--client-id", "--dir", "--verbose")
-    stores = ("auto", "file", "keychain", "keyring")
-    text = "where the credential is kept (auto: the Keychain on macOS, else a file)"
-    parser.add_argument("--store", choices=stores, help=text)
+    parsers = [(parser, "--client-id --dir --store --verbose")]
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (run, options) in _COMMANDS.items():
-        text = run.__doc__ or ""  # python -OO leaves none
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
-        add(command, *options.split())
-        if name == "login":
-            text = "ask for this one (may be repeated)"
-            command.add_argument("--scope", type=_filled, action="append", help=text)
+        parsers.append((command, options))
+    keys = ("metavar", "type", "default", "help", "choices")
+    for command, options in parsers:
+        for name in options.split():
+            option = _OPTIONS[name]
+            settings = dict(zip(keys, option))
+            if isinstance(option, str):
+                settings = {"action": "store_true", "help": option}
+            elif name == "--scope":
+                settings["action"] = "append"
+            command.add_argument(name, **settings)
     return parser
 
 

@@ -1149,7 +1149,7 @@ def test_an_error_hangs_where_the_contract_says(name, parent):
 # No exception shows a secret: what an error tracker records
 
 
-def frames_of(error, seen=()):
+def traceback_of(error, seen=()):
     """(function, local variables) of each frame that an error leads to."""
     if error is None or error in seen:
         return []
@@ -1158,13 +1158,13 @@ def frames_of(error, seen=()):
         found.append((step.tb_frame.f_code.co_name, dict(step.tb_frame.f_locals)))
         step = step.tb_next
     for other in (error.__cause__, error.__context__):
-        found += frames_of(other, (*seen, error))
+        found += traceback_of(other, (*seen, error))
     return found
 
 
 def exposed(error, allowed=()):
     """The functions below the caller whose frames have local variables still."""
-    return [name for name, found in frames_of(error) if found and name not in allowed]
+    return [name for name, found in traceback_of(error) if found and name not in allowed]
 
 
 def spend(secret):
@@ -1207,7 +1207,7 @@ LEAKS = [
     spend_in_a_thread,
     spend_in_a_generator,
 ]
-WRAPPER = ("call", "generate")
+WRAPPER = ("call",)
 
 
 @pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)
@@ -1217,15 +1217,15 @@ def test_no_frame_below_a_guarded_call_has_variables(leak):
         guarded("sesame")
     here = "test_no_frame_below_a_guarded_call_has_variables"
     assert not exposed(caught.value, allowed=(here, *WRAPPER))
-    assert leak.__name__ in [name for name, _ in frames_of(caught.value)]
+    assert leak.__name__ in [name for name, _ in traceback_of(caught.value)]
 
 
 def test_a_guarded_call_holds_what_its_caller_passed_and_no_more():
     with pytest.raises(ValueError, match="1") as caught:
         claude_oauth.hides_locals(spend)("sesame")
-    (own,) = [found for name, found in frames_of(caught.value) if name == "call"]
+    (own,) = [found for name, found in traceback_of(caught.value) if name == "call"]
     assert (own["args"], own["options"]) == (("sesame",), {})
-    assert set(own) == {"args", "options", "handled", "function"}
+    assert set(own) == {"args", "options", "function", "has_failed"}
 
 
 def test_the_errors_that_a_caller_handles_are_left_alone():
@@ -1239,7 +1239,7 @@ def test_the_errors_that_a_caller_handles_are_left_alone():
         with pytest.raises(ValueError, match="1") as caught:
             claude_oauth.hides_locals(spend)("sesame")
         assert caught.value.__context__ is handled
-        assert ("fail", {"kept": "the caller's own"}) in frames_of(handled)
+        assert ("fail", {"kept": "the caller's own"}) in traceback_of(handled)
 
 
 def test_a_call_that_succeeds_while_its_caller_handles_an_error_clears_nothing():
@@ -1247,46 +1247,11 @@ def test_a_call_that_succeeds_while_its_caller_handles_an_error_clears_nothing()
         kept = "the caller's own"
         raise OSError(kept)
 
-    def generate():
-        yield 1
-
     try:
         fail()
     except OSError as handled:
-        assert list(claude_oauth.hides_locals(generate)()) == [1]
         assert claude_oauth.hides_locals(lambda: 2)() == 2
-        assert ("fail", {"kept": "the caller's own"}) in frames_of(handled)
-
-
-def test_a_guarded_generator_shows_nothing_either():
-    @claude_oauth.hides_locals
-    def exchange(secret):
-        answer = yield "first"
-        spend(answer + secret)
-
-    running = exchange("sesame")
-    assert next(running) == "first"
-    with pytest.raises(ValueError, match="1") as caught:
-        running.send("open")
-    here = "test_a_guarded_generator_shows_nothing_either"
-    assert not exposed(caught.value, allowed=(here, *WRAPPER))
-    assert "exchange" in [name for name, _ in frames_of(caught.value)]
-
-
-def test_a_guarded_generator_takes_what_is_thrown_and_returns_its_value():
-    @claude_oauth.hides_locals
-    def exchange():
-        try:
-            yield 1
-        except KeyError:
-            yield 2
-        return 3
-
-    running = exchange()
-    assert (next(running), running.throw(KeyError("x"))) == (1, 2)
-    with pytest.raises(StopIteration) as caught:
-        next(running)
-    assert caught.value.value == 3
+        assert ("fail", {"kept": "the caller's own"}) in traceback_of(handled)
 
 
 @claude_oauth.hides_locals
@@ -1304,10 +1269,6 @@ class Guarded:
     @classmethod
     def of_class(cls, secret):
         assert cls is Guarded
-        spend(secret)
-
-    @staticmethod
-    def of_nobody(secret):
         spend(secret)
 
     def __call__(self, secret):
@@ -1332,7 +1293,6 @@ METHODS = {
     "init": lambda: Guarded("sesame"),
     "method": lambda: Guarded().method("sesame"),
     "classmethod": lambda: Guarded.of_class("sesame"),
-    "staticmethod": lambda: Guarded.of_nobody("sesame"),
     "call": lambda: Guarded()("sesame"),
     "enter": enter_it,
 }
@@ -1342,7 +1302,7 @@ METHODS = {
 def test_every_public_method_of_a_guarded_class_is_guarded(use):
     with pytest.raises(ValueError, match="1") as caught:
         use()
-    shown = [found for name, found in frames_of(caught.value) if name == "spend"]
+    shown = [found for name, found in traceback_of(caught.value) if name == "spend"]
     assert shown == [{}]
 
 
@@ -1372,7 +1332,7 @@ def test_an_interrupt_shows_nothing_either(error):
 
     with pytest.raises(error) as caught:
         claude_oauth.hides_locals(wait)("sesame")
-    assert ("wait", {}) in frames_of(caught.value)
+    assert ("wait", {}) in traceback_of(caught.value)
 
 
 # -- Values ----------------------------------------------------------------------------
@@ -1468,7 +1428,7 @@ def test_replace_changes_what_it_names_and_nothing_else():
 
 BAD_ARGUMENTS = {
     "none": ((), {}, "access_token"),
-    "too-many": (("x",) * 10, {}, "9 values"),
+    "too-many": (("x",) * 10, {}, "10 values"),
     "unknown": (("x",), {"colour": "red"}, "colour"),
     "twice": (("x",), {"access_token": "x"}, "access_token"),
 }
@@ -1885,8 +1845,8 @@ def test_a_profile_without_an_organization_is_one(organization):
 
 
 BAD_PROFILES = {
-    "nothing": ({}, "account"),
-    "account-is-a-list": ({"account": []}, "account"),
+    "nothing": ({}, "account.uuid"),
+    "account-is-a-list": ({"account": []}, "account.uuid"),
     "no-uuid": ({"account": {}}, "account.uuid"),
     "uuid-is-a-number": ({"account": {"uuid": 1}}, "account.uuid"),
     "uuid-is-empty": ({"account": {"uuid": ""}}, "account.uuid"),
@@ -2354,7 +2314,7 @@ def test_a_refresh_token_that_is_no_text_has_a_fingerprint():
     assert claude_oauth.fingerprint("\ud800", client_id="c", token_url="u")
 
 
-EDGE = "the service's edge refuses this User-Agent; set user_agent to name your program"
+EDGE = "the edge refuses this User-Agent; set user_agent to name your program"
 
 
 def test_the_edges_refusal_says_what_to_do():
@@ -3613,7 +3573,7 @@ def own_frames(error):
             if step.tb_frame.f_code.co_filename == claude_oauth.__file__:
                 shown = dict(step.tb_frame.f_locals)
                 if step.tb_frame.f_code.co_name == "call":
-                    own = ("args", "options", "handled", "function")
+                    own = ("args", "options", "has_failed", "function")
                     shown = {k: v for k, v in shown.items() if k not in own}
                 found.append((step.tb_frame.f_code.co_name, shown))
             step = step.tb_next
@@ -6701,7 +6661,8 @@ def test_a_missing_package_is_named(monkeypatch, package, use):
     for name in [package, *sys.modules]:
         if name.partition(".")[0] == package:
             monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(claude_oauth.ConfigError, match=rf"pip install {package}$"):
+    words = rf"is missing; .*pip install {package}$"
+    with pytest.raises(claude_oauth.ConfigError, match=words):
         use()
 
 
@@ -6718,7 +6679,7 @@ def test_a_broken_package_is_told_by_its_own_error(
     monkeypatch, tmp_path, package, use, code
 ):
     shadow(monkeypatch, tmp_path, package, code)
-    words = f"`{package}` is there but broken .*(no_such_dep|wrong)"
+    words = f"`{package}` is broken: .*(no_such_dep|wrong)"
     with pytest.raises(claude_oauth.ConfigError, match=words):
         use()
 
@@ -12866,6 +12827,19 @@ def test_no_frame_of_an_error_shows_a_secret(kept, auth_server, call, answer):
     assert set(names) & set(FRAMES), names
 
 
+def test_no_frame_of_a_flow_whose_refresh_fails_shows_a_secret(kept, auth_server):
+    kept.save()
+    auth_server.fail_next("token", 400, {"error": "invalid_grant"})
+    request = requests.Request("GET", "https://api.anthropic.com/v1/messages")
+    flow = claude_oauth.BearerAuth(kept.service()).auth_flow(request)
+    next(flow)
+    refused = requests.Response()
+    refused.status_code = 401
+    with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant") as caught:
+        flow.send(refused)
+    assert locals_with_secrets(caught.value) == []
+
+
 @pytest.mark.parametrize("answer", TROUBLE.values(), ids=TROUBLE)
 def test_no_frame_of_a_login_that_fails_shows_a_secret(
     account_service, auth_server, browser, answer
@@ -13572,13 +13546,6 @@ def test_what_the_address_says_is_no_markup_on_the_page(sandbox):
     assert "<code>&lt;b&gt;#&lt;i&gt;</code>" in requests.get(address).text
 
 
-def test_pages_are_not_kept_and_may_run_nothing(at_sandbox):
-    headers = requests.get(at_sandbox.url()).headers
-    assert headers["Cache-Control"] == "no-store"
-    assert "default-src 'none'" in headers["Content-Security-Policy"]
-    assert "Server" not in headers
-
-
 @pytest.mark.parametrize("decision", ["approve", "deny"])
 def test_a_decision_visits_the_loopback_callback_as_a_browser_does(decision):
     with ScriptedServer() as program, claude_oauth.Sandbox() as sandbox:
@@ -13619,25 +13586,9 @@ def test_an_access_token_of_a_sandbox_lives_as_long_as_it_was_told(at_sandbox):
     assert answer.status_code == 401
 
 
-def test_a_sandbox_says_when_the_login_ends():
-    with claude_oauth.Sandbox(login_lifetime=5000) as sandbox:
-        tokens = ByHand(sandbox).exchange().json()
-        assert 4000 < tokens["refresh_token_expires_in"] <= 5000
-
-
-def test_a_login_at_a_sandbox_ends_whatever_is_refreshed():
-    with claude_oauth.Sandbox(login_lifetime=-1) as sandbox:
-        at_sandbox = ByHand(sandbox)
-        token = at_sandbox.exchange().json()["refresh_token"]
-        assert at_sandbox.refresh(token).json()["error"] == "invalid_grant"
-
-
-def test_a_sandbox_that_does_not_rotate_keeps_the_refresh_token():
-    with claude_oauth.Sandbox(rotate=False) as sandbox:
-        at_sandbox = ByHand(sandbox)
-        token = at_sandbox.exchange().json()["refresh_token"]
-        assert at_sandbox.refresh(token).json()["refresh_token"] == token
-        assert at_sandbox.refresh(token).status_code == 200
+def test_a_sandbox_says_when_the_login_ends(at_sandbox):
+    tokens = at_sandbox.exchange().json()
+    assert tokens["refresh_token_expires_in"] == 30 * 86400
 
 
 def test_a_console_login_at_a_sandbox_makes_keys_that_open_the_api():
@@ -13712,7 +13663,7 @@ def test_a_body_that_is_not_json_with_strings_is_refused(sandbox, body):
     assert "oauth_request_parse_error" in answer.text
 
 
-@pytest.mark.parametrize("length", ["-1", "x", "99999999"])
+@pytest.mark.parametrize("length", ["-1", "x"])
 def test_a_request_of_an_impossible_length_is_answered(sandbox, length):
     port = int(sandbox.origin.split(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as s:
@@ -13819,15 +13770,6 @@ def test_a_port_that_cannot_be_is_no_traceback_of_a_thread(sandbox):
 
 def test_a_sandbox_takes_a_suggested_account(at_sandbox):
     assert "code=" in at_sandbox.server.approve(at_sandbox.url(login_hint="a@b"))
-
-
-def test_a_page_that_redirects_for_ever_is_left():
-    with ScriptedServer() as program:
-        program.script += [Answer(302, headers={"Location": "/callback"})] * 9
-        with claude_oauth.Sandbox() as sandbox:
-            callback = f"http://localhost:{program.port}/callback"
-            sandbox.approve(ByHand(sandbox, callback).url())
-        assert len(program.requests) == 3
 
 
 def test_a_program_logs_in_at_a_sandbox_as_its_docstring_says(sandbox):
@@ -14258,7 +14200,7 @@ def test_a_login_beside_the_environments_token_says_what_hides_it(
     done = login_cli()
 
     assert done.returncode == 0
-    assert "Signed in as person@example.com" in done.stderr
+    assert "Signed in; the login is kept in" in done.stderr
     assert "CLAUDE_OAUTH_TOKEN is in force" in done.stderr
 
 
@@ -14488,7 +14430,6 @@ BAD_USAGE = {
     "port-is-no-number": (["login", "--port", "x"], "--port"),
     "port-too-high": (["login", "--port", "65536"], "--port"),
     "port-below-zero": (["sandbox", "--port", "-1"], "--port"),
-    "port-in-other-digits": (["login", "--port", "\u0661"], "--port"),
     "timeout-below-zero": (["login", "--timeout", "-1"], "--timeout"),
     "timeout-not-a-number": (["login", "--timeout", "nan"], "--timeout"),
     "timeout-endless": (["login", "--timeout", "inf"], "--timeout"),
@@ -14502,6 +14443,7 @@ BAD_USAGE = {
     "empty-client-id": (["--client-id", "", "login"], "--client-id"),
     "blank-client-id": (["--client-id", "\r\n", "login"], "--client-id"),
     "empty-scope": (["login", "--scope", ""], "--scope"),
+    "empty-second-scope": (["login", "--scope", "a", "--scope", " "], "--scope"),
     "empty-email": (["login", "--email", ""], "--email"),
     "empty-port": (["login", "--port", ""], "--port"),
     "empty-timeout": (["login", "--timeout", ""], "--timeout"),
@@ -14531,8 +14473,8 @@ def test_options_lose_the_blanks_and_line_ends_around_them(command, tmp_path):
 
 
 def test_a_number_that_is_refused_is_explained(command):
-    assert "0 to 65535" in command("login", "--port", "x").err
-    assert "seconds" in command("login", "--timeout", "x").err.splitlines()[-1]
+    assert "0 to 65535" in command("login", "--port", "65536").err
+    assert "number from 0" in command("login", "--timeout", "nan").err
 
 
 HELP = {
@@ -15057,6 +14999,37 @@ def test_the_demo_starts_its_processes_however_it_was_started(home, name, start)
     )
 
     assert "1 refresh, 8 of 8 have a token, 1 token in all" in done.stdout
+
+
+IN_A_THREAD = """
+import os, sys, threading, claude_oauth
+reading, writing = os.pipe()
+sys.stdout = os.fdopen(writing, "w")
+threading.Thread(target=claude_oauth.main, args=(["sandbox"],), daemon=True).start()
+sys.__stdout__.write(os.fdopen(reading).readline())
+"""
+
+
+def test_a_sandbox_can_be_served_outside_the_main_thread():
+    done = run_python(IN_A_THREAD)
+
+    assert done.stdout.startswith("export CLAUDE_OAUTH_SERVER=http://127.0.0.1:")
+    assert "Traceback" not in done.stderr
+
+
+HOSTS_WITHOUT_PYTHON = {
+    "of-another-name": "sys.executable = sys.argv[0] = '/usr/bin/qgis'",
+    "unknown": "sys.executable = ''",
+    "frozen": "sys.frozen = True",
+}
+
+
+@pytest.mark.parametrize("host", HOSTS_WITHOUT_PYTHON.values(), ids=HOSTS_WITHOUT_PYTHON)
+def test_the_demo_does_not_start_a_host_program_again(host):
+    done = run_python(f"import sys, claude_oauth\n{host}\nclaude_oauth.main(['demo'])")
+
+    assert "stampede  left out: this program has no Python to start" in done.stdout
+    assert "nothing is left in the store" in done.stdout
 
 
 def test_the_demo_gives_the_settings_back(command, monkeypatch):
