@@ -1035,7 +1035,8 @@ def describe_moment(moment: float | None) -> str | None:
     """Return a moment as ISO 8601 in UTC.  Source: RFC 3339 section 5.6."""
     if moment is None:
         return None
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    known = max(0, min(moment, 32_535_215_999))  # Windows knows the years 1970 to 3000
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(known))
 
 
 CALLBACK_PATH: Final = "/callback"
@@ -2157,8 +2158,9 @@ class FileStorage(_RecordStorage):
                 _sync_directory(os.path.dirname(real))
                 return True
         except OSError as error:
-            # A mount of its own cannot be removed, only emptied.
-            if error.errno != errno.EBUSY:
+            # A mount of its own cannot be removed, only emptied; nor, on Windows, can
+            # what somebody is reading.
+            if error.errno != errno.EBUSY and os.name != "nt":
                 raise StorageError(f"cannot remove {real}: {_reason(error)}") from None
         write_private(self.path, dump_json(kept).encode("ascii"))
         return True
