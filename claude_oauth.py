@@ -808,7 +808,7 @@ def generate_state() -> str:
 
 
 def parse_json_object(
-    data: bytes | str, *, lenient: bool = False
+    data: bytes, *, lenient: bool = False
 ) -> dict[str, object] | None:
     """Return the JSON object in data, or None if it holds anything else.
 
@@ -818,9 +818,9 @@ def parse_json_object(
 
     # A JSONDecodeError carries the whole text, tokens included: it ends here.
     try:
-        if lenient and isinstance(data, bytes):
-            data = data.decode(json.detect_encoding(data), "replace")
-        found = json.loads(data, strict=not lenient)
+        encoding = json.detect_encoding(data)
+        text = data.decode(encoding, "replace" if lenient else "surrogatepass")
+        found = json.loads(text, strict=not lenient)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -2501,6 +2501,7 @@ def _run_security(line: bytes, timeout: float) -> bytes | None:
     Both outputs may hold the secret, so they are never part of an error.
     """
     import re
+    import subprocess
 
     try:
         # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
@@ -2851,6 +2852,7 @@ def start_thread(
 
 def any_selector() -> Any:
     """Return a selector that takes terminals and files as well as sockets."""
+    import selectors
 
     # epoll refuses files, macOS's poll terminals, and select descriptors beyond 1023.
     has_poll = sys.platform not in ("darwin", "win32")
@@ -3284,6 +3286,7 @@ def open_in_browser(url: str, browsers: list[str]) -> bool:
 
 def _runs(command: list[str] | str, browsers: list[str]) -> bool:
     """Run a command in silence, away from our terminal; tell whether it succeeds."""
+    import subprocess
 
     environ = {**os.environ, "BROWSER": os.pathsep.join(browsers)}
     environ.pop("TERM", None)  # without it, webbrowser knows no text-mode browser
@@ -4867,7 +4870,7 @@ class OAuthService:
         is_expired = seconds_left(stored, now) <= 0
         is_refused = self._account_file.is_refused(stored)
         is_foreign = stored.client_id not in (None, self.config.client_id or None)
-        waits = f"requests to the server are paused for another {describe_seconds(pause)}"
+        span = describe_seconds(pause)
         known = {
             "the login is in memory alone: it could not be saved": self._view.pending,
             "the login was made with another client id than is set": (
@@ -4880,7 +4883,9 @@ class OAuthService:
             "the token has expired, with none to refresh it: log in": (
                 is_expired and not stored.refresh_token
             ),
-            waits: pause and not is_refused,
+            f"requests to the server are paused for another {span}": (
+                pause and not is_refused
+            ),
         }
         warnings = [warning for warning, applies in known.items() if applies]
         left = (stored.refresh_token_expires_at or float("inf")) - now
@@ -5785,6 +5790,7 @@ def _expire(storage: Storage) -> None:
 
 def _stampede(sandbox: Sandbox, directory: str) -> str:
     """Have 8 processes want a token at once; return what came of it."""
+    import subprocess
 
     python = python_program()
     if python is None:
