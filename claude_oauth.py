@@ -2490,9 +2490,10 @@ class KeychainStorage(_SecretStorage):
             return output
         # `-w` prints in hex what is not all printable ASCII.  A record begins with "{",
         # so its hex cannot be mistaken for it.
-        text = output[:-1]
-        is_hex = text.startswith(b"7b") and not text.strip(b"0123456789abcdef")
-        return bytes.fromhex(text.decode()) if is_hex and len(text) % 2 == 0 else text
+        found = output[:-1]
+        is_hex = found.startswith(b"7b") and not found.strip(b"0123456789abcdef")
+        is_hex = is_hex and len(found) % 2 == 0
+        return bytes.fromhex(found.decode()) if is_hex else found
 
 
 def _run_security(line: bytes, timeout: float) -> bytes | None:
@@ -2556,7 +2557,7 @@ class KeyringStorage(_SecretStorage):
         if action == "delete" and self._call("get", service) is None:
             return None
         call = getattr(import_package("keyring"), f"{action}_password")
-        arguments = (service, self._account, *(text.decode("ascii") for text in data))
+        arguments = (service, self._account, *(each.decode("ascii") for each in data))
         try:
             found = call_with_limit(lambda: call(*arguments), self.time_limit)
         except Exception as error:  # each backend has errors of its own

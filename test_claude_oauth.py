@@ -1918,9 +1918,9 @@ def test_what_is_no_json_object_is_none(data):
 
 
 @pytest.mark.parametrize(
-    "data", [b'{"a": [1]}', '{"a": [1]}', b'\xef\xbb\xbf{"a": [1]}'], ids=repr
+    "data", [b'{"a": [1]}', b'\xef\xbb\xbf{"a": [1]}'], ids=["plain", "marked"]
 )
-def test_a_json_object_is_read_from_bytes_and_from_text(data):
+def test_a_json_object_is_read_with_a_byte_order_mark_or_without(data):
     assert claude_oauth.parse_json_object(data) == {"a": [1]}
 
 
