@@ -3704,6 +3704,7 @@ class SharedNotes(_Value):
     """The fingerprint of the stored API key together with its organization."""
 
     def to_record(self) -> dict[str, object]:
+        """Return the notes that say anything."""
         return {name: value for name, value in self.__dict__.items() if value}
 
     @classmethod
@@ -3797,6 +3798,10 @@ class AccountFile:
             pass
         self._unwritten, self._unwritten_over = record, found
 
+    def note(self, **changes: object) -> None:
+        """Change single notes."""
+        self.update(notes=self.notes().replace(**changes))
+
     def start(self, login: Credentials, account: Mapping[str, object]) -> None:
         """Begin anew for a new login."""
         notes = SharedNotes(
@@ -3846,16 +3851,14 @@ class AccountFile:
             is_expired = seconds_left(sent, self._clock()) <= 0
             return pause if is_expired and 0 < pause <= SHORT_WAIT else None
         if failure.code == "invalid_scope" and scopes:
-            self.update(notes=self.notes().replace(refused_scopes=scopes))
+            self.note(refused_scopes=scopes)
             return 0.0
         is_dead = failure.code == "invalid_grant"
         # Most likely dead; but a gateway's word must not end a login for good.
         may_be_dead = failure.status in (401, 404) and failure.code != "invalid_client"
         if is_dead or may_be_dead:
             until = self._clock() + (MAX_LIFETIME if is_dead else WAIT_CEILING)
-            refused = self.fingerprint(sent)
-            notes = self.notes().replace(refused=refused, refused_until=until)
-            self.update(notes=notes)
+            self.note(refused=self.fingerprint(sent), refused_until=until)
         return None  # other refusals are about the account or the settings
 
     def _note_pause(self, error: Unavailable) -> float:
@@ -3864,16 +3867,14 @@ class AccountFile:
 
         if error.status is None or not (error.status == 429 or error.status >= 500):
             return 0.0
-        notes = self.notes()
-        failures = notes.failures + 1
+        failures = self.notes().failures + 1
         pause = seconds_to_wait(
             error.status,
             error.retry_after,
             failures=failures,
             chance=random.random(),  # noqa: S311 - it spreads load, and is no secret
         )
-        until = self._clock() + pause
-        self.update(notes=notes.replace(wait_until=until, failures=failures))
+        self.note(wait_until=self._clock() + pause, failures=failures)
         return pause
 
     def pause_left(self) -> float:
@@ -4501,10 +4502,7 @@ class OAuthService:
         return self._view.serve(credentials, self._clock())
 
     def _refresh(
-        self,
-        present: Credentials,
-        min_validity: float,
-        other_than: str | None = None,
+        self, present: Credentials, min_validity: float, other_than: str | None = None
     ) -> Credentials:
         credentials, is_new = self._refresher.refresh(present, min_validity, other_than)
         # The token is on the disk: nobody has to wait for the profile.
@@ -4516,12 +4514,11 @@ class OAuthService:
 
     def note_rejected(self, token: str) -> None:
         """Note that the API answers 401 to a new token: a refresh would not help."""
-        notes = self._account_file.notes().replace(rejected=_rejected(token))
-        try:
+        import contextlib
+
+        with contextlib.suppress(StorageError, Unavailable):
             with self.storage.lock(SHORT_WAIT):
-                self._account_file.update(notes=notes)
-        except (StorageError, Unavailable):
-            self._account_file.update(notes=notes)
+                self._account_file.note(rejected=_rejected(token))
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token, and once more with a new one after a 401."""
@@ -4650,8 +4647,8 @@ class OAuthService:
             error = self._view.save(with_key, stored)
             if error:
                 warn(f"the new API key is kept in memory: {safe_text(error)}")
-            owner = file.key_owner(key, file.account(newest).get("organizationUuid"))
-            file.update(notes=file.notes().replace(key_owner=owner))
+            organization = file.account(newest).get("organizationUuid")
+            file.note(key_owner=file.key_owner(key, organization))
             return with_key
 
     # Login and logout
