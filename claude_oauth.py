@@ -3015,9 +3015,16 @@ class AuthCodeListener:
         self._threads: list[threading.Thread] = []  # the accepting thread's alone
 
     def __enter__(self) -> Self:
+        import importlib
         import secrets
         import socket
 
+        # What a request needs is loaded now, and in a thread, since glibc loads a library
+        # when the first one ends: without a descriptor left it would end the process.
+        names = ("base64", "hashlib", "hmac", "html", "re", "urllib.parse")
+        load = start_thread("load", lambda: list(map(importlib.import_module, names)))
+        if load:
+            load.join()
         self._servers = self._bind()
         self.port = self._servers[0].server_address[1]
         self.redirect_uri = f"http://localhost:{self.port}{CALLBACK_PATH}"
