@@ -5142,7 +5142,7 @@ class Sandbox:
         origin: ``http://127.0.0.1:PORT``, once the block has begun.
         counts: Requests by endpoint: authorize, callback (the page with the code),
             authorization_code, refresh_token, profile, api_key, revoke, messages.
-        lifetime: Seconds that the next access token lives.
+        lifetime: Seconds that the next access token lives (``login_lifetime``: a login).
         scopes: The most that the next login is granted (CONSOLE_SCOPES: the Console).
     """
 
@@ -5151,6 +5151,8 @@ class Sandbox:
         *,
         port: int = 0,
         lifetime: float = 28800,
+        login_lifetime: float = 30 * 86400,
+        rotate: bool = True,
         scopes: Iterable[str] = CLAUDE_AI_SCOPES,
     ) -> None:
         import threading
@@ -5160,6 +5162,8 @@ class Sandbox:
         self.scopes = tuple(scopes)
         self.counts = dict.fromkeys((*_SANDBOX_PATHS.values(), *_SANDBOX_GRANTS), 0)
         self._port = port
+        self._login_lifetime = login_lifetime
+        self._rotate = rotate
         self._threads: list[threading.Thread] = []
         # Guards counts and all below, while a request is answered.
         self._lock = threading.Lock()
@@ -5319,6 +5323,7 @@ class Sandbox:
                 scopes=sorted({*asked["scope"].split()} & {*self.scopes}),
                 grant=callback["code"],  # the code or refresh token that is not spent
                 is_alive=True,
+                ends=time.monotonic() + self._login_lifetime,
             )
         query = urlencode({**callback, "state": asked["state"]})
         return f"{asked['redirect_uri']}?{query}"
@@ -5343,6 +5348,8 @@ class Sandbox:
     def _do_refresh_token(self, request: Any) -> dict[str, object]:
         asked = request.asked
         login = self._login_of(asked.get("refresh_token", ""))
+        if login.ends < time.monotonic():
+            raise _SandboxRefusal(400, "invalid_grant", "the login is over")
         if login.asked["client_id"] != asked.get("client_id"):
             raise _SandboxRefusal(400, "invalid_grant", "client_id is another one")
         wanted = set(asked.get("scope", "").split())
@@ -5398,14 +5405,15 @@ class Sandbox:
     def _issue(self, login: types.SimpleNamespace) -> dict[str, object]:
         access_token = "sk-ant-oat01-sandbox-" + generate_state()
         self._access[access_token] = login, time.monotonic() + self.lifetime
-        login.grant = "sk-ant-ort01-sandbox-" + generate_state()
-        self._logins[login.grant] = login
+        if self._rotate or not login.grant:
+            login.grant = "sk-ant-ort01-sandbox-" + generate_state()
+            self._logins[login.grant] = login
         return {
             "token_type": "bearer",
             "access_token": access_token,
             "refresh_token": login.grant,
             "expires_in": self.lifetime,
-            "refresh_token_expires_in": 30 * 86400,
+            "refresh_token_expires_in": int(login.ends - time.monotonic()),
             "scope": " ".join(login.scopes),
         }
 

@@ -13631,9 +13631,25 @@ def test_an_access_token_of_a_sandbox_lives_as_long_as_it_was_told(at_sandbox):
     assert answer.status_code == 401
 
 
-def test_a_sandbox_says_when_the_login_ends(at_sandbox):
-    tokens = at_sandbox.exchange().json()
-    assert tokens["refresh_token_expires_in"] == 30 * 86400
+def test_a_sandbox_says_when_the_login_ends():
+    with claude_oauth.Sandbox(login_lifetime=5000) as sandbox:
+        tokens = ByHand(sandbox).exchange().json()
+        assert 4000 < tokens["refresh_token_expires_in"] <= 5000
+
+
+def test_a_login_at_a_sandbox_ends_whatever_is_refreshed():
+    with claude_oauth.Sandbox(login_lifetime=-1) as sandbox:
+        at_sandbox = ByHand(sandbox)
+        token = at_sandbox.exchange().json()["refresh_token"]
+        assert at_sandbox.refresh(token).json()["error"] == "invalid_grant"
+
+
+def test_a_sandbox_that_does_not_rotate_keeps_the_refresh_token():
+    with claude_oauth.Sandbox(rotate=False) as sandbox:
+        at_sandbox = ByHand(sandbox)
+        token = at_sandbox.exchange().json()["refresh_token"]
+        assert at_sandbox.refresh(token).json()["refresh_token"] == token
+        assert at_sandbox.refresh(token).status_code == 200
 
 
 def test_a_console_login_at_a_sandbox_makes_keys_that_open_the_api():
