@@ -110,7 +110,7 @@ REVOKE_URL: Final = "https://platform.claude.com/v1/oauth/token/revoke"
 """Seen at logout.  Source: six independent public programs."""
 
 MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
-"""The page that shows ``code#state`` to copy, for who cannot reach the loopback."""
+"""Shows ``code#state`` to copy, where the browser cannot reach the loopback."""
 
 SCOPE_ORG_CREATE_API_KEY: Final = "org:create_api_key"
 SCOPE_USER_PROFILE: Final = "user:profile"
@@ -128,10 +128,10 @@ ALLOWED_SCOPE_EXPANSIONS: Final = (
 
 CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
 ALL_SCOPES: Final = (*CONSOLE_SCOPES, SCOPE_USER_INFERENCE, *ALLOWED_SCOPE_EXPANSIONS)
-"""What both paths ask for; the server grants those that fit the account."""
+"""Both paths ask for these; the server grants those that fit the account."""
 
 CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
-"""What a Claude.ai subscriber can have: all but Console API keys."""
+"""A Claude.ai subscriber's: all but the one for Console API keys."""
 
 SUBSCRIPTION_TYPES: Final = {
     "claude_max": "max",
@@ -139,15 +139,15 @@ SUBSCRIPTION_TYPES: Final = {
     "claude_team": "team",
     "claude_enterprise": "enterprise",
 }
-"""The profile's organization_type, and what the credential calls it."""
+"""The credential's subscription type for each organization_type of the profile."""
 
 OAUTH_BETA: Final = "oauth-2025-04-20"
-"""The anthropic-beta header's value that the API wants beside an OAuth token."""
+"""The anthropic-beta header that the API requires with an OAuth token."""
 
 REFRESH_BUFFER: Final = 300
 """Seconds before expiry from which a token is refreshed while it is still served."""
 DEFAULT_LIFETIME: Final = 3600.0
-"""Seconds that a token counts for if its answer does not say so usably."""
+"""Seconds that a token lives if the answer has no usable expires_in."""
 MAX_LIFETIME: Final = 366 * 86400.0
 """Seconds; a longer lifetime in an answer is a mistake, and counts as malformed."""
 LOGIN_END_WARNING: Final = 3 * 86400.0
@@ -158,7 +158,7 @@ LOGIN_TIMEOUT: Final = 300.0
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
 MAX_REQUEST_TIMEOUT: Final = 86400.0
-"""Seconds; what is far longer does not fit the system's own limits."""
+"""Seconds; far longer ones exceed the system's own limits."""
 LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
 SLOW_FAILURE: Final = 0.1
@@ -168,32 +168,32 @@ LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
 PUT_OFF: Final = 30.0
 """Seconds until the next try when a refresh failed and the token is still alive."""
 SHORT_WAIT: Final = 2.0
-"""Seconds; a pause up to this is waited out on the spot when the token has expired."""
+"""Seconds; when the token has expired, a pause up to this is waited out."""
 WAIT_FLOOR: Final = 1.0
 """Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
 RATE_LIMIT_FLOOR: Final = 30.0
 """Seconds to pause after a 429 that names none or 0; asking sooner prolongs it."""
 WAIT_CEILING: Final = 3600.0
-"""Seconds; no Retry-After is believed beyond this."""
+"""Seconds; a longer Retry-After counts as this."""
 FLUSH_TIMEOUT: Final = 5.0
 """Seconds that a logout gives to telemetry, and then to revocation."""
 
 MAX_ANSWER_BYTES: Final = 1 << 20
-"""No answer of the service comes near; more is not read."""
+"""Far more than any answer of the service; the rest is not read."""
 MAX_FILE_BYTES: Final = 1 << 20
-"""A credential file beyond this is not one."""
+"""No credential file is larger."""
 MAX_PASTE_CHARS: Final = 4096
-"""What a person pastes is a code or an address; nothing longer is either."""
+"""No code or address is longer."""
 
 USER_AGENT: Final = "claude-oauth-py/" + __version__
-"""Honest: the edge refuses an empty or a scripting one."""
+"""The edge refuses an empty one, and those of scripting libraries."""
 
 
 # -- Errors ----------------------------------------------------------------------------
 
 
 class ClaudeOAuthError(Exception):
-    """Whatever this module reports; ``str()`` says what is wrong and what to do.
+    """Any error of this module; ``str()`` says what is wrong and what to do.
 
     No secret, request or response is in an error or in its chain.  The arguments are
     the facts, in order, so that an error survives pickle and copy.
@@ -267,7 +267,7 @@ class TokenRefused(ClaudeOAuthError):
 class Unavailable(ClaudeOAuthError):
     """No usable answer, for a reason that may pass: try later.
 
-    ``retry_after`` is in seconds, ``status`` is HTTP's; each is None if nobody said.
+    ``retry_after`` is in seconds, ``status`` is HTTP's; each is None if unknown.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class Unavailable(ClaudeOAuthError):
 
 
 class BadAnswer(ClaudeOAuthError):
-    """The server's answer is not what it should be; ``field`` names where."""
+    """The server's answer is not what it should be; ``field`` says where."""
 
     def __init__(self, field: str, problem: str = "is missing or malformed") -> None:
         super().__init__(field, problem)
@@ -305,11 +305,11 @@ class StorageCorrupt(StorageError):
 
 
 def hides_locals(subject: _T) -> _T:
-    """Decorate a function, or the public methods of a class: no error shows a secret.
+    """Keep secrets out of tracebacks: of a function, or a class's public methods.
 
-    Error trackers record the local variables of each frame of a traceback.  When an
-    exception leaves, the frames below the call lose theirs, those of its causes and
-    contexts too; each keeps its function's name and its line.
+    Error trackers record the local variables of each frame.  When an exception leaves
+    the function, those of the frames below are cleared, in its causes and contexts too;
+    function names and line numbers stay.
     """
     function: Any = subject
     if isinstance(function, type):
@@ -343,21 +343,21 @@ def hides_locals(subject: _T) -> _T:
 def _clear_frames(error: BaseException | None) -> None:
     # Not traceback.clear_frames: where no file can be opened, its import would fail.
     chain = [error]
-    for failure in filter(None, chain):  # it grows meanwhile
+    for failure in filter(None, chain):  # grows in the loop
         step = failure.__traceback__
-        if step and failure is not error and not _is_cleared(step.tb_frame):
+        if step and failure is not error and not _clear_frame(step.tb_frame):
             continue  # the caller is handling it: those frames are the caller's
         while step:
-            _is_cleared(step.tb_frame)
+            _clear_frame(step.tb_frame)
             step = step.tb_next
         others = (failure.__cause__, failure.__context__)
         chain += [other for other in others if other not in chain]
 
 
-def _is_cleared(frame: FrameType) -> bool:
+def _clear_frame(frame: FrameType) -> bool:
     try:
         frame.clear()
-    except RuntimeError:  # it runs still
+    except RuntimeError:  # still running
         return False
     return True
 
@@ -366,7 +366,7 @@ def _is_cleared(frame: FrameType) -> bool:
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return a setting of the environment without blanks and line ends around it."""
+    """Return an environment variable without surrounding blanks, "" if it is unset."""
     return (os.environ if environ is None else environ).get(name, "").strip()
 
 
@@ -397,11 +397,11 @@ def import_package(name: str) -> Any:
 class _Value:
     """A frozen record whose annotations are its fields, in order.
 
-    A dataclass in little: `import dataclasses` takes longer than Python's own start.
+    A small dataclass: importing `dataclasses` takes longer than starting Python.
     """
 
     _secret: ClassVar[tuple[str, ...]] = ()
-    """Fields whose content no repr shows."""
+    """Fields that repr does not show."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
         cls = type(self)
@@ -420,7 +420,7 @@ class _Value:
         self._validate()
 
     def _validate(self) -> None:
-        """Refuse what must not exist; a subclass says what."""
+        """Raise if the values are not valid; for subclasses."""
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with these fields changed."""
@@ -455,7 +455,7 @@ class OAuthConfig(_Value):
     """
 
     client_id: str
-    """A program's own; empty if there is none, which is enough for all but a login."""
+    """The one that the program was issued; may be empty except for a login."""
     claude_ai_authorize_url: str = CLAUDE_AI_AUTHORIZE_URL
     console_authorize_url: str = CONSOLE_AUTHORIZE_URL
     token_url: str = TOKEN_URL
@@ -466,7 +466,7 @@ class OAuthConfig(_Value):
     """None: nothing is revoked at logout."""
     scopes: tuple[str, ...] = ALL_SCOPES
     user_agent: str = USER_AGENT
-    """A program may name itself in front; this module's own name stays in it."""
+    """A program may put its own name in front; this module's name is kept."""
     timeout: float = REQUEST_TIMEOUT
     """Seconds to connect, and to answer."""
 
@@ -538,7 +538,7 @@ def may_carry_token(url: str) -> bool:
 def is_loopback(host: str) -> bool:
     """Tell whether a host name or address can only mean this machine.
 
-    A name with a dot at its end goes to the resolver, which may know another one.
+    Not ``localhost.``: the resolver may send a name with a final dot elsewhere.
     """
     import ipaddress
 
@@ -553,7 +553,7 @@ def is_header_safe(token: str) -> bool:
     return bool(token) and token.isascii() and token.isprintable() and " " not in token
 
 
-# Readers of one field.  What another program wrote oddly is unknown: it is None.
+# Readers of one field; a value that is malformed counts as unknown: None.
 
 
 def _text(value: object) -> str | None:
@@ -573,7 +573,7 @@ def _number(value: object) -> float | None:
         value = float(value[:400])
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if abs(value) < 1e15 else None  # NaN is not less either
+    return value if abs(value) < 1e15 else None  # False for NaN too
 
 
 def _moment(value: object) -> float | None:
@@ -637,7 +637,7 @@ _PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]
 
 @hides_locals
 class Credentials(_Value):
-    """What a login gave, with lifetimes turned into moments of this machine's clock."""
+    """The result of a login; lifetimes are moments of this machine's clock."""
 
     _secret = ("access_token", "refresh_token", "api_key")
 
@@ -645,13 +645,13 @@ class Credentials(_Value):
     refresh_token: str | None = None
     """Works once: the answer to a refresh brings its successor."""
     expires_at: float | None = None
-    """Seconds since the epoch, or None if nobody said."""
+    """Seconds since the epoch, or None if unknown."""
     scopes: tuple[str, ...] = ()
     """As granted."""
     subscription_type: str | None = None
     rate_limit_tier: str | None = None
     refresh_token_expires_at: float | None = None
-    """When the login itself ends, whatever is refreshed, in seconds since the epoch."""
+    """Seconds since the epoch: the login itself ends then, refreshed or not."""
     client_id: str | None = None
     """The program that the tokens were issued to, and that must refresh them."""
     api_key: str | None = None
@@ -663,7 +663,7 @@ class Credentials(_Value):
         return SCOPE_USER_INFERENCE in self.scopes
 
     def to_record(self) -> dict[str, object]:
-        """Return the JSON object to store; what is None is left out."""
+        """Return the JSON object to store, without the fields that are None."""
         tokens = {}
         for name, (key, read) in _RECORD_FIELDS.items():
             value = getattr(self, name)
@@ -675,7 +675,7 @@ class Credentials(_Value):
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> Credentials:
-        """Read a stored JSON object.  Other fields than the tokens may be of any type.
+        """Read a stored JSON object.  Fields other than the tokens may have any type.
 
         Raises:
             StorageCorrupt: A token has the wrong type, or no header can carry it; the
@@ -700,11 +700,11 @@ class Credentials(_Value):
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        The refresh token behind the answer is spent: what it leaves out stays as it
-        was, and an unusable lifetime counts as 3600 s.  Source: RFC 6749 section 5.1.
+        A field that is missing keeps its value, and an unusable lifetime counts as
+        3600 s: the refresh token is spent already.  Source: RFC 6749 section 5.1.
 
         Raises:
-            BadAnswer: There is no usable access token in it.
+            BadAnswer: It has no usable access token.
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
@@ -728,7 +728,7 @@ class Credentials(_Value):
 
 @hides_locals
 class Profile(_Value):
-    """Whose login it is.  Times are as the server writes them (ISO 8601)."""
+    """The account and organization of a login.  Times are ISO 8601, as received."""
 
     account_uuid: str
     email: str | None = None
@@ -760,7 +760,7 @@ class Profile(_Value):
         return cls(**{**found, "subscription_type": plan})
 
     def to_record(self) -> dict[str, object]:
-        """Return what account.json keeps; plan and tier stay with the credential."""
+        """Return the part for account.json; plan and tier stay with the credential."""
         fields = ((name, row[2]) for name, row in _PROFILE_FIELDS.items())
         return {key: getattr(self, name) for name, key in fields if key}
 
@@ -768,7 +768,7 @@ class Profile(_Value):
     def from_record(
         cls, record: Mapping[str, object], credentials: Credentials | None = None
     ) -> Profile | None:
-        """Read what account.json keeps, with plan and tier from the credential."""
+        """Read the part from account.json, with plan and tier from the credential."""
         found: dict[str, Any] = {
             name: read(record.get(key)) if key else getattr(credentials, name, None)
             for name, (_part, _key, key, read) in _PROFILE_FIELDS.items()
@@ -782,7 +782,7 @@ class Profile(_Value):
 def generate_code_verifier() -> str:
     """Return a new code verifier: 32 random bytes, 43 characters.
 
-    It is for one login, and for memory alone.  Source: RFC 7636 section 4.1.
+    Use it for one login, and never store it.  Source: RFC 7636 section 4.1.
     """
     import secrets
 
@@ -804,7 +804,7 @@ def generate_state() -> str:
 
 
 # -- Messages --------------------------------------------------------------------------
-# Pure: what goes over the wire and what comes back, without I/O.
+# Pure functions that build and parse messages, without I/O.
 
 
 def parse_json_object(
@@ -812,11 +812,11 @@ def parse_json_object(
 ) -> dict[str, object] | None:
     """Return the JSON object in data, or None if it holds anything else.
 
-    With ``lenient``, broken characters are replaced and control characters taken.
+    With ``lenient``, broken characters are replaced and control characters accepted.
     """
     import json
 
-    # A JSONDecodeError carries the whole text, tokens included: it ends here.
+    # A JSONDecodeError carries the whole text, tokens included, so it is caught here.
     try:
         encoding = json.detect_encoding(data)
         text = data.decode(encoding, "replace" if lenient else "surrogatepass")
@@ -834,10 +834,10 @@ def dump_json(obj: object) -> str:
 
 
 def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) -> str:
-    """Return text that somebody else wrote, fit for a terminal: one line, no secret.
+    """Return untrusted text as one line that is safe to print.
 
-    Control, direction and zero-width characters go; so does whatever is in ``secrets``
-    or looks like one of the service's tokens.
+    Control, direction and zero-width characters are removed; ``secrets``, and anything
+    that looks like one of the service's tokens, are replaced.
     """
     import re
 
@@ -854,13 +854,12 @@ def read_answer(
 ) -> dict[str, object]:
     """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    The grant behind it is spent, so nothing beside the tokens may cost them: not a
-    broken character, nor what follows them.
+    The grant is spent already, so a defect elsewhere must not lose the tokens.
 
     Raises:
-        BadAnswer: It is JSON, but no object.
+        BadAnswer: It is JSON, but not an object.
         Unavailable: It is not the service's.
-        TokenRefused: There is an ``error`` in it in place of the field asked for.
+        TokenRefused: It has an ``error`` instead of the field.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
@@ -875,14 +874,14 @@ def read_answer(
 
 
 def _fields_of(content: bytes) -> dict[str, object] | None:
-    """Return what a JSON object that is cut or damaged says of the tokens."""
+    """Return the token fields of a JSON object that is truncated or damaged."""
     import re
 
     names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
     value = rb'"(?:[ !#-\[\]-~]|\\["/\\])*"|\d{1,9}(?=[\s,}])'
     fields = re.findall(rb'"(?:%s)"\s*:\s*(?:%s)' % (names, value), content)
     found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
-    # What is cut may have lost its refresh token: half a login is none.
+    # A truncated answer may lack the refresh token, and is useless without it.
     is_cut = not content.rstrip().endswith(b"}")
     is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
     is_object = content.lstrip().startswith(b"{")
@@ -890,9 +889,9 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
-    """Return the granted scopes, and those wanted that a refresh may add to them.
+    """Return the granted scopes, and the wanted ones that a refresh may add.
 
-    Empty if it is not known what was granted: a guess could narrow the token.
+    Empty if the granted scopes are unknown: a guess could narrow the token.
     """
     granted = tuple(granted)
     added = (s for s in wanted if s in ALLOWED_SCOPE_EXPANSIONS and s not in granted)
@@ -900,9 +899,9 @@ def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[st
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
-    """Return a Retry-After header in seconds, None if it is no number and no date.
+    """Return a Retry-After header in seconds, None if malformed or not in the future.
 
-    None, too, if it is not in the future.  Source: RFC 9110 section 10.2.3.
+    Source: RFC 9110 section 10.2.3.
     """
     from email.utils import parsedate_to_datetime
 
@@ -920,10 +919,10 @@ def parse_retry_after(value: str | None, *, now: float) -> float | None:
 def seconds_to_wait(
     status: int, asked_for: float | None, *, failures: int, chance: float
 ) -> float:
-    """Return how long to leave the server alone after a 429 or a 5xx.
+    """Return the seconds to pause after a 429 or a 5xx.
 
-    It asked for so many seconds, or doubles them with each of the failures in a row.
-    A chance, drawn from 0 to 1, keeps many machines from returning at once.
+    Without the server's own number they double with each failure in a row.  ``chance``
+    is random, 0 to 1: it keeps many machines from returning at once.
     """
     floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
     seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
@@ -938,7 +937,7 @@ def error_of_answer(
     request_id: str | None = None,
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
-    """Return the error that an answer stands for, without the secrets it may quote.
+    """Return the error for an answer, without the secrets that it may quote.
 
     Both envelopes are read: RFC 6749 section 5.2's, and the API's
     ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
@@ -978,7 +977,7 @@ _PASSING_CODES: Final = (
     *("", "temporarily_unavailable", "server_error", "rate_limit_error"),
     *("overloaded_error", "api_error", "timeout_error"),
 )
-"""Error codes that say nothing about the grant, whatever the status beside them."""
+"""Error codes that say nothing about the grant, whatever the status."""
 
 
 def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -998,8 +997,8 @@ def clean_token(value: str) -> str:
     """Return a token from the environment without the blanks around it.
 
     Raises:
-        ConfigError: It is no ``b64token`` of RFC 6750 section 2.1, but a quoted one, an
-            assignment, JSON, a placeholder.
+        ConfigError: It is not a ``b64token`` (RFC 6750 section 2.1) but a quoted one,
+            an assignment, JSON or a placeholder.
     """
     import re
 
@@ -1010,9 +1009,9 @@ def clean_token(value: str) -> str:
 
 
 def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
-    """Return what may be written down of a refused refresh token: not the token.
+    """Return a hash that identifies a token or key without revealing it.
 
-    Another client or server may think otherwise of it, so they are part of it.
+    Another client or server may judge the token differently, so they are included.
     """
     import hashlib
 
@@ -1021,7 +1020,7 @@ def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
 
 
 def describe_seconds(seconds: float) -> str:
-    """Return a span for people: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
+    """Return a duration for people: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
     whole = max(int(min(seconds, 1e15)), 0)
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
