@@ -1020,7 +1020,7 @@ def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
 
 
 def describe_seconds(seconds: float) -> str:
-    """Return a duration for people: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
+    """Return a duration as text: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
     whole = max(int(min(seconds, 1e15)), 0)
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
@@ -1290,7 +1290,7 @@ p { white-space: pre-line; overflow-wrap: anywhere; }
 
 
 class Deadline:
-    """One limit for several waits in a row, by the clock that nobody can set."""
+    """One time limit for several waits in a row, by the monotonic clock."""
 
     def __init__(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds
@@ -1307,7 +1307,7 @@ class Deadline:
 def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
     """Return what a function returns, or raise TimeoutError after so many seconds.
 
-    It runs on then, in a daemon thread.  Where none can start, there is no limit.
+    It goes on in a daemon thread then.  Where none can start, there is no limit.
     """
     import threading
 
@@ -1337,7 +1337,7 @@ def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
 class OAuthClient:
     """The requests to the service, each with a time limit and a size limit.
 
-    Without a session each has its own.  Safe to share between threads if that is.
+    Without a session each has its own.  Thread-safe if the session is.
     """
 
     def __init__(
@@ -1352,14 +1352,14 @@ class OAuthClient:
         self._clock = clock
 
     def check(self) -> None:
-        """Raise ConfigError for what no request gets past, without sending one."""
+        """Raise ConfigError if no request could be sent, without sending one."""
         self.client_id_for(None)
         session = self._session or import_requests().Session()
         for url in (self.config.token_url, self.config.profile_url):
             check_way(url, session)
 
     def client_id_for(self, credentials: Credentials | None) -> str:
-        """Return the program that a grant was issued to; ConfigError if unknown."""
+        """Return the client id that a grant was issued to; ConfigError if unknown."""
         client_id = getattr(credentials, "client_id", "") or self.config.client_id
         if not client_id:
             raise ConfigError(
@@ -1377,7 +1377,7 @@ class OAuthClient:
         console: bool = False,
         extra: Mapping[str, str] | None = None,
     ) -> str:
-        """Return the address where a person allows the login.
+        """Return the address where a person approves the login.
 
         Source: RFC 6749 section 4.1.1 and RFC 7636 section 4.3; ``code=true`` makes the
         service's manual page show the code (seen in the public client's traffic).
@@ -1441,7 +1441,7 @@ class OAuthClient:
     def request_refresh(
         self, credentials: Credentials, scopes: Iterable[str] = ()
     ) -> dict[str, object]:
-        """Do what `refresh` does, and return the answer as the server gave it.
+        """Do what `refresh` does, but return the server's answer itself.
 
         Without scopes the server keeps those granted.  Source: RFC 6749 section 6.
         """
@@ -1457,18 +1457,18 @@ class OAuthClient:
         }
         if not body["scope"]:
             del body["scope"]
-        # Repeated if it is dropped: had that spent the token, its successor would be
-        # lost, and whoever tries later would send it again.
+        # Repeated if the connection is dropped: if the server has spent the token, its
+        # successor is lost anyway, and any later try would send the same token.
         return self._send(self.config.token_url, body, field="access_token", tries=2)
 
     def fetch_profile(self, access_token: str) -> Profile:
-        """Ask whose login it is; TokenRefused if the token is dead or too narrow."""
+        """Return the account's profile; TokenRefused if the token is dead or too narrow."""
         url = self.config.profile_url
         answer = self._send(url, None, field="account", bearer=access_token, tries=2)
         return Profile.from_answer(answer)
 
     def create_api_key(self, access_token: str) -> str:
-        """Make one more permanent Console API key; TokenRefused if it may not."""
+        """Create another permanent Console API key; TokenRefused if not allowed."""
         url = self.config.api_key_url
         answer = self._send(url, {}, field="raw_key", bearer=access_token)
         key = _header_text(answer.get("raw_key"))
@@ -1496,8 +1496,8 @@ class OAuthClient:
         bearer: str = "",
         tries: int = 1,
     ) -> dict[str, object]:
-        """Send a request; return the object that is its answer, {} without a field."""
-        # `requests` limits the wait for a packet only: headers that drip, or a resolver
+        """Send a request; return the answer's JSON object, {} if no field is asked for."""
+        # `requests` limits the wait for each packet only: slow headers, or a resolver
         # that hangs, would hold the lock for ever.
         try:
             status, headers, content = call_with_limit(
@@ -1556,8 +1556,8 @@ class OAuthClient:
                 return response.status_code, response.headers, content
             except Exception as failure:
                 error = failure
-        # Whatever a session raises may hold the request, and that the tokens: only a
-        # sentence is raised, and outside that block, so that no chain leads back.
+        # An exception of the session may hold the request, and so the tokens: raise a
+        # text alone, and outside the except block, so that no chain leads to it.
         failed = _error_of_failure(error, way)
         if tries > 1 and str(failed) == _DROPPED.format(way=way):
             return self._attempt(url, body, bearer, tries - 1)
@@ -1565,7 +1565,7 @@ class OAuthClient:
 
 
 def _without_redirect(request: Any) -> Any:
-    # `requests` parses, and may fail on, an address that it is not to follow.
+    # `requests` parses a Location that it does not follow, and may fail on it.
     request.register_hook("response", lambda got, **_: got.headers.update(Location=""))
     return request
 
@@ -1584,7 +1584,7 @@ _FAILURES: Final = {
     "ConnectionError": "no connection to {way}; check the network and try again",
     "Exception": "no usable answer from {way} ({kind}); try again later",
 }
-"""What is said of exceptions of a class, or around one; the first that fits counts."""
+"""The text for an exception of a class, or with one inside; the first match counts."""
 
 
 def _error_of_failure(error: Exception, way: str) -> ClaudeOAuthError:
@@ -1608,7 +1608,7 @@ def import_requests() -> Any:
 
 
 def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
-    """Return the host of a URL, with its proxy's, as text; and the proxies to use.
+    """Return a text that names the host and its proxy, and the proxies to use.
 
     Raises:
         ConfigError: The proxy's URL, or the file of certificates, is unusable.  No URL
@@ -1618,11 +1618,11 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
     from urllib.parse import urlsplit
 
     requests, parts = import_requests(), urlsplit(url)
-    # Plain http stays on this machine, whatever HTTP_PROXY or a session says: no key
-    # goes before the one with the host.
+    # Plain http stays on this machine, whatever HTTP_PROXY or a session says: the key
+    # with the host takes precedence over all others.
     proxies = {f"http://{parts.hostname}": ""}
     merge = getattr(session, "merge_environment_settings", None)
-    if parts.scheme == "http" or not merge:  # a session of another make
+    if parts.scheme == "http" or not merge:  # not a session of `requests`
         return parts.netloc, proxies
     settings = merge(url, proxies, True, None, None)
     variables = sorted(os.environ.items())
@@ -3643,13 +3643,13 @@ def _is_terminal(stream: Any) -> bool:
 
 
 def seconds_left(credentials: Credentials, now: float) -> float:
-    """Return for how long an access token lives on; for ever if nobody said."""
+    """Return how long an access token is still valid; infinity if unknown."""
     expires_at = credentials.expires_at
     return float("inf") if expires_at is None else expires_at - now
 
 
 def required(credentials: Credentials | None) -> Credentials:
-    """Return a credential, or raise NotLoggedIn where there is none."""
+    """Return the credential, or raise NotLoggedIn if there is none."""
     if credentials is None:
         raise NotLoggedIn
     return credentials
@@ -3665,7 +3665,7 @@ def console_key(credentials: Credentials) -> str | None:
 
 
 def needs_key(credentials: Credentials) -> bool:
-    """Tell whether the API takes a key instead of this login, and there is none."""
+    """Tell whether the API needs a key for this login, and none is stored."""
     is_console = bool(credentials.scopes) and not credentials.is_claude_ai
     return is_console and not credentials.api_key
 
@@ -3676,25 +3676,25 @@ def safe_text(error: BaseException) -> str:
 
 
 def _copy_of(error: _Error) -> _Error:
-    """Return an error anew: without the traceback, whose frames hold tokens."""
+    """Return a copy of an error without its traceback, whose frames hold tokens."""
     return type(error)(*error.args)
 
 
 class SharedNotes(_Value):
-    """What processes tell each other beside the credential; no secret is in it."""
+    """Notes about a login that processes share, beside the credential; no secrets."""
 
     wait_until: float = 0.0
-    """The server asked for a pause, or was out of order: no refresh before this."""
+    """No refresh before this: the server asked for a pause, or failed."""
     failures: int = 0
-    """How many such answers there were in a row."""
+    """The number of such answers in a row."""
     lifetime: int = 0
     """Seconds that the last access token had when it was new; 0 if not known."""
     refused: str = ""
     """The fingerprint of a refresh token that is dead."""
     refused_until: float = 0.0
-    """Until when that is believed."""
+    """``refused`` counts until then."""
     refused_scopes: tuple[str, ...] = ()
-    """A list of scopes that the server would not grant on a refresh."""
+    """Scopes that the server would not grant on a refresh."""
     rejected: str = ""
     """The fingerprint of a new access token that the API answered 401 to as well."""
     account_of: tuple[str, ...] = ()
@@ -3707,7 +3707,7 @@ class SharedNotes(_Value):
 
     @classmethod
     def from_record(cls, record: object) -> SharedNotes:
-        """Read the notes; one that is malformed was never made."""
+        """Read the notes; a malformed one is ignored."""
         known: dict[str, Any] = {}
         found = record if isinstance(record, dict) else {}
         for name in cls.__annotations__:
@@ -3719,7 +3719,7 @@ class SharedNotes(_Value):
         return cls(**known)
 
     def after_success(self) -> SharedNotes:
-        """Return the notes without what a successful refresh ends."""
+        """Return the notes without those that a successful refresh settles."""
         return self.replace(
             wait_until=0.0, failures=0, refused="", refused_until=0.0, rejected=""
         )
@@ -3728,9 +3728,8 @@ class SharedNotes(_Value):
 class AccountFile:
     """account.json: the cached account, and the notes that processes share.
 
-    It is a cache.  One that is damaged is left alone and counts as empty, and what
-    cannot be written is kept by this process.  Changes are made under the storage's
-    lock.
+    A cache: a damaged file is left alone and counts as empty, and changes that cannot
+    be written are kept in memory.  Hold the storage's lock to make changes.
     """
 
     _ACCOUNT: Final = "oauthAccount"
@@ -3742,13 +3741,13 @@ class AccountFile:
         self._path = path
         self._config = config
         self._clock = clock
-        # What could not be written, and what the file held then.  Once the file holds
-        # something else, another process knows better.
+        # A record that could not be written, and the file's content then.  Once that
+        # differs, another process has written something newer.
         self._unwritten: dict[str, object] = {}
         self._unwritten_over: dict[str, object] | None = None
 
     def fingerprint(self, credentials: Credentials) -> str:
-        """Return what may be written down of a login: not its token."""
+        """Return a hash that identifies a login without revealing its token."""
         return fingerprint(
             credentials.refresh_token or credentials.access_token,
             client_id=credentials.client_id or self._config.client_id,
@@ -3797,7 +3796,7 @@ class AccountFile:
         self._unwritten, self._unwritten_over = record, found
 
     def start(self, login: Credentials, account: Mapping[str, object]) -> None:
-        """Begin anew for a new login."""
+        """Replace the account and all notes, for a new login."""
         notes = SharedNotes(
             account_of=(self.fingerprint(login),),
             key_owner=self.key_owner(login.api_key, account.get("organizationUuid")),
@@ -3813,11 +3812,11 @@ class AccountFile:
     def note_success(
         self, renewed: Credentials, before: Credentials, spent: Credentials | None
     ) -> None:
-        """Note a refresh: what it ends, and that the account is the same person's.
+        """Note a successful refresh; the cached account stays with the login.
 
         Args:
-            spent: The login that other processes still read although it is spent,
-                because its successor could not be saved.
+            spent: The login that the store still holds although it is spent, because
+                its successor could not be saved; None if it was saved.
         """
         now = self._clock()
         lifetime = max(round(seconds_left(renewed, now)), 0)
@@ -3826,7 +3825,7 @@ class AccountFile:
             owners = (self.fingerprint(renewed), self.fingerprint(before))
             notes = notes.replace(account_of=tuple(dict.fromkeys(owners)))
         if spent and spent.refresh_token != renewed.refresh_token:
-            # To send it again would end the login, the unsaved successor included.
+            # Sending it again would end the login, the unsaved successor included.
             refused, until = self.fingerprint(spent), now + MAX_LIFETIME
             notes = notes.replace(refused=refused, refused_until=until)
         self.update(notes=notes)
@@ -3836,8 +3835,8 @@ class AccountFile:
     ) -> float | None:
         """Note why a refresh failed.
 
-        Returns the seconds after which a second request, without scopes, makes sense;
-        None if it makes none.
+        Returns the seconds after which a second request, without scopes, may succeed;
+        None if none can.
         """
         if isinstance(failure, Unavailable):
             pause = self._note_pause(failure)
@@ -3848,7 +3847,7 @@ class AccountFile:
             self.update(notes=self.notes().replace(refused_scopes=scopes))
             return 0.0
         is_dead = failure.code == "invalid_grant"
-        # Most likely dead; but a gateway's word must not end a login for good.
+        # Probably dead; but a gateway may have said so, which must not end a login.
         may_be_dead = failure.status in (401, 404) and failure.code != "invalid_client"
         if is_dead or may_be_dead:
             until = self._clock() + (MAX_LIFETIME if is_dead else WAIT_CEILING)
@@ -3858,7 +3857,7 @@ class AccountFile:
         return None  # other refusals are about the account or the settings
 
     def _note_pause(self, error: Unavailable) -> float:
-        """Return the seconds to wait after a 429 or 5xx, which every process keeps."""
+        """Note a pause after a 429 or 5xx, for every process; return its seconds."""
         import random
 
         if error.status is None or not (error.status == 429 or error.status >= 500):
@@ -3884,12 +3883,12 @@ class AccountFile:
     def is_refused(self, credentials: Credentials) -> bool:
         """Tell whether the server is known to refuse this refresh token."""
         notes = self.notes()
-        # Twice: a clock that was set back must not bring a dead token to life.
+        # Twice: a dead token must stay refused although the clock was set back.
         is_known = 0 < notes.refused_until - self._clock() <= 2 * MAX_LIFETIME
         return is_known and notes.refused == self.fingerprint(credentials)
 
     def raise_known_failure(self, credentials: Credentials) -> None:
-        """Raise what the server would say, if it is known, without asking it."""
+        """Raise the error of a request that is known to fail, without sending it."""
         if self.is_refused(credentials):
             raise TokenRefused("invalid_grant", "refused before, and not sent again")
         pause = self.pause_left()
@@ -3921,7 +3920,7 @@ class AccountFile:
         return {**(found or {}), **unwritten}
 
     def _read(self) -> dict[str, object] | None:
-        """Return what is in the file, None if that is not for us to replace."""
+        """Return the file's content, None if it must not be replaced."""
         if self._path is None:
             return {}
         try:
@@ -3936,13 +3935,13 @@ class PendingSave(_Value):
 
     credentials: Credentials
     instead_of: Credentials | None
-    """What the store held; once it holds something else, that counts."""
+    """The store's content then; once that differs, the store counts."""
     account: Mapping[str, object] | None = None
     """The account of a new login; None where the login was only refreshed."""
 
 
 class ServedToken:
-    """An access token that is handed out without a look at the store, for a moment."""
+    """An access token that is handed out for a moment without reading the store."""
 
     def __init__(self, credentials: Credentials, now: float) -> None:
         key, expires_at = console_key(credentials), credentials.expires_at
@@ -3962,13 +3961,13 @@ class ServedToken:
 
 
 _NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))
-"""Makes everybody look at the store, whenever they ask."""
+"""Never valid, so that every call looks at the store."""
 
 
 class StoreView:
-    """The storage as this process sees it: what it read last and could not save.
+    """The storage as this process sees it: the last read, and a pending save.
 
-    `read`, `save` and `remember` are for whoever holds the storage's lock.
+    Hold the storage's lock for `read`, `save` and `remember`, unless it is read-only.
     """
 
     def __init__(self, storage: Storage, account_file: AccountFile) -> None:
@@ -4021,9 +4020,9 @@ class StoreView:
         stored: Credentials | None,
         account: Mapping[str, object] | None = None,
     ) -> BaseException | None:
-        """Save a login over what the store holds; return why it could not be saved.
+        """Save a login in place of *stored*; return the error if that fails.
 
-        Then it is served from memory, and every look tries to save it again.
+        After an error it is served from memory, and every look tries to save it again.
         """
         if account is None and self.pending:
             account = self.pending.account
@@ -4032,8 +4031,8 @@ class StoreView:
             self.storage.save(credentials)
             self.pending = None
         except Exception as problem:
-            # The token before it is spent: its successor must not be lost to whatever
-            # a store may raise.
+            # Whatever the store raises, the login must not be lost: the refresh token
+            # before it is spent.
             error = problem
             self.pending = PendingSave(credentials, stored, account)
         self.remember(credentials)
@@ -4042,15 +4041,15 @@ class StoreView:
         return error
 
     def remember(self, credentials: Credentials | None) -> None:
-        """Take this for what the store holds until the next look."""
+        """Use this as the store's content until the next look."""
         self._last = (None, credentials)
         self.served = _NOTHING_SERVED
 
     def serve(self, credentials: Credentials, now: float) -> ServedToken:
-        """Hand a login out, to those as well who ask in the next moment."""
+        """Return a login to hand out, now and for LOOK_INTERVAL."""
         served = self.served = ServedToken(credentials, now)
-        # Not if another thread has refreshed since the look (asked last, or it could
-        # do so in between); and while a save is pending every call looks.
+        # Not kept if another thread has refreshed since the look (checked last, or it
+        # could do so in between), nor while a save is pending.
         if credentials is not self._last[1] or self.pending:
             self.served = _NOTHING_SERVED
         return served
@@ -4058,7 +4057,7 @@ class StoreView:
     def _load(self, known: Credentials | None) -> Credentials | None:
         """Read the store; while that fails, return what is known.
 
-        A store that failed slowly is given a rest: it may have asked a person.
+        After a slow failure it is not read for a while: it may have shown a dialog.
         """
         began = time.monotonic()
         try:
@@ -4089,22 +4088,21 @@ class StoreView:
                     notes = self.account_file.notes().after_success()
                     self.account_file.update(notes=notes)
         except (StorageError, Unavailable):
-            pass  # said once already; the next call tries again
+            pass  # there was a warning already; the next call tries again
 
     def _forget_after_fork(self) -> None:
-        """Leave to the parent what could not be saved: it saves and refreshes it."""
+        """Leave a pending save to the parent process, which refreshes it as well."""
         if self._pid != os.getpid():
             self._pid, self.pending = os.getpid(), None
             self.remember(None)
 
 
 class DeferredSignals:
-    """Hold the program's end back while a spent token's successor is not on the disk.
+    """Keep the program from ending before a spent token's successor is on the disk.
 
-    In the main thread signals wait; SIGQUIT does not, so that there is a way out.  In
-    another thread no signal arrives, but the program may end around it: then its exit
-    waits.  SIGKILL, and a SIGTERM that ends the program while this runs in another
-    thread, cannot be held back.
+    In the main thread signals are deferred, except SIGQUIT, as a way out.  In another
+    thread no signal arrives, but the program may end: then its exit waits.  SIGKILL,
+    and a SIGTERM while this runs in another thread, cannot be deferred.
     """
 
     def __init__(self) -> None:
@@ -4128,14 +4126,14 @@ class DeferredSignals:
         self._undo.close()
 
     def deliver(self) -> None:
-        """Let the signals through that were held back."""
+        """Raise the signals that were deferred."""
         import signal
 
         if self._pending:
             number = self._pending.pop(0)
             try:
                 signal.raise_signal(number)
-            finally:  # the first one may raise, and the others count all the same
+            finally:  # even if the first one raises
                 self.deliver()
 
     def _hold(self, number: int, _frame: FrameType | None) -> None:
@@ -4151,7 +4149,7 @@ class DeferredSignals:
             if signal.getsignal(number) == self._hold:
                 signal.signal(number, previous)
 
-        # None is a handler that is not Python's, and whoever ignores a signal may.
+        # None is a handler that is not Python's; an ignored signal stays ignored.
         if previous not in (None, signal.SIG_IGN, self._hold):
             stack.callback(restore)  # first: the next line may be interrupted
             try:
@@ -4177,13 +4175,12 @@ class DeferredSignals:
 def merge_answer(
     answer: Mapping[str, object], before: Credentials, now: float
 ) -> tuple[Credentials, BadAnswer | None]:
-    """Return a refreshed login, and what is wrong with it.
+    """Return the refreshed login, and the answer's defect if there is one.
 
-    The refresh token is spent: its successor must not be lost to the rest of an answer
-    that is no good.
+    The refresh token is spent: a successor is kept even if the rest is unusable.
 
     Raises:
-        BadAnswer: There is neither an access token nor a successor in it.
+        BadAnswer: It has neither an access token nor a refresh token.
     """
     try:
         found = Credentials.from_answer(answer, received_at=now, previous=before)
@@ -4202,12 +4199,12 @@ class Refresher:
     2. Lock out the other threads, then the other processes.
     3. Look again: somebody may have refreshed meanwhile, and their token will do.
     4. Check that the new login can be written, before anything is spent.
-    5. Spend the refresh token, with signals held back.
+    5. Spend the refresh token, with signals deferred.
     6. Save the new login; it is on the disk before anybody gets it.
-    7. Note for the other processes what came of it, and unlock.
+    7. Note the result for the other processes, and unlock.
 
-    A crash before 5 loses nothing.  Between 5 and 6 only SIGKILL or a power failure
-    can: the answer is under way to the disk.
+    A crash before 5 loses nothing.  Between 5 and 6 the login can be lost, by a power
+    failure or a signal that DeferredSignals cannot defer.
     """
 
     def __init__(
@@ -4231,18 +4228,18 @@ class Refresher:
         if left <= 0 or not credentials.refresh_token:
             return left <= 0
         put_off = self._not_before - self._clock()
-        # A put-off that is longer than any was made before the clock was set back.
+        # A longer one dates from before the clock was set back.
         return left <= min_validity and not 0 < put_off <= PUT_OFF
 
     def refresh(
         self, present: Credentials, min_validity: float, other_than: str | None = None
     ) -> tuple[Credentials, bool]:
-        """Return a login that lasts, and whether this call has refreshed it.
+        """Return a valid login, and whether this call has refreshed it.
 
-        While the present token lives, nobody waits and nothing fails: it is returned.
+        While the present token is valid, it is returned rather than wait or fail.
 
         Args:
-            other_than: An access token that will not do, however long it lives.
+            other_than: An access token to replace, however long it is valid.
         """
         is_alive = other_than is None and seconds_left(present, self._clock()) > 0
         try:
@@ -4259,7 +4256,7 @@ class Refresher:
             return present, False
 
     def _borrow(self, other_than: str | None) -> Credentials:
-        """Return what another program keeps alive; its refresh token is never spent."""
+        """Return the login that another program refreshes; never refresh it here."""
         newest = required(self._view.storage.load())
         self._view.remember(newest)
         if self._suffices(newest, 0, other_than):
@@ -4272,7 +4269,7 @@ class Refresher:
     def _refresh_alone(
         self, patience: float, min_validity: float, other_than: str | None
     ) -> tuple[Credentials, bool]:
-        """Lock: wait for the turn among threads, then among processes."""
+        """Lock out other threads, then other processes, and refresh."""
         import threading
 
         if self._turn[0] != os.getpid():  # the parent's thread cannot release it here
@@ -4344,7 +4341,7 @@ class Refresher:
         scopes: tuple[str, ...],
         signals: DeferredSignals,
     ) -> Credentials:
-        """Spend the refresh token and keep what it brings, whatever happens."""
+        """Spend the refresh token, and keep its successor whatever happens."""
         with signals:
             answer = self._client.request_refresh(newest, scopes)
             renewed, problem = merge_answer(answer, newest, self._clock())
