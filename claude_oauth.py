@@ -1462,7 +1462,7 @@ class OAuthClient:
         return self._send(self.config.token_url, body, field="access_token", tries=2)
 
     def fetch_profile(self, access_token: str) -> Profile:
-        """Return the account's profile; TokenRefused if the token is dead or too narrow."""
+        """Return the profile; TokenRefused if the token is dead or too narrow."""
         url = self.config.profile_url
         answer = self._send(url, None, field="account", bearer=access_token, tries=2)
         return Profile.from_answer(answer)
@@ -1496,7 +1496,7 @@ class OAuthClient:
         bearer: str = "",
         tries: int = 1,
     ) -> dict[str, object]:
-        """Send a request; return the answer's JSON object, {} if no field is asked for."""
+        """Send a request; return the answer's JSON object, {} without a field."""
         # `requests` limits the wait for each packet only: slow headers, or a resolver
         # that hangs, would hold the lock for ever.
         try:
@@ -4482,12 +4482,12 @@ class OAuthService:
 
     @hides_locals
     def _serve(self, min_validity: float, *, for_api: bool = False) -> ServedToken:
-        """Look, refresh if that is due, and hand out; for the API a key will do."""
+        """Return a token to hand out, refreshed if due; *for_api*, a key will do."""
         token = environment_token()
         if token:
             return ServedToken(Credentials(token), self._clock())
         credentials = required(self._view.look())
-        # A key does not expire: where it is what is wanted, no token is refreshed.
+        # A key does not expire: the API needs no fresh token beside it.
         has_key = for_api and console_key(credentials) is not None
         if not has_key and self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
@@ -4520,7 +4520,7 @@ class OAuthService:
             self._account_file.update(notes=notes)
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
-        """Call with an access token, and once more with a new one after a 401."""
+        """Call with an access token; after a 401, once more with a new one."""
         token = self.access_token()
         for is_last in (False, True):
             try:
@@ -4535,7 +4535,7 @@ class OAuthService:
             token = self.refresh(rejected=token).access_token
         raise AssertionError("the last round returns or raises")
 
-    # Whose login it is
+    # The account
 
     @hides_locals
     def credentials(self) -> Credentials | None:
@@ -4552,7 +4552,7 @@ class OAuthService:
 
     @hides_locals
     def profile(self, *, force: bool = False) -> Profile:
-        """Return whose login it is, from the cache unless forced to ask.
+        """Return the account's profile, from the cache unless forced to ask.
 
         Raises:
             TokenRefused: The token may not ask (403: it lacks user:profile).
@@ -4671,7 +4671,7 @@ class OAuthService:
             paste: Whether a code may be typed on stdin.
             port: For the loopback redirect; 0 lets the system choose.
             timeout: Seconds for the person.
-            email: What the sign-in page is to fill in (``login_hint``).
+            email: The address that the sign-in page fills in (``login_hint``).
 
         Raises:
             ConfigError: A setting, the client id for one, is missing or unusable.
@@ -4720,7 +4720,7 @@ class OAuthService:
                 listener.finish(page)
 
     def _check_before_login(self) -> None:
-        """Raise what would make somebody sign in for nothing."""
+        """Raise the errors that would make a sign-in useless."""
         self._client.check()
         environment_token()  # a malformed one would fail what comes after the login
         with self.storage.lock(LOCK_TIMEOUT):
@@ -4893,7 +4893,7 @@ class OAuthService:
         return warnings
 
     def _is_usable(self, stored: Credentials | None) -> bool:
-        """Tell whether a token can be had, as far as that is known here."""
+        """Tell whether a token can be had, as far as this machine knows."""
         if stored is None:
             return False
         ends_at = stored.refresh_token_expires_at
@@ -4906,7 +4906,7 @@ class OAuthService:
 
 
 _ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
-"""What account.json must have for a refresh to do without the profile."""
+"""Keys of account.json; if one is missing, a refresh fetches the profile."""
 
 SIGNS_IN: Final = (
     "CLAUDE_OAUTH_TOKEN",
@@ -4921,7 +4921,7 @@ def environment_token() -> str | None:
     """Return the token that CLAUDE_OAUTH_TOKEN holds, None if it is unset or blank.
 
     Raises:
-        ConfigError: It holds something else than a token.
+        ConfigError: Its value is not a token.
     """
     value = setting("CLAUDE_OAUTH_TOKEN")
     return clean_token(value) if value else None
@@ -4959,7 +4959,7 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
 
 
 class BearerAuth:
-    """Signs requests in: an auth object for `requests`, and for httpx.
+    """Adds the credential to requests: an auth object for `requests`, and for httpx.
 
     After a 401 the token is refreshed once and the request repeated once, body and all
     (with httpx: in a class that derives from this one and ``httpx.Auth``).  The token
@@ -5024,7 +5024,7 @@ class BearerAuth:
         return may_carry_token(origin) and urlsplit(origin).hostname in self._hosts
 
     def _sign(self, request: Any) -> None:
-        """Put the headers on a request, in the place of another's credential."""
+        """Set the headers of a request, in place of any other credential."""
         headers = self._service.auth_headers()
         present = {name.lower() for name in request.headers}
         if "anthropic-beta" in present and "anthropic-beta" in headers:
@@ -5037,7 +5037,7 @@ class BearerAuth:
 
     @hides_locals
     def _renew(self, request: Any) -> bool:
-        """Refresh after a 401, and sign again; tell whether that makes sense."""
+        """Refresh after a 401 and sign again; return False where that cannot help."""
         token = _bearer_of(request)
         if not token or token == environment_token():
             return False
@@ -5054,9 +5054,9 @@ class BearerAuth:
         """Return the answer to a request; after a 401, to its repetition."""
         request: Any = response.request
         if response.is_redirect:
-            self._keep_from_strangers(response)
-        # After a redirect this runs for the stranger's answer too: only a refusal of a
-        # token that may go there counts.
+            self._remove_key(response)
+        # After a redirect this also gets the answer of another host: only a 401 of a
+        # host that the token may go to counts.
         if response.status_code != 401 or not self._may_sign(str(request.url)):
             return response
         repeated = request.copy()
@@ -5064,7 +5064,7 @@ class BearerAuth:
             if not _rewind(request.body, position) or not self._renew(repeated):
                 return response
         except ClaudeOAuthError:
-            response.close()  # nobody else gets it to close
+            response.close()  # the caller does not get it
             raise
         response.close()
         answer: Any = response.connection.send(repeated, **options)
@@ -5074,10 +5074,10 @@ class BearerAuth:
         answer.request = repeated
         return answer
 
-    def _keep_from_strangers(self, response: requests.Response) -> None:
-        """Take the API key off before `requests` follows a redirect to another host.
+    def _remove_key(self, response: requests.Response) -> None:
+        """Remove the API key before `requests` follows a redirect to another host.
 
-        It takes off Authorization by itself, and knows no other secret header.
+        `requests` itself removes Authorization alone.
         """
         from urllib.parse import urljoin
 
@@ -5105,7 +5105,7 @@ def _position(body: Any) -> int | None:
 
 
 def _rewind(body: Any, position: int | None) -> bool:
-    """Make a request's body ready to be sent again, if it can be."""
+    """Rewind a request's body to send it again; return False if that is impossible."""
     if position is not None:
         body.seek(position)
         return True
@@ -5126,8 +5126,8 @@ class Sandbox:
             service = OAuthService(sandbox.config, MemoryStorage())
             service.login(open_browser=sandbox.approve, paste=False)
 
-    It holds a client to the rules: S256, the same redirect_uri and state, codes and
-    refresh tokens that work once, and the end of the whole login when one comes again.
+    It enforces the rules: S256, the same redirect_uri and state, and codes and refresh
+    tokens that work once; reuse of one ends the whole login.
     ``/v1/messages`` takes its tokens and keys, and answers with the body that it got.
 
     Attributes:
@@ -5319,7 +5319,7 @@ class Sandbox:
         import re
 
         asked = request.asked
-        if not asked.get("state"):  # RFC 6749 knows nothing of this; the service does
+        if not asked.get("state"):  # required by the service, not by RFC 6749
             raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
         login = self._login_of(asked.get("code", ""))
         login.grant = ""  # the code is spent, whatever comes next
@@ -5375,7 +5375,7 @@ class Sandbox:
         return {}  # for an unknown token too: RFC 7009 section 2.2
 
     def _login_of(self, grant: str) -> types.SimpleNamespace:
-        """Return the login of a code or refresh token; one that comes again ends it.
+        """Return the login of a code or refresh token; reuse of one ends it.
 
         Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
         """
@@ -5383,7 +5383,7 @@ class Sandbox:
         if login is None or not login.is_alive:
             raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
         if login.grant != grant:
-            login.is_alive = False  # two programs have it, and one of them is a thief
+            login.is_alive = False  # two programs have it: one may have stolen it
             raise _SandboxRefusal(400, "invalid_grant", "the grant was used before")
         return login
 
@@ -5428,7 +5428,7 @@ def _visit(url: str) -> None:
         try:
             import_requests().get(page, proxies={"no_proxy": "*"}, **options)
         except (OSError, ValueError, ClaudeOAuthError):
-            continue  # it is not there; the program's own test will say so
+            continue  # the listener does not use this address
         return
 
 
@@ -5447,7 +5447,7 @@ _SANDBOX_SCOPES: Final = {
     "api_key": SCOPE_ORG_CREATE_API_KEY,
     "messages": SCOPE_USER_INFERENCE,
 }
-"""What an access token must be granted for an endpoint."""
+"""The scope that each endpoint requires."""
 
 _SANDBOX_RULES: Final = {
     "response_type": "code",
@@ -5458,7 +5458,7 @@ _SANDBOX_RULES: Final = {
     "code_challenge": r"[A-Za-z0-9_-]{43}",
     "code_challenge_method": "S256",
 }
-"""What an authorize request must have, and how each value must look."""
+"""The parameters of an authorize request, and the pattern of each value."""
 
 _SANDBOX_PROFILE: Final[Mapping[str, object]] = {
     "account": {
@@ -5493,7 +5493,7 @@ _EXIT_CODES: Final[Mapping[int, Any]] = {
     5: StorageError,
     1: Exception,
 }
-"""What a script can tell by; 2 is also argparse's, and 130 is Ctrl-C."""
+"""The exit code of each kind of error; argparse too uses 2, and Ctrl-C is 130."""
 
 
 @hides_locals
@@ -5503,7 +5503,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("claude-oauth: cannot write the answer: stdout is closed")
         return 1
     for stream in (sys.stdout, sys.stderr):
-        # A name in Japanese must not be a traceback where the terminal cannot show it.
+        # A name that the terminal cannot show must not end in a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -5632,7 +5632,7 @@ def _check(service: OAuthService) -> str:
 
 
 def _until(moment: float | None) -> str:
-    """Return a moment as people count: from now."""
+    """Return a moment for people: relative to now."""
     if moment is None:
         return ""
     left = moment - time.time()
@@ -5713,7 +5713,7 @@ def _sandbox(options: Any) -> int:
     from tempfile import TemporaryDirectory
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
-    # Ended in either way, it takes its folder with it.
+    # A SIGTERM too must remove the temporary folder.
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -5778,7 +5778,7 @@ def _play(uses_browser: bool) -> int:
 
 
 def _expire(storage: Storage) -> None:
-    """Make the stored token one that has expired, and wait until that is noticed."""
+    """Set the stored token's expiry to the past, and wait until that is noticed."""
     with storage.lock(LOCK_TIMEOUT):
         stored = storage.load() or Credentials("")
         storage.save(stored.replace(expires_at=time.time() - 1))
@@ -5786,7 +5786,7 @@ def _expire(storage: Storage) -> None:
 
 
 def _stampede(sandbox: Sandbox, directory: str) -> str:
-    """Have 8 processes want a token at once; return what came of it."""
+    """Let 8 processes ask for a token at once; return the result as text."""
     import subprocess
 
     python = python_program()
@@ -5798,7 +5798,7 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     command = [python, *program, "--dir", directory, "--store", "file", "token"]
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
-    # In a folder where nothing is imported by mistake; quiet when Ctrl-C ends them all.
+    # From a folder with nothing to import by mistake; Ctrl-C would print tracebacks.
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     workers = [
         subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
@@ -5831,7 +5831,7 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "--lifetime": ("SECONDS", float, 28800, "that access tokens live"),
     "--browser": "sign in with your own browser",
 }
-"""A flag's help; or what stands for the value, its type, its default, help, choices."""
+"""For a flag its help; else metavar, type, default, help and choices."""
 
 _COMMANDS: Final = {
     "login": (_login, "--console --no-browser --port --timeout --scope --email --json"),
