@@ -3979,7 +3979,7 @@ class StoreView:
         # Replaced whole, never changed, so reading them needs no lock.
         self._last: tuple[object, Credentials | None] = (None, None)
         self._failure: StorageError | None = None
-        self._rest = Deadline(0)
+        self._failed_until = Deadline(0)
         self.served = _NOTHING_SERVED
 
     def look(self) -> Credentials | None:
@@ -4061,13 +4061,13 @@ class StoreView:
         """
         began = time.monotonic()
         try:
-            if self._failure and not self._rest.passed():
+            if self._failure and not self._failed_until.passed():
                 raise _copy_of(self._failure)
             found = self.storage.load()
         except StorageError as error:
             took = time.monotonic() - began
             if took > SLOW_FAILURE:
-                self._rest = Deadline(5 * took)
+                self._failed_until = Deadline(5 * took)
             if known and not self._failure:
                 warn(f"{error} (going on with what was read before)")
             self._failure = _copy_of(error)
@@ -4217,7 +4217,7 @@ class Refresher:
         self._account_file = view.account_file
         self._clock = clock
         # Held by the one thread of this process that refreshes.
-        self._turn = (os.getpid(), threading.Lock())
+        self._mutex = (os.getpid(), threading.Lock())
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
         self._not_before = 0.0
@@ -4244,9 +4244,9 @@ class Refresher:
         is_alive = other_than is None and seconds_left(present, self._clock()) > 0
         try:
             if self._view.is_read_only:
-                return self._borrow(other_than), False
-            patience = 0.0 if is_alive else LOCK_TIMEOUT
-            return self._refresh_alone(patience, min_validity, other_than)
+                return self._read_foreign(other_than), False
+            timeout = 0.0 if is_alive else LOCK_TIMEOUT
+            return self._refresh_alone(timeout, min_validity, other_than)
         except ClaudeOAuthError as error:
             if not is_alive or isinstance(error, NotLoggedIn):
                 raise
@@ -4255,7 +4255,7 @@ class Refresher:
                 warn(f"{error} (the present token is used until it expires)")
             return present, False
 
-    def _borrow(self, other_than: str | None) -> Credentials:
+    def _read_foreign(self, other_than: str | None) -> Credentials:
         """Return the login that another program refreshes; never refresh it here."""
         newest = required(self._view.storage.load())
         self._view.remember(newest)
@@ -4267,17 +4267,17 @@ class Refresher:
         )
 
     def _refresh_alone(
-        self, patience: float, min_validity: float, other_than: str | None
+        self, timeout: float, min_validity: float, other_than: str | None
     ) -> tuple[Credentials, bool]:
         """Lock out other threads, then other processes, and refresh."""
         import threading
 
-        if self._turn[0] != os.getpid():  # the parent's thread cannot release it here
-            self._turn = (os.getpid(), threading.Lock())
-        began, deadline = time.monotonic(), Deadline(patience)
+        if self._mutex[0] != os.getpid():  # the parent's thread cannot release it here
+            self._mutex = (os.getpid(), threading.Lock())
+        began, deadline = time.monotonic(), Deadline(timeout)
         signals = DeferredSignals()
-        turn = self._turn[1]
-        if not turn.acquire(timeout=patience):
+        mutex = self._mutex[1]
+        if not mutex.acquire(timeout=timeout):
             raise Unavailable("another thread is refreshing the login; try again later")
         try:
             with self._view.storage.lock(deadline.left()):
@@ -4291,7 +4291,7 @@ class Refresher:
                     self._failed = (time.monotonic(), _copy_of(failure))
                     raise
         finally:
-            turn.release()
+            mutex.release()
             signals.deliver()  # with the locks released: this may end the process
 
     def _refresh_locked(
@@ -5734,12 +5734,12 @@ def _demo(options: Any) -> int:
     names = [name for name in os.environ if name.startswith("CLAUDE_")]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
-        return _play(options.browser)
+        return _run_demo(options.browser)
     finally:
         os.environ.update(hidden)
 
 
-def _play(uses_browser: bool) -> int:
+def _run_demo(uses_browser: bool) -> int:
     from functools import partial
     from tempfile import TemporaryDirectory
 
