@@ -110,7 +110,7 @@ REVOKE_URL: Final = "https://platform.claude.com/v1/oauth/token/revoke"
 """Seen at logout.  Source: six independent public programs."""
 
 MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
-"""The page that shows ``code#state`` to copy, for who cannot reach the loopback."""
+"""Shows ``code#state`` to copy, where the browser cannot reach the loopback."""
 
 SCOPE_ORG_CREATE_API_KEY: Final = "org:create_api_key"
 SCOPE_USER_PROFILE: Final = "user:profile"
@@ -128,10 +128,10 @@ ALLOWED_SCOPE_EXPANSIONS: Final = (
 
 CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
 ALL_SCOPES: Final = (*CONSOLE_SCOPES, SCOPE_USER_INFERENCE, *ALLOWED_SCOPE_EXPANSIONS)
-"""What both paths ask for; the server grants those that fit the account."""
+"""Both paths ask for these; the server grants those that fit the account."""
 
 CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
-"""What a Claude.ai subscriber can have: all but Console API keys."""
+"""A Claude.ai subscriber's: all but the one for Console API keys."""
 
 SUBSCRIPTION_TYPES: Final = {
     "claude_max": "max",
@@ -139,15 +139,15 @@ SUBSCRIPTION_TYPES: Final = {
     "claude_team": "team",
     "claude_enterprise": "enterprise",
 }
-"""The profile's organization_type, and what the credential calls it."""
+"""The credential's subscription type for each organization_type of the profile."""
 
 OAUTH_BETA: Final = "oauth-2025-04-20"
-"""The anthropic-beta header's value that the API wants beside an OAuth token."""
+"""The anthropic-beta header that the API requires with an OAuth token."""
 
 REFRESH_BUFFER: Final = 300
 """Seconds before expiry from which a token is refreshed while it is still served."""
 DEFAULT_LIFETIME: Final = 3600.0
-"""Seconds that a token counts for if its answer does not say so usably."""
+"""Seconds that a token lives if the answer has no usable expires_in."""
 MAX_LIFETIME: Final = 366 * 86400.0
 """Seconds; a longer lifetime in an answer is a mistake, and counts as malformed."""
 LOGIN_END_WARNING: Final = 3 * 86400.0
@@ -158,7 +158,7 @@ LOGIN_TIMEOUT: Final = 300.0
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
 MAX_REQUEST_TIMEOUT: Final = 86400.0
-"""Seconds; what is far longer does not fit the system's own limits."""
+"""Seconds; far longer ones exceed the system's own limits."""
 LOOK_INTERVAL: Final = 0.5
 """Seconds for which a token is handed out before the store is looked at again."""
 SLOW_FAILURE: Final = 0.1
@@ -168,32 +168,32 @@ LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
 PUT_OFF: Final = 30.0
 """Seconds until the next try when a refresh failed and the token is still alive."""
 SHORT_WAIT: Final = 2.0
-"""Seconds; a pause up to this is waited out on the spot when the token has expired."""
+"""Seconds; when the token has expired, a pause up to this is waited out."""
 WAIT_FLOOR: Final = 1.0
 """Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
 RATE_LIMIT_FLOOR: Final = 30.0
 """Seconds to pause after a 429 that names none or 0; asking sooner prolongs it."""
 WAIT_CEILING: Final = 3600.0
-"""Seconds; no Retry-After is believed beyond this."""
+"""Seconds; a longer Retry-After counts as this."""
 FLUSH_TIMEOUT: Final = 5.0
 """Seconds that a logout gives to telemetry, and then to revocation."""
 
 MAX_ANSWER_BYTES: Final = 1 << 20
-"""No answer of the service comes near; more is not read."""
+"""Far more than any answer of the service; the rest is not read."""
 MAX_FILE_BYTES: Final = 1 << 20
-"""A credential file beyond this is not one."""
+"""No credential file is larger."""
 MAX_PASTE_CHARS: Final = 4096
-"""What a person pastes is a code or an address; nothing longer is either."""
+"""No code or address is longer."""
 
 USER_AGENT: Final = "claude-oauth-py/" + __version__
-"""Honest: the edge refuses an empty or a scripting one."""
+"""The edge refuses an empty one, and those of scripting libraries."""
 
 
 # -- Errors ----------------------------------------------------------------------------
 
 
 class ClaudeOAuthError(Exception):
-    """Whatever this module reports; ``str()`` says what is wrong and what to do.
+    """Any error of this module; ``str()`` says what is wrong and what to do.
 
     No secret, request or response is in an error or in its chain.  The arguments are
     the facts, in order, so that an error survives pickle and copy.
@@ -267,7 +267,7 @@ class TokenRefused(ClaudeOAuthError):
 class Unavailable(ClaudeOAuthError):
     """No usable answer, for a reason that may pass: try later.
 
-    ``retry_after`` is in seconds, ``status`` is HTTP's; each is None if nobody said.
+    ``retry_after`` is in seconds, ``status`` is HTTP's; each is None if unknown.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class Unavailable(ClaudeOAuthError):
 
 
 class BadAnswer(ClaudeOAuthError):
-    """The server's answer is not what it should be; ``field`` names where."""
+    """The server's answer is not what it should be; ``field`` says where."""
 
     def __init__(self, field: str, problem: str = "is missing or malformed") -> None:
         super().__init__(field, problem)
@@ -305,11 +305,11 @@ class StorageCorrupt(StorageError):
 
 
 def hides_locals(subject: _T) -> _T:
-    """Decorate a function, or the public methods of a class: no error shows a secret.
+    """Keep secrets out of tracebacks: of a function, or a class's public methods.
 
-    Error trackers record the local variables of each frame of a traceback.  When an
-    exception leaves, the frames below the call lose theirs, those of its causes and
-    contexts too; each keeps its function's name and its line.
+    Error trackers record the local variables of each frame.  When an exception leaves
+    the function, those of the frames below are cleared, in its causes and contexts too;
+    function names and line numbers stay.
     """
     function: Any = subject
     if isinstance(function, type):
@@ -343,21 +343,21 @@ def hides_locals(subject: _T) -> _T:
 def _clear_frames(error: BaseException | None) -> None:
     # Not traceback.clear_frames: where no file can be opened, its import would fail.
     chain = [error]
-    for failure in filter(None, chain):  # it grows meanwhile
+    for failure in filter(None, chain):  # grows in the loop
         step = failure.__traceback__
-        if step and failure is not error and not _is_cleared(step.tb_frame):
+        if step and failure is not error and not _clear_frame(step.tb_frame):
             continue  # the caller is handling it: those frames are the caller's
         while step:
-            _is_cleared(step.tb_frame)
+            _clear_frame(step.tb_frame)
             step = step.tb_next
         others = (failure.__cause__, failure.__context__)
         chain += [other for other in others if other not in chain]
 
 
-def _is_cleared(frame: FrameType) -> bool:
+def _clear_frame(frame: FrameType) -> bool:
     try:
         frame.clear()
-    except RuntimeError:  # it runs still
+    except RuntimeError:  # still running
         return False
     return True
 
@@ -366,7 +366,7 @@ def _is_cleared(frame: FrameType) -> bool:
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return a setting of the environment without blanks and line ends around it."""
+    """Return an environment variable without surrounding blanks, "" if it is unset."""
     return (os.environ if environ is None else environ).get(name, "").strip()
 
 
@@ -397,11 +397,11 @@ def import_package(name: str) -> Any:
 class _Value:
     """A frozen record whose annotations are its fields, in order.
 
-    A dataclass in little: `import dataclasses` takes longer than Python's own start.
+    A small dataclass: importing `dataclasses` takes longer than starting Python.
     """
 
     _secret: ClassVar[tuple[str, ...]] = ()
-    """Fields whose content no repr shows."""
+    """Fields that repr does not show."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
         cls = type(self)
@@ -420,7 +420,7 @@ class _Value:
         self._validate()
 
     def _validate(self) -> None:
-        """Refuse what must not exist; a subclass says what."""
+        """Raise if the values are not valid; for subclasses."""
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with these fields changed."""
@@ -455,7 +455,7 @@ class OAuthConfig(_Value):
     """
 
     client_id: str
-    """A program's own; empty if there is none, which is enough for all but a login."""
+    """The one that the program was issued; may be empty except for a login."""
     claude_ai_authorize_url: str = CLAUDE_AI_AUTHORIZE_URL
     console_authorize_url: str = CONSOLE_AUTHORIZE_URL
     token_url: str = TOKEN_URL
@@ -466,7 +466,7 @@ class OAuthConfig(_Value):
     """None: nothing is revoked at logout."""
     scopes: tuple[str, ...] = ALL_SCOPES
     user_agent: str = USER_AGENT
-    """A program may name itself in front; this module's own name stays in it."""
+    """A program may put its own name in front; this module's name is kept."""
     timeout: float = REQUEST_TIMEOUT
     """Seconds to connect, and to answer."""
 
@@ -538,7 +538,7 @@ def may_carry_token(url: str) -> bool:
 def is_loopback(host: str) -> bool:
     """Tell whether a host name or address can only mean this machine.
 
-    A name with a dot at its end goes to the resolver, which may know another one.
+    Not ``localhost.``: the resolver may send a name with a final dot elsewhere.
     """
     import ipaddress
 
@@ -553,7 +553,7 @@ def is_header_safe(token: str) -> bool:
     return bool(token) and token.isascii() and token.isprintable() and " " not in token
 
 
-# Readers of one field.  What another program wrote oddly is unknown: it is None.
+# Readers of one field; a value that is malformed counts as unknown: None.
 
 
 def _text(value: object) -> str | None:
@@ -573,7 +573,7 @@ def _number(value: object) -> float | None:
         value = float(value[:400])
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if abs(value) < 1e15 else None  # NaN is not less either
+    return value if abs(value) < 1e15 else None  # False for NaN too
 
 
 def _moment(value: object) -> float | None:
@@ -637,7 +637,7 @@ _PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]
 
 @hides_locals
 class Credentials(_Value):
-    """What a login gave, with lifetimes turned into moments of this machine's clock."""
+    """The result of a login; lifetimes are moments of this machine's clock."""
 
     _secret = ("access_token", "refresh_token", "api_key")
 
@@ -645,13 +645,13 @@ class Credentials(_Value):
     refresh_token: str | None = None
     """Works once: the answer to a refresh brings its successor."""
     expires_at: float | None = None
-    """Seconds since the epoch, or None if nobody said."""
+    """Seconds since the epoch, or None if unknown."""
     scopes: tuple[str, ...] = ()
     """As granted."""
     subscription_type: str | None = None
     rate_limit_tier: str | None = None
     refresh_token_expires_at: float | None = None
-    """When the login itself ends, whatever is refreshed, in seconds since the epoch."""
+    """Seconds since the epoch: the login itself ends then, refreshed or not."""
     client_id: str | None = None
     """The program that the tokens were issued to, and that must refresh them."""
     api_key: str | None = None
@@ -663,7 +663,7 @@ class Credentials(_Value):
         return SCOPE_USER_INFERENCE in self.scopes
 
     def to_record(self) -> dict[str, object]:
-        """Return the JSON object to store; what is None is left out."""
+        """Return the JSON object to store, without the fields that are None."""
         tokens = {}
         for name, (key, read) in _RECORD_FIELDS.items():
             value = getattr(self, name)
@@ -675,7 +675,7 @@ class Credentials(_Value):
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> Credentials:
-        """Read a stored JSON object.  Other fields than the tokens may be of any type.
+        """Read a stored JSON object.  Fields other than the tokens may have any type.
 
         Raises:
             StorageCorrupt: A token has the wrong type, or no header can carry it; the
@@ -700,11 +700,11 @@ class Credentials(_Value):
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        The refresh token behind the answer is spent: what it leaves out stays as it
-        was, and an unusable lifetime counts as 3600 s.  Source: RFC 6749 section 5.1.
+        A field that is missing keeps its value, and an unusable lifetime counts as
+        3600 s: the refresh token is spent already.  Source: RFC 6749 section 5.1.
 
         Raises:
-            BadAnswer: There is no usable access token in it.
+            BadAnswer: It has no usable access token.
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
@@ -728,7 +728,7 @@ class Credentials(_Value):
 
 @hides_locals
 class Profile(_Value):
-    """Whose login it is.  Times are as the server writes them (ISO 8601)."""
+    """The account and organization of a login.  Times are ISO 8601, as received."""
 
     account_uuid: str
     email: str | None = None
@@ -760,7 +760,7 @@ class Profile(_Value):
         return cls(**{**found, "subscription_type": plan})
 
     def to_record(self) -> dict[str, object]:
-        """Return what account.json keeps; plan and tier stay with the credential."""
+        """Return the part for account.json; plan and tier stay with the credential."""
         fields = ((name, row[2]) for name, row in _PROFILE_FIELDS.items())
         return {key: getattr(self, name) for name, key in fields if key}
 
@@ -768,7 +768,7 @@ class Profile(_Value):
     def from_record(
         cls, record: Mapping[str, object], credentials: Credentials | None = None
     ) -> Profile | None:
-        """Read what account.json keeps, with plan and tier from the credential."""
+        """Read the part from account.json, with plan and tier from the credential."""
         found: dict[str, Any] = {
             name: read(record.get(key)) if key else getattr(credentials, name, None)
             for name, (_part, _key, key, read) in _PROFILE_FIELDS.items()
@@ -782,7 +782,7 @@ class Profile(_Value):
 def generate_code_verifier() -> str:
     """Return a new code verifier: 32 random bytes, 43 characters.
 
-    It is for one login, and for memory alone.  Source: RFC 7636 section 4.1.
+    Use it for one login, and never store it.  Source: RFC 7636 section 4.1.
     """
     import secrets
 
@@ -804,7 +804,7 @@ def generate_state() -> str:
 
 
 # -- Messages --------------------------------------------------------------------------
-# Pure: what goes over the wire and what comes back, without I/O.
+# Pure functions that build and parse messages, without I/O.
 
 
 def parse_json_object(
@@ -812,11 +812,11 @@ def parse_json_object(
 ) -> dict[str, object] | None:
     """Return the JSON object in data, or None if it holds anything else.
 
-    With ``lenient``, broken characters are replaced and control characters taken.
+    With ``lenient``, broken characters are replaced and control characters accepted.
     """
     import json
 
-    # A JSONDecodeError carries the whole text, tokens included: it ends here.
+    # A JSONDecodeError carries the whole text, tokens included, so it is caught here.
     try:
         encoding = json.detect_encoding(data)
         text = data.decode(encoding, "replace" if lenient else "surrogatepass")
@@ -834,10 +834,10 @@ def dump_json(obj: object) -> str:
 
 
 def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) -> str:
-    """Return text that somebody else wrote, fit for a terminal: one line, no secret.
+    """Return untrusted text as one line that is safe to print.
 
-    Control, direction and zero-width characters go; so does whatever is in ``secrets``
-    or looks like one of the service's tokens.
+    Control, direction and zero-width characters are removed; ``secrets``, and anything
+    that looks like one of the service's tokens, are replaced.
     """
     import re
 
@@ -854,13 +854,12 @@ def read_answer(
 ) -> dict[str, object]:
     """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    The grant behind it is spent, so nothing beside the tokens may cost them: not a
-    broken character, nor what follows them.
+    The grant is spent already, so a defect elsewhere must not lose the tokens.
 
     Raises:
-        BadAnswer: It is JSON, but no object.
+        BadAnswer: It is JSON, but not an object.
         Unavailable: It is not the service's.
-        TokenRefused: There is an ``error`` in it in place of the field asked for.
+        TokenRefused: It has an ``error`` instead of the field.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
@@ -875,14 +874,14 @@ def read_answer(
 
 
 def _fields_of(content: bytes) -> dict[str, object] | None:
-    """Return what a JSON object that is cut or damaged says of the tokens."""
+    """Return the token fields of a JSON object that is truncated or damaged."""
     import re
 
     names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
     value = rb'"(?:[ !#-\[\]-~]|\\["/\\])*"|\d{1,9}(?=[\s,}])'
     fields = re.findall(rb'"(?:%s)"\s*:\s*(?:%s)' % (names, value), content)
     found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
-    # What is cut may have lost its refresh token: half a login is none.
+    # A truncated answer may lack the refresh token, and is useless without it.
     is_cut = not content.rstrip().endswith(b"}")
     is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
     is_object = content.lstrip().startswith(b"{")
@@ -890,9 +889,9 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
-    """Return the granted scopes, and those wanted that a refresh may add to them.
+    """Return the granted scopes, and the wanted ones that a refresh may add.
 
-    Empty if it is not known what was granted: a guess could narrow the token.
+    Empty if the granted scopes are unknown: a guess could narrow the token.
     """
     granted = tuple(granted)
     added = (s for s in wanted if s in ALLOWED_SCOPE_EXPANSIONS and s not in granted)
@@ -900,9 +899,9 @@ def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[st
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
-    """Return a Retry-After header in seconds, None if it is no number and no date.
+    """Return a Retry-After header in seconds, None if malformed or not in the future.
 
-    None, too, if it is not in the future.  Source: RFC 9110 section 10.2.3.
+    Source: RFC 9110 section 10.2.3.
     """
     from email.utils import parsedate_to_datetime
 
@@ -920,10 +919,10 @@ def parse_retry_after(value: str | None, *, now: float) -> float | None:
 def seconds_to_wait(
     status: int, asked_for: float | None, *, failures: int, chance: float
 ) -> float:
-    """Return how long to leave the server alone after a 429 or a 5xx.
+    """Return the seconds to pause after a 429 or a 5xx.
 
-    It asked for so many seconds, or doubles them with each of the failures in a row.
-    A chance, drawn from 0 to 1, keeps many machines from returning at once.
+    Without the server's own number they double with each failure in a row.  ``chance``
+    is random, 0 to 1: it keeps many machines from returning at once.
     """
     floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
     seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
@@ -938,7 +937,7 @@ def error_of_answer(
     request_id: str | None = None,
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
-    """Return the error that an answer stands for, without the secrets it may quote.
+    """Return the error for an answer, without the secrets that it may quote.
 
     Both envelopes are read: RFC 6749 section 5.2's, and the API's
     ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
@@ -978,7 +977,7 @@ _PASSING_CODES: Final = (
     *("", "temporarily_unavailable", "server_error", "rate_limit_error"),
     *("overloaded_error", "api_error", "timeout_error"),
 )
-"""Error codes that say nothing about the grant, whatever the status beside them."""
+"""Error codes that say nothing about the grant, whatever the status."""
 
 
 def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -998,8 +997,8 @@ def clean_token(value: str) -> str:
     """Return a token from the environment without the blanks around it.
 
     Raises:
-        ConfigError: It is no ``b64token`` of RFC 6750 section 2.1, but a quoted one, an
-            assignment, JSON, a placeholder.
+        ConfigError: It is not a ``b64token`` (RFC 6750 section 2.1) but a quoted one,
+            an assignment, JSON or a placeholder.
     """
     import re
 
@@ -1010,9 +1009,9 @@ def clean_token(value: str) -> str:
 
 
 def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
-    """Return what may be written down of a refused refresh token: not the token.
+    """Return a hash that identifies a token or key without revealing it.
 
-    Another client or server may think otherwise of it, so they are part of it.
+    Another client or server may judge the token differently, so they are included.
     """
     import hashlib
 
@@ -1021,7 +1020,7 @@ def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
 
 
 def describe_seconds(seconds: float) -> str:
-    """Return a span for people: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
+    """Return a duration as text: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
     whole = max(int(min(seconds, 1e15)), 0)
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
@@ -1291,7 +1290,7 @@ p { white-space: pre-line; overflow-wrap: anywhere; }
 
 
 class Deadline:
-    """One limit for several waits in a row, by the clock that nobody can set."""
+    """One time limit for several waits in a row, by the monotonic clock."""
 
     def __init__(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds
@@ -1308,7 +1307,7 @@ class Deadline:
 def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
     """Return what a function returns, or raise TimeoutError after so many seconds.
 
-    It runs on then, in a daemon thread.  Where none can start, there is no limit.
+    It goes on in a daemon thread then.  Where none can start, there is no limit.
     """
     import threading
 
@@ -1338,7 +1337,7 @@ def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
 class OAuthClient:
     """The requests to the service, each with a time limit and a size limit.
 
-    Without a session each has its own.  Safe to share between threads if that is.
+    Without a session each has its own.  Thread-safe if the session is.
     """
 
     def __init__(
@@ -1353,14 +1352,14 @@ class OAuthClient:
         self._clock = clock
 
     def check(self) -> None:
-        """Raise ConfigError for what no request gets past, without sending one."""
+        """Raise ConfigError if no request could be sent, without sending one."""
         self.client_id_for(None)
         session = self._session or import_requests().Session()
         for url in (self.config.token_url, self.config.profile_url):
             check_way(url, session)
 
     def client_id_for(self, credentials: Credentials | None) -> str:
-        """Return the program that a grant was issued to; ConfigError if unknown."""
+        """Return the client id that a grant was issued to; ConfigError if unknown."""
         client_id = getattr(credentials, "client_id", "") or self.config.client_id
         if not client_id:
             raise ConfigError(
@@ -1378,7 +1377,7 @@ class OAuthClient:
         console: bool = False,
         extra: Mapping[str, str] | None = None,
     ) -> str:
-        """Return the address where a person allows the login.
+        """Return the address where a person approves the login.
 
         Source: RFC 6749 section 4.1.1 and RFC 7636 section 4.3; ``code=true`` makes the
         service's manual page show the code (seen in the public client's traffic).
@@ -1442,7 +1441,7 @@ class OAuthClient:
     def request_refresh(
         self, credentials: Credentials, scopes: Iterable[str] = ()
     ) -> dict[str, object]:
-        """Do what `refresh` does, and return the answer as the server gave it.
+        """Do what `refresh` does, but return the server's answer itself.
 
         Without scopes the server keeps those granted.  Source: RFC 6749 section 6.
         """
@@ -1458,18 +1457,18 @@ class OAuthClient:
         }
         if not body["scope"]:
             del body["scope"]
-        # Repeated if it is dropped: had that spent the token, its successor would be
-        # lost, and whoever tries later would send it again.
+        # Repeated if the connection is dropped: if the server has spent the token, its
+        # successor is lost anyway, and any later try would send the same token.
         return self._send(self.config.token_url, body, field="access_token", tries=2)
 
     def fetch_profile(self, access_token: str) -> Profile:
-        """Ask whose login it is; TokenRefused if the token is dead or too narrow."""
+        """Return the profile; TokenRefused if the token is dead or too narrow."""
         url = self.config.profile_url
         answer = self._send(url, None, field="account", bearer=access_token, tries=2)
         return Profile.from_answer(answer)
 
     def create_api_key(self, access_token: str) -> str:
-        """Make one more permanent Console API key; TokenRefused if it may not."""
+        """Create another permanent Console API key; TokenRefused if not allowed."""
         url = self.config.api_key_url
         answer = self._send(url, {}, field="raw_key", bearer=access_token)
         key = _header_text(answer.get("raw_key"))
@@ -1497,8 +1496,8 @@ class OAuthClient:
         bearer: str = "",
         tries: int = 1,
     ) -> dict[str, object]:
-        """Send a request; return the object that is its answer, {} without a field."""
-        # `requests` limits the wait for a packet only: headers that drip, or a resolver
+        """Send a request; return the answer's JSON object, {} without a field."""
+        # `requests` limits the wait for each packet only: slow headers, or a resolver
         # that hangs, would hold the lock for ever.
         try:
             status, headers, content = call_with_limit(
@@ -1557,8 +1556,8 @@ class OAuthClient:
                 return response.status_code, response.headers, content
             except Exception as failure:
                 error = failure
-        # Whatever a session raises may hold the request, and that the tokens: only a
-        # sentence is raised, and outside that block, so that no chain leads back.
+        # An exception of the session may hold the request, and so the tokens: raise a
+        # text alone, and outside the except block, so that no chain leads to it.
         failed = _error_of_failure(error, way)
         if tries > 1 and str(failed) == _DROPPED.format(way=way):
             return self._attempt(url, body, bearer, tries - 1)
@@ -1566,7 +1565,7 @@ class OAuthClient:
 
 
 def _without_redirect(request: Any) -> Any:
-    # `requests` parses, and may fail on, an address that it is not to follow.
+    # `requests` parses a Location that it does not follow, and may fail on it.
     request.register_hook("response", lambda got, **_: got.headers.update(Location=""))
     return request
 
@@ -1585,7 +1584,7 @@ _FAILURES: Final = {
     "ConnectionError": "no connection to {way}; check the network and try again",
     "Exception": "no usable answer from {way} ({kind}); try again later",
 }
-"""What is said of exceptions of a class, or around one; the first that fits counts."""
+"""The text for an exception of a class, or with one inside; the first match counts."""
 
 
 def _error_of_failure(error: Exception, way: str) -> ClaudeOAuthError:
@@ -1609,7 +1608,7 @@ def import_requests() -> Any:
 
 
 def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
-    """Return the host of a URL, with its proxy's, as text; and the proxies to use.
+    """Return a text that names the host and its proxy, and the proxies to use.
 
     Raises:
         ConfigError: The proxy's URL, or the file of certificates, is unusable.  No URL
@@ -1619,11 +1618,11 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
     from urllib.parse import urlsplit
 
     requests, parts = import_requests(), urlsplit(url)
-    # Plain http stays on this machine, whatever HTTP_PROXY or a session says: no key
-    # goes before the one with the host.
+    # Plain http stays on this machine, whatever HTTP_PROXY or a session says: the key
+    # with the host takes precedence over all others.
     proxies = {f"http://{parts.hostname}": ""}
     merge = getattr(session, "merge_environment_settings", None)
-    if parts.scheme == "http" or not merge:  # a session of another make
+    if parts.scheme == "http" or not merge:  # not a session of `requests`
         return parts.netloc, proxies
     settings = merge(url, proxies, True, None, None)
     variables = sorted(os.environ.items())
@@ -3651,13 +3650,13 @@ def _is_terminal(stream: Any) -> bool:
 
 
 def seconds_left(credentials: Credentials, now: float) -> float:
-    """Return for how long an access token lives on; for ever if nobody said."""
+    """Return how long an access token is still valid; infinity if unknown."""
     expires_at = credentials.expires_at
     return float("inf") if expires_at is None else expires_at - now
 
 
 def required(credentials: Credentials | None) -> Credentials:
-    """Return a credential, or raise NotLoggedIn where there is none."""
+    """Return the credential, or raise NotLoggedIn if there is none."""
     if credentials is None:
         raise NotLoggedIn
     return credentials
@@ -3673,7 +3672,7 @@ def console_key(credentials: Credentials) -> str | None:
 
 
 def needs_key(credentials: Credentials) -> bool:
-    """Tell whether the API takes a key instead of this login, and there is none."""
+    """Tell whether the API needs a key for this login, and none is stored."""
     is_console = bool(credentials.scopes) and not credentials.is_claude_ai
     return is_console and not credentials.api_key
 
@@ -3684,25 +3683,25 @@ def safe_text(error: BaseException) -> str:
 
 
 def _copy_of(error: _Error) -> _Error:
-    """Return an error anew: without the traceback, whose frames hold tokens."""
+    """Return a copy of an error without its traceback, whose frames hold tokens."""
     return type(error)(*error.args)
 
 
 class SharedNotes(_Value):
-    """What processes tell each other beside the credential; no secret is in it."""
+    """Notes about a login that processes share, beside the credential; no secrets."""
 
     wait_until: float = 0.0
-    """The server asked for a pause, or was out of order: no refresh before this."""
+    """No refresh before this: the server asked for a pause, or failed."""
     failures: int = 0
-    """How many such answers there were in a row."""
+    """The number of such answers in a row."""
     lifetime: int = 0
     """Seconds that the last access token had when it was new; 0 if not known."""
     refused: str = ""
     """The fingerprint of a refresh token that is dead."""
     refused_until: float = 0.0
-    """Until when that is believed."""
+    """``refused`` counts until then."""
     refused_scopes: tuple[str, ...] = ()
-    """A list of scopes that the server would not grant on a refresh."""
+    """Scopes that the server would not grant on a refresh."""
     rejected: str = ""
     """The fingerprint of a new access token that the API answered 401 to as well."""
     account_of: tuple[str, ...] = ()
@@ -3716,7 +3715,7 @@ class SharedNotes(_Value):
 
     @classmethod
     def from_record(cls, record: object) -> SharedNotes:
-        """Read the notes; one that is malformed was never made."""
+        """Read the notes; a malformed one is ignored."""
         known: dict[str, Any] = {}
         found = record if isinstance(record, dict) else {}
         for name in cls.__annotations__:
@@ -3728,7 +3727,7 @@ class SharedNotes(_Value):
         return cls(**known)
 
     def after_success(self) -> SharedNotes:
-        """Return the notes without what a successful refresh ends."""
+        """Return the notes without those that a successful refresh settles."""
         return self.replace(
             wait_until=0.0, failures=0, refused="", refused_until=0.0, rejected=""
         )
@@ -3737,9 +3736,8 @@ class SharedNotes(_Value):
 class AccountFile:
     """account.json: the cached account, and the notes that processes share.
 
-    It is a cache.  One that is damaged is left alone and counts as empty, and what
-    cannot be written is kept by this process.  Changes are made under the storage's
-    lock.
+    A cache: a damaged file is left alone and counts as empty, and changes that cannot
+    be written are kept in memory.  Hold the storage's lock to make changes.
     """
 
     _ACCOUNT: Final = "oauthAccount"
@@ -3751,13 +3749,13 @@ class AccountFile:
         self._path = path
         self._config = config
         self._clock = clock
-        # What could not be written, and what the file held then.  Once the file holds
-        # something else, another process knows better.
+        # A record that could not be written, and the file's content then.  Once that
+        # differs, another process has written something newer.
         self._unwritten: dict[str, object] = {}
         self._unwritten_over: dict[str, object] | None = None
 
     def fingerprint(self, credentials: Credentials) -> str:
-        """Return what may be written down of a login: not its token."""
+        """Return a hash that identifies a login without revealing its token."""
         return fingerprint(
             credentials.refresh_token or credentials.access_token,
             client_id=credentials.client_id or self._config.client_id,
@@ -3810,7 +3808,7 @@ class AccountFile:
         self.update(notes=self.notes().replace(**changes))
 
     def start(self, login: Credentials, account: Mapping[str, object]) -> None:
-        """Begin anew for a new login."""
+        """Replace the account and all notes, for a new login."""
         notes = SharedNotes(
             account_of=(self.fingerprint(login),),
             key_owner=self.key_owner(login.api_key, account.get("organizationUuid")),
@@ -3826,11 +3824,11 @@ class AccountFile:
     def note_success(
         self, renewed: Credentials, before: Credentials, spent: Credentials | None
     ) -> None:
-        """Note a refresh: what it ends, and that the account is the same person's.
+        """Note a successful refresh; the cached account stays with the login.
 
         Args:
-            spent: The login that other processes still read although it is spent,
-                because its successor could not be saved.
+            spent: The login that the store still holds although it is spent, because
+                its successor could not be saved; None if it was saved.
         """
         now = self._clock()
         lifetime = max(round(seconds_left(renewed, now)), 0)
@@ -3839,7 +3837,7 @@ class AccountFile:
             owners = (self.fingerprint(renewed), self.fingerprint(before))
             notes = notes.replace(account_of=tuple(dict.fromkeys(owners)))
         if spent and spent.refresh_token != renewed.refresh_token:
-            # To send it again would end the login, the unsaved successor included.
+            # Sending it again would end the login, the unsaved successor included.
             refused, until = self.fingerprint(spent), now + MAX_LIFETIME
             notes = notes.replace(refused=refused, refused_until=until)
         self.update(notes=notes)
@@ -3849,8 +3847,8 @@ class AccountFile:
     ) -> float | None:
         """Note why a refresh failed.
 
-        Returns the seconds after which a second request, without scopes, makes sense;
-        None if it makes none.
+        Returns the seconds after which a second request, without scopes, may succeed;
+        None if none can.
         """
         if isinstance(failure, Unavailable):
             pause = self._note_pause(failure)
@@ -3861,7 +3859,7 @@ class AccountFile:
             self.note(refused_scopes=scopes)
             return 0.0
         is_dead = failure.code == "invalid_grant"
-        # Most likely dead; but a gateway's word must not end a login for good.
+        # Probably dead; but a gateway may have said so, which must not end a login.
         may_be_dead = failure.status in (401, 404) and failure.code != "invalid_client"
         if is_dead or may_be_dead:
             until = self._clock() + (MAX_LIFETIME if is_dead else WAIT_CEILING)
@@ -3869,7 +3867,7 @@ class AccountFile:
         return None  # other refusals are about the account or the settings
 
     def _note_pause(self, error: Unavailable) -> float:
-        """Return the seconds to wait after a 429 or 5xx, which every process keeps."""
+        """Note a pause after a 429 or 5xx, for every process; return its seconds."""
         import random
 
         if error.status is None or not (error.status == 429 or error.status >= 500):
@@ -3893,12 +3891,12 @@ class AccountFile:
     def is_refused(self, credentials: Credentials) -> bool:
         """Tell whether the server is known to refuse this refresh token."""
         notes = self.notes()
-        # Twice: a clock that was set back must not bring a dead token to life.
+        # Twice: a dead token must stay refused although the clock was set back.
         is_known = 0 < notes.refused_until - self._clock() <= 2 * MAX_LIFETIME
         return is_known and notes.refused == self.fingerprint(credentials)
 
     def raise_known_failure(self, credentials: Credentials) -> None:
-        """Raise what the server would say, if it is known, without asking it."""
+        """Raise the error of a request that is known to fail, without sending it."""
         if self.is_refused(credentials):
             raise TokenRefused("invalid_grant", "refused before, and not sent again")
         pause = self.pause_left()
@@ -3930,7 +3928,7 @@ class AccountFile:
         return {**(found or {}), **unwritten}
 
     def _read(self) -> dict[str, object] | None:
-        """Return what is in the file, None if that is not for us to replace."""
+        """Return the file's content, None if it must not be replaced."""
         if self._path is None:
             return {}
         try:
@@ -3945,13 +3943,13 @@ class PendingSave(_Value):
 
     credentials: Credentials
     instead_of: Credentials | None
-    """What the store held; once it holds something else, that counts."""
+    """The store's content then; once that differs, the store counts."""
     account: Mapping[str, object] | None = None
     """The account of a new login; None where the login was only refreshed."""
 
 
 class ServedToken:
-    """An access token that is handed out without a look at the store, for a moment."""
+    """An access token that is handed out for a moment without reading the store."""
 
     def __init__(self, credentials: Credentials, now: float) -> None:
         key, expires_at = console_key(credentials), credentials.expires_at
@@ -3971,13 +3969,13 @@ class ServedToken:
 
 
 _NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))
-"""Makes everybody look at the store, whenever they ask."""
+"""Never valid, so that every call looks at the store."""
 
 
 class StoreView:
-    """The storage as this process sees it: what it read last and could not save.
+    """The storage as this process sees it: the last read, and a pending save.
 
-    `read`, `save` and `remember` are for whoever holds the storage's lock.
+    Hold the storage's lock for `read`, `save` and `remember`, unless it is read-only.
     """
 
     def __init__(self, storage: Storage, account_file: AccountFile) -> None:
@@ -3989,7 +3987,7 @@ class StoreView:
         # Replaced whole, never changed, so reading them needs no lock.
         self._last: tuple[object, Credentials | None] = (None, None)
         self._failure: StorageError | None = None
-        self._rest = Deadline(0)
+        self._failed_until = Deadline(0)
         self.served = _NOTHING_SERVED
 
     def look(self) -> Credentials | None:
@@ -4030,9 +4028,9 @@ class StoreView:
         stored: Credentials | None,
         account: Mapping[str, object] | None = None,
     ) -> BaseException | None:
-        """Save a login over what the store holds; return why it could not be saved.
+        """Save a login in place of *stored*; return the error if that fails.
 
-        Then it is served from memory, and every look tries to save it again.
+        After an error it is served from memory, and every look tries to save it again.
         """
         if account is None and self.pending:
             account = self.pending.account
@@ -4041,8 +4039,8 @@ class StoreView:
             self.storage.save(credentials)
             self.pending = None
         except Exception as problem:
-            # The token before it is spent: its successor must not be lost to whatever
-            # a store may raise.
+            # Whatever the store raises, the login must not be lost: the refresh token
+            # before it is spent.
             error = problem
             self.pending = PendingSave(credentials, stored, account)
         self.remember(credentials)
@@ -4051,15 +4049,15 @@ class StoreView:
         return error
 
     def remember(self, credentials: Credentials | None) -> None:
-        """Take this for what the store holds until the next look."""
+        """Use this as the store's content until the next look."""
         self._last = (None, credentials)
         self.served = _NOTHING_SERVED
 
     def serve(self, credentials: Credentials, now: float) -> ServedToken:
-        """Hand a login out, to those as well who ask in the next moment."""
+        """Return a login to hand out, now and for LOOK_INTERVAL."""
         served = self.served = ServedToken(credentials, now)
-        # Not if another thread has refreshed since the look (asked last, or it could
-        # do so in between); and while a save is pending every call looks.
+        # Not kept if another thread has refreshed since the look (checked last, or it
+        # could do so in between), nor while a save is pending.
         if credentials is not self._last[1] or self.pending:
             self.served = _NOTHING_SERVED
         return served
@@ -4067,17 +4065,17 @@ class StoreView:
     def _load(self, known: Credentials | None) -> Credentials | None:
         """Read the store; while that fails, return what is known.
 
-        A store that failed slowly is given a rest: it may have asked a person.
+        After a slow failure it is not read for a while: it may have shown a dialog.
         """
         began = time.monotonic()
         try:
-            if self._failure and not self._rest.passed():
+            if self._failure and not self._failed_until.passed():
                 raise _copy_of(self._failure)
             found = self.storage.load()
         except StorageError as error:
             took = time.monotonic() - began
             if took > SLOW_FAILURE:
-                self._rest = Deadline(5 * took)
+                self._failed_until = Deadline(5 * took)
             if known and not self._failure:
                 warn(f"{error} (going on with what was read before)")
             self._failure = _copy_of(error)
@@ -4098,22 +4096,21 @@ class StoreView:
                     notes = self.account_file.notes().after_success()
                     self.account_file.update(notes=notes)
         except (StorageError, Unavailable):
-            pass  # said once already; the next call tries again
+            pass  # there was a warning already; the next call tries again
 
     def _forget_after_fork(self) -> None:
-        """Leave to the parent what could not be saved: it saves and refreshes it."""
+        """Leave a pending save to the parent process, which refreshes it as well."""
         if self._pid != os.getpid():
             self._pid, self.pending = os.getpid(), None
             self.remember(None)
 
 
 class DeferredSignals:
-    """Hold the program's end back while a spent token's successor is not on the disk.
+    """Keep the program from ending before a spent token's successor is on the disk.
 
-    In the main thread signals wait; SIGQUIT does not, so that there is a way out.  In
-    another thread no signal arrives, but the program may end around it: then its exit
-    waits.  SIGKILL, and a SIGTERM that ends the program while this runs in another
-    thread, cannot be held back.
+    In the main thread signals are deferred, except SIGQUIT, as a way out.  In another
+    thread no signal arrives, but the program may end: then its exit waits.  SIGKILL,
+    and a SIGTERM while this runs in another thread, cannot be deferred.
     """
 
     def __init__(self) -> None:
@@ -4137,14 +4134,14 @@ class DeferredSignals:
         self._undo.close()
 
     def deliver(self) -> None:
-        """Let the signals through that were held back."""
+        """Raise the signals that were deferred."""
         import signal
 
         if self._pending:
             number = self._pending.pop(0)
             try:
                 signal.raise_signal(number)
-            finally:  # the first one may raise, and the others count all the same
+            finally:  # even if the first one raises
                 self.deliver()
 
     def _hold(self, number: int, _frame: FrameType | None) -> None:
@@ -4160,7 +4157,7 @@ class DeferredSignals:
             if signal.getsignal(number) == self._hold:
                 signal.signal(number, previous)
 
-        # None is a handler that is not Python's, and whoever ignores a signal may.
+        # None is a handler that is not Python's; an ignored signal stays ignored.
         if previous not in (None, signal.SIG_IGN, self._hold):
             stack.callback(restore)  # first: the next line may be interrupted
             try:
@@ -4186,13 +4183,12 @@ class DeferredSignals:
 def merge_answer(
     answer: Mapping[str, object], before: Credentials, now: float
 ) -> tuple[Credentials, BadAnswer | None]:
-    """Return a refreshed login, and what is wrong with it.
+    """Return the refreshed login, and the answer's defect if there is one.
 
-    The refresh token is spent: its successor must not be lost to the rest of an answer
-    that is no good.
+    The refresh token is spent: a successor is kept even if the rest is unusable.
 
     Raises:
-        BadAnswer: There is neither an access token nor a successor in it.
+        BadAnswer: It has neither an access token nor a refresh token.
     """
     try:
         found = Credentials.from_answer(answer, received_at=now, previous=before)
@@ -4211,12 +4207,12 @@ class Refresher:
     2. Lock out the other threads, then the other processes.
     3. Look again: somebody may have refreshed meanwhile, and their token will do.
     4. Check that the new login can be written, before anything is spent.
-    5. Spend the refresh token, with signals held back.
+    5. Spend the refresh token, with signals deferred.
     6. Save the new login; it is on the disk before anybody gets it.
-    7. Note for the other processes what came of it, and unlock.
+    7. Note the result for the other processes, and unlock.
 
-    A crash before 5 loses nothing.  Between 5 and 6 only SIGKILL or a power failure
-    can: the answer is under way to the disk.
+    A crash before 5 loses nothing.  Between 5 and 6 the login can be lost, by a power
+    failure or a signal that DeferredSignals cannot defer.
     """
 
     def __init__(
@@ -4229,7 +4225,7 @@ class Refresher:
         self._account_file = view.account_file
         self._clock = clock
         # Held by the one thread of this process that refreshes.
-        self._turn = (os.getpid(), threading.Lock())
+        self._mutex = (os.getpid(), threading.Lock())
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
         self._not_before = 0.0
@@ -4240,25 +4236,25 @@ class Refresher:
         if left <= 0 or not credentials.refresh_token:
             return left <= 0
         put_off = self._not_before - self._clock()
-        # A put-off that is longer than any was made before the clock was set back.
+        # A longer one dates from before the clock was set back.
         return left <= min_validity and not 0 < put_off <= PUT_OFF
 
     def refresh(
         self, present: Credentials, min_validity: float, other_than: str | None = None
     ) -> tuple[Credentials, bool]:
-        """Return a login that lasts, and whether this call has refreshed it.
+        """Return a valid login, and whether this call has refreshed it.
 
-        While the present token lives, nobody waits and nothing fails: it is returned.
+        While the present token is valid, it is returned rather than wait or fail.
 
         Args:
-            other_than: An access token that will not do, however long it lives.
+            other_than: An access token to replace, however long it is valid.
         """
         is_alive = other_than is None and seconds_left(present, self._clock()) > 0
         try:
             if self._view.is_read_only:
-                return self._borrow(other_than), False
-            patience = 0.0 if is_alive else LOCK_TIMEOUT
-            return self._refresh_alone(patience, min_validity, other_than)
+                return self._read_foreign(other_than), False
+            timeout = 0.0 if is_alive else LOCK_TIMEOUT
+            return self._refresh_alone(timeout, min_validity, other_than)
         except ClaudeOAuthError as error:
             if not is_alive or isinstance(error, NotLoggedIn):
                 raise
@@ -4267,8 +4263,8 @@ class Refresher:
                 warn(f"{error} (the present token is used until it expires)")
             return present, False
 
-    def _borrow(self, other_than: str | None) -> Credentials:
-        """Return what another program keeps alive; its refresh token is never spent."""
+    def _read_foreign(self, other_than: str | None) -> Credentials:
+        """Return the login that another program refreshes; never refresh it here."""
         newest = required(self._view.storage.load())
         self._view.remember(newest)
         if self._suffices(newest, 0, other_than):
@@ -4279,17 +4275,17 @@ class Refresher:
         )
 
     def _refresh_alone(
-        self, patience: float, min_validity: float, other_than: str | None
+        self, timeout: float, min_validity: float, other_than: str | None
     ) -> tuple[Credentials, bool]:
-        """Lock: wait for the turn among threads, then among processes."""
+        """Lock out other threads, then other processes, and refresh."""
         import threading
 
-        if self._turn[0] != os.getpid():  # the parent's thread cannot release it here
-            self._turn = (os.getpid(), threading.Lock())
-        began, deadline = time.monotonic(), Deadline(patience)
+        if self._mutex[0] != os.getpid():  # the parent's thread cannot release it here
+            self._mutex = (os.getpid(), threading.Lock())
+        began, deadline = time.monotonic(), Deadline(timeout)
         signals = DeferredSignals()
-        turn = self._turn[1]
-        if not turn.acquire(timeout=patience):
+        mutex = self._mutex[1]
+        if not mutex.acquire(timeout=timeout):
             raise Unavailable("another thread is refreshing the login; try again later")
         try:
             with self._view.storage.lock(deadline.left()):
@@ -4303,7 +4299,7 @@ class Refresher:
                     self._failed = (time.monotonic(), _copy_of(failure))
                     raise
         finally:
-            turn.release()
+            mutex.release()
             signals.deliver()  # with the locks released: this may end the process
 
     def _refresh_locked(
@@ -4353,7 +4349,7 @@ class Refresher:
         scopes: tuple[str, ...],
         signals: DeferredSignals,
     ) -> Credentials:
-        """Spend the refresh token and keep what it brings, whatever happens."""
+        """Spend the refresh token, and keep its successor whatever happens."""
         with signals:
             answer = self._client.request_refresh(newest, scopes)
             renewed, problem = merge_answer(answer, newest, self._clock())
@@ -4494,12 +4490,12 @@ class OAuthService:
 
     @hides_locals
     def _serve(self, min_validity: float, *, for_api: bool = False) -> ServedToken:
-        """Look, refresh if that is due, and hand out; for the API a key will do."""
+        """Return a token to hand out, refreshed if due; *for_api*, a key will do."""
         token = environment_token()
         if token:
             return ServedToken(Credentials(token), self._clock())
         credentials = required(self._view.look())
-        # A key does not expire: where it is what is wanted, no token is refreshed.
+        # A key does not expire: the API needs no fresh token beside it.
         has_key = for_api and console_key(credentials) is not None
         if not has_key and self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
@@ -4528,7 +4524,7 @@ class OAuthService:
                 self._account_file.note(rejected=_rejected(token))
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
-        """Call with an access token, and once more with a new one after a 401."""
+        """Call with an access token; after a 401, once more with a new one."""
         token = self.access_token()
         for is_last in (False, True):
             try:
@@ -4543,7 +4539,7 @@ class OAuthService:
             token = self.refresh(rejected=token).access_token
         raise AssertionError("the last round returns or raises")
 
-    # Whose login it is
+    # The account
 
     @hides_locals
     def credentials(self) -> Credentials | None:
@@ -4560,7 +4556,7 @@ class OAuthService:
 
     @hides_locals
     def profile(self, *, force: bool = False) -> Profile:
-        """Return whose login it is, from the cache unless forced to ask.
+        """Return the account's profile, from the cache unless forced to ask.
 
         Raises:
             TokenRefused: The token may not ask (403: it lacks user:profile).
@@ -4679,7 +4675,7 @@ class OAuthService:
             paste: Whether a code may be typed on stdin.
             port: For the loopback redirect; 0 lets the system choose.
             timeout: Seconds for the person.
-            email: What the sign-in page is to fill in (``login_hint``).
+            email: The address that the sign-in page fills in (``login_hint``).
 
         Raises:
             ConfigError: A setting, the client id for one, is missing or unusable.
@@ -4728,7 +4724,7 @@ class OAuthService:
                 listener.finish(page)
 
     def _check_before_login(self) -> None:
-        """Raise what would make somebody sign in for nothing."""
+        """Raise the errors that would make a sign-in useless."""
         self._client.check()
         environment_token()  # a malformed one would fail what comes after the login
         with self.storage.lock(LOCK_TIMEOUT):
@@ -4901,7 +4897,7 @@ class OAuthService:
         return warnings
 
     def _is_usable(self, stored: Credentials | None) -> bool:
-        """Tell whether a token can be had, as far as that is known here."""
+        """Tell whether a token can be had, as far as this machine knows."""
         if stored is None:
             return False
         ends_at = stored.refresh_token_expires_at
@@ -4914,7 +4910,7 @@ class OAuthService:
 
 
 _ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
-"""What account.json must have for a refresh to do without the profile."""
+"""Keys of account.json; if one is missing, a refresh fetches the profile."""
 
 SIGNS_IN: Final = (
     "CLAUDE_OAUTH_TOKEN",
@@ -4929,7 +4925,7 @@ def environment_token() -> str | None:
     """Return the token that CLAUDE_OAUTH_TOKEN holds, None if it is unset or blank.
 
     Raises:
-        ConfigError: It holds something else than a token.
+        ConfigError: Its value is not a token.
     """
     value = setting("CLAUDE_OAUTH_TOKEN")
     return clean_token(value) if value else None
@@ -4967,7 +4963,7 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
 
 
 class BearerAuth:
-    """Signs requests in: an auth object for `requests`, and for httpx.
+    """Adds the credential to requests: an auth object for `requests`, and for httpx.
 
     After a 401 the token is refreshed once and the request repeated once, body and all
     (with httpx: in a class that derives from this one and ``httpx.Auth``).  The token
@@ -5032,7 +5028,7 @@ class BearerAuth:
         return may_carry_token(origin) and urlsplit(origin).hostname in self._hosts
 
     def _sign(self, request: Any) -> None:
-        """Put the headers on a request, in the place of another's credential."""
+        """Set the headers of a request, in place of any other credential."""
         headers = self._service.auth_headers()
         present = {name.lower() for name in request.headers}
         if "anthropic-beta" in present and "anthropic-beta" in headers:
@@ -5045,7 +5041,7 @@ class BearerAuth:
 
     @hides_locals
     def _renew(self, request: Any) -> bool:
-        """Refresh after a 401, and sign again; tell whether that makes sense."""
+        """Refresh after a 401 and sign again; return False where that cannot help."""
         token = _bearer_of(request)
         if not token or token == environment_token():
             return False
@@ -5062,9 +5058,9 @@ class BearerAuth:
         """Return the answer to a request; after a 401, to its repetition."""
         request: Any = response.request
         if response.is_redirect:
-            self._keep_from_strangers(response)
-        # After a redirect this runs for the stranger's answer too: only a refusal of a
-        # token that may go there counts.
+            self._remove_key(response)
+        # After a redirect this also gets the answer of another host: only a 401 of a
+        # host that the token may go to counts.
         if response.status_code != 401 or not self._may_sign(str(request.url)):
             return response
         repeated = request.copy()
@@ -5072,7 +5068,7 @@ class BearerAuth:
             if not _rewind(request.body, position) or not self._renew(repeated):
                 return response
         except ClaudeOAuthError:
-            response.close()  # nobody else gets it to close
+            response.close()  # the caller does not get it
             raise
         response.close()
         answer: Any = response.connection.send(repeated, **options)
@@ -5082,10 +5078,10 @@ class BearerAuth:
         answer.request = repeated
         return answer
 
-    def _keep_from_strangers(self, response: requests.Response) -> None:
-        """Take the API key off before `requests` follows a redirect to another host.
+    def _remove_key(self, response: requests.Response) -> None:
+        """Remove the API key before `requests` follows a redirect to another host.
 
-        It takes off Authorization by itself, and knows no other secret header.
+        `requests` itself removes Authorization alone.
         """
         from urllib.parse import urljoin
 
@@ -5113,7 +5109,7 @@ def _position(body: Any) -> int | None:
 
 
 def _rewind(body: Any, position: int | None) -> bool:
-    """Make a request's body ready to be sent again, if it can be."""
+    """Rewind a request's body to send it again; return False if that is impossible."""
     if position is not None:
         body.seek(position)
         return True
@@ -5134,8 +5130,8 @@ class Sandbox:
             service = OAuthService(sandbox.config, MemoryStorage())
             service.login(open_browser=sandbox.approve, paste=False)
 
-    It holds a client to the rules: S256, the same redirect_uri and state, codes and
-    refresh tokens that work once, and the end of the whole login when one comes again.
+    It enforces the rules: S256, the same redirect_uri and state, and codes and refresh
+    tokens that work once; reuse of one ends the whole login.
     ``/v1/messages`` takes its tokens and keys, and answers with the body that it got.
 
     Attributes:
@@ -5332,7 +5328,7 @@ class Sandbox:
         import re
 
         asked = request.asked
-        if not asked.get("state"):  # RFC 6749 knows nothing of this; the service does
+        if not asked.get("state"):  # required by the service, not by RFC 6749
             raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
         login = self._login_of(asked.get("code", ""))
         login.grant = ""  # the code is spent, whatever comes next
@@ -5390,7 +5386,7 @@ class Sandbox:
         return {}  # for an unknown token too: RFC 7009 section 2.2
 
     def _login_of(self, grant: str) -> types.SimpleNamespace:
-        """Return the login of a code or refresh token; one that comes again ends it.
+        """Return the login of a code or refresh token; reuse of one ends it.
 
         Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
         """
@@ -5398,7 +5394,7 @@ class Sandbox:
         if login is None or not login.is_alive:
             raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
         if login.grant != grant:
-            login.is_alive = False  # two programs have it, and one of them is a thief
+            login.is_alive = False  # two programs have it: one may have stolen it
             raise _SandboxRefusal(400, "invalid_grant", "the grant was used before")
         return login
 
@@ -5444,7 +5440,7 @@ def _visit(url: str) -> None:
         try:
             import_requests().get(page, proxies={"no_proxy": "*"}, **options)
         except (OSError, ValueError, ClaudeOAuthError):
-            continue  # it is not there; the program's own test will say so
+            continue  # the listener does not use this address
         return
 
 
@@ -5463,7 +5459,7 @@ _SANDBOX_SCOPES: Final = {
     "api_key": SCOPE_ORG_CREATE_API_KEY,
     "messages": SCOPE_USER_INFERENCE,
 }
-"""What an access token must be granted for an endpoint."""
+"""The scope that each endpoint requires."""
 
 _SANDBOX_RULES: Final = {
     "response_type": "code",
@@ -5474,7 +5470,7 @@ _SANDBOX_RULES: Final = {
     "code_challenge": r"[A-Za-z0-9_-]{43}",
     "code_challenge_method": "S256",
 }
-"""What an authorize request must have, and how each value must look."""
+"""The parameters of an authorize request, and the pattern of each value."""
 
 _SANDBOX_PROFILE: Final[Mapping[str, object]] = {
     "account": {
@@ -5509,7 +5505,7 @@ _EXIT_CODES: Final[Mapping[int, Any]] = {
     5: StorageError,
     1: Exception,
 }
-"""What a script can tell by; 2 is also argparse's, and 130 is Ctrl-C."""
+"""The exit code of each kind of error; argparse too uses 2, and Ctrl-C is 130."""
 
 
 @hides_locals
@@ -5519,7 +5515,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("claude-oauth: cannot write the answer: stdout is closed")
         return 1
     for stream in (sys.stdout, sys.stderr):
-        # A name in Japanese must not be a traceback where the terminal cannot show it.
+        # A name that the terminal cannot show must not end in a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -5648,7 +5644,7 @@ def _check(service: OAuthService) -> str:
 
 
 def _until(moment: float | None) -> str:
-    """Return a moment as people count: from now."""
+    """Return a moment for people: relative to now."""
     if moment is None:
         return ""
     left = moment - time.time()
@@ -5729,7 +5725,7 @@ def _sandbox(options: Any) -> int:
     from tempfile import TemporaryDirectory
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
-    # Ended in either way, it takes its folder with it.
+    # A SIGTERM too must remove the temporary folder.
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -5750,12 +5746,12 @@ def _demo(options: Any) -> int:
     names = [name for name in os.environ if name.startswith("CLAUDE_")]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
-        return _play(options.browser)
+        return _run_demo(options.browser)
     finally:
         os.environ.update(hidden)
 
 
-def _play(uses_browser: bool) -> int:
+def _run_demo(uses_browser: bool) -> int:
     from functools import partial
     from tempfile import TemporaryDirectory
 
@@ -5794,7 +5790,7 @@ def _play(uses_browser: bool) -> int:
 
 
 def _expire(storage: Storage) -> None:
-    """Make the stored token one that has expired, and wait until that is noticed."""
+    """Set the stored token's expiry to the past, and wait until that is noticed."""
     with storage.lock(LOCK_TIMEOUT):
         stored = storage.load() or Credentials("")
         storage.save(stored.replace(expires_at=time.time() - 1))
@@ -5802,7 +5798,7 @@ def _expire(storage: Storage) -> None:
 
 
 def _stampede(sandbox: Sandbox, directory: str) -> str:
-    """Have 8 processes want a token at once; return what came of it."""
+    """Let 8 processes ask for a token at once; return the result as text."""
     import subprocess
 
     python = python_program()
@@ -5814,7 +5810,7 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     command = [python, *program, "--dir", directory, "--store", "file", "token"]
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
-    # In a folder where nothing is imported by mistake; quiet when Ctrl-C ends them all.
+    # From a folder with nothing to import by mistake; Ctrl-C would print tracebacks.
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     workers = [
         subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
@@ -5847,7 +5843,7 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "--lifetime": ("SECONDS", float, 28800, "that access tokens live"),
     "--browser": "sign in with your own browser",
 }
-"""A flag's help; or what stands for the value, its type, its default, help, choices."""
+"""For a flag its help; else metavar, type, default, help and choices."""
 
 _COMMANDS: Final = {
     "login": (_login, "--console --no-browser --port --timeout --scope --email --json"),
