@@ -527,7 +527,8 @@ def may_carry_token(url: str) -> bool:
     from urllib.parse import urlsplit
 
     try:
-        parts = urlsplit(url if is_header_safe(url) else "")
+        # Some programs take a backslash for a slash: then it is another host.
+        parts = urlsplit(url if is_header_safe(url) and "\\" not in url else "")
         host = (parts.port != 0 and parts.hostname) or ""
     except ValueError:  # a port that is no number, brackets that do not match
         return False
@@ -3018,8 +3019,8 @@ class AuthCodeListener:
         import secrets
         import socket
 
-        # What a request needs is loaded now, and in a thread, since glibc loads a library
-        # when the first one ends: without a descriptor left it would end the process.
+        # What a request needs is loaded now, and in a thread: glibc loads a library when
+        # the first one ends, and without a descriptor left it ends the process.
         names = ("base64", "hashlib", "hmac", "html", "re", "urllib.parse")
         load = start_thread("load", lambda: list(map(importlib.import_module, names)))
         if load:
@@ -3711,7 +3712,8 @@ class SharedNotes(_Value):
 
     def to_record(self) -> dict[str, object]:
         """Return the notes that say anything."""
-        return {name: value for name, value in self.__dict__.items() if value}
+        notes = {name: value for name, value in self.__dict__.items() if value}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in notes.items()}
 
     @classmethod
     def from_record(cls, record: object) -> SharedNotes:
@@ -3720,9 +3722,11 @@ class SharedNotes(_Value):
         found = record if isinstance(record, dict) else {}
         for name in cls.__annotations__:
             default, value = getattr(cls, name), found.get(name)
-            if isinstance(value, list):
+            if default == 0:
+                value, default = _number(value), 0.0
+            elif isinstance(value, list):
                 value = tuple(map(str, value))
-            if isinstance(value, (int, float) if default == 0 else type(default)):
+            if isinstance(value, (type(default), int)):
                 known[name] = value
         return cls(**known)
 
@@ -3831,8 +3835,10 @@ class AccountFile:
                 its successor could not be saved; None if it was saved.
         """
         now = self._clock()
-        lifetime = max(round(seconds_left(renewed, now)), 0)
-        notes = self.notes().after_success().replace(lifetime=lifetime)
+        notes = self.notes().after_success()
+        if renewed.access_token != before.access_token:
+            left = min(seconds_left(renewed, now), MAX_LIFETIME)
+            notes = notes.replace(lifetime=max(round(left), 0))
         if self.account(before):
             owners = (self.fingerprint(renewed), self.fingerprint(before))
             notes = notes.replace(account_of=tuple(dict.fromkeys(owners)))
@@ -3986,7 +3992,7 @@ class StoreView:
         self._pid = os.getpid()
         # Replaced whole, never changed, so reading them needs no lock.
         self._last: tuple[object, Credentials | None] = (None, None)
-        self._failure: StorageError | None = None
+        self._failure: ClaudeOAuthError | None = None
         self._failed_until = Deadline(0)
         self.served = _NOTHING_SERVED
 
@@ -4027,21 +4033,22 @@ class StoreView:
         credentials: Credentials,
         stored: Credentials | None,
         account: Mapping[str, object] | None = None,
-    ) -> BaseException | None:
+    ) -> ClaudeOAuthError | None:
         """Save a login in place of *stored*; return the error if that fails.
 
         After an error it is served from memory, and every look tries to save it again.
         """
         if account is None and self.pending:
             account = self.pending.account
-        error: BaseException | None = None
+        error: ClaudeOAuthError | None = None
         try:
             self.storage.save(credentials)
             self.pending = None
         except Exception as problem:
             # Whatever the store raises, the login must not be lost: the refresh token
             # before it is spent.
-            error = problem
+            error = StorageError(f"the storage fails ({type(problem).__name__})")
+            error = problem if isinstance(problem, ClaudeOAuthError) else error
             self.pending = PendingSave(credentials, stored, account)
         self.remember(credentials)
         if account is not None and not error:
@@ -4072,7 +4079,7 @@ class StoreView:
             if self._failure and not self._failed_until.passed():
                 raise _copy_of(self._failure)
             found = self.storage.load()
-        except StorageError as error:
+        except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
             if took > SLOW_FAILURE:
                 self._failed_until = Deadline(5 * took)
@@ -4253,7 +4260,8 @@ class Refresher:
         try:
             if self._view.is_read_only:
                 return self._read_foreign(other_than), False
-            timeout = 0.0 if is_alive else LOCK_TIMEOUT
+            limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
+            timeout = 0.0 if is_alive else limit
             return self._refresh_alone(timeout, min_validity, other_than)
         except ClaudeOAuthError as error:
             if not is_alive or isinstance(error, NotLoggedIn):
@@ -4320,7 +4328,10 @@ class Refresher:
                 return self._spend(newest, stored, scopes, signals), True
             except (TokenRefused, Unavailable) as error:
                 failure = error
-            stored, found = self._view.read()
+            try:
+                stored, found = self._view.read()
+            except StorageError:
+                found = newest  # the failure is noted all the same
             pause: float | None = 0.0  # another program has refreshed meanwhile
             is_other = found and found.refresh_token != newest.refresh_token
             if isinstance(failure, Unavailable) or not is_other:
@@ -4511,10 +4522,12 @@ class OAuthService:
         # The token is on the disk: nobody has to wait for the profile.
         return self._complete_account(credentials) if is_new else credentials
 
+    @hides_locals
     def is_rejected(self, token: str) -> bool:
         """Tell whether the API refused an access token when it was new."""
         return self._account_file.notes().rejected == _rejected(token)
 
+    @hides_locals
     def note_rejected(self, token: str) -> None:
         """Note that the API answers 401 to a new token: a refresh would not help."""
         import contextlib
@@ -5014,9 +5027,11 @@ class BearerAuth:
         if is_ours:
             self._sign(request)
         response: Any = yield request
+        # A redirect may have led to a stranger, whose answer says nothing of a token.
+        is_ours = is_ours and self._may_sign(str(response.url))
         if is_ours and response.status_code == 401 and self._renew(request):
             response = yield request
-            if response.status_code == 401:
+            if response.status_code == 401 and self._may_sign(str(response.url)):
                 self._service.note_rejected(_bearer_of(request))
 
     def _may_sign(self, url: str) -> bool:
@@ -5103,7 +5118,7 @@ def _position(body: Any) -> int | None:
     """Return where a body that is a file begins, None if it cannot be sent again."""
     try:
         position: int | None = body.tell() if hasattr(body, "tell") else None
-    except OSError:
+    except (OSError, ValueError):
         return None
     return position
 
@@ -5138,7 +5153,7 @@ class Sandbox:
         origin: ``http://127.0.0.1:PORT``, once the block has begun.
         counts: Requests by endpoint: authorize, callback (the page with the code),
             authorization_code, refresh_token, profile, api_key, revoke, messages.
-        lifetime: Seconds that the next access token lives (``login_lifetime``: a login).
+        lifetime: Seconds that the next access token lives.
         scopes: The most that the next login is granted (CONSOLE_SCOPES: the Console).
     """
 
@@ -5673,10 +5688,10 @@ def _token(options: Any) -> int:
     service = _service(options)
     token = service.api_token(min_validity=options.min_validity)
     if options.json:
-        status = service.status()
+        status, stored = service.status(), service.credentials()
         ends = {name: status[name] for name in ("expires_at", "expires_in")}
         answer = {"access_token": token, **ends}
-        if status["method"] == "console":
+        if stored and stored.access_token != token:
             answer = {"api_key": token, "expires_at": None}
         token = dump_json({**answer, "token": token})
     print(token)
@@ -5815,7 +5830,8 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     workers = [
         subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
     ]
-    answers: list[bytes] = [worker.communicate()[0] for worker in workers]
+    limit = LOCK_TIMEOUT
+    answers: list[bytes] = [worker.communicate(timeout=limit)[0] for worker in workers]
     tokens = list(filter(None, answers))
     return (
         "8 processes find an expired token:"

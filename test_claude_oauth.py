@@ -12879,7 +12879,7 @@ def test_no_frame_of_a_flow_whose_refresh_fails_shows_a_secret(kept, auth_server
     flow = claude_oauth.BearerAuth(kept.service()).auth_flow(request)
     next(flow)
     refused = requests.Response()
-    refused.status_code = 401
+    refused.status_code, refused.url = 401, request.url
     with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant") as caught:
         flow.send(refused)
     assert locals_with_secrets(caught.value) == []
@@ -12908,6 +12908,55 @@ def test_no_frame_behind_a_signed_request_shows_a_secret(
         post(messages_url, kept.service())
 
     assert locals_with_secrets(caught.value) == []
+
+
+NO_MOMENTS = {"long": "1" + "0" * 400, "nan": "NaN", "inf": "Infinity", "true": "true"}
+
+
+@pytest.mark.parametrize("wait", NO_MOMENTS.values(), ids=NO_MOMENTS)
+def test_a_note_that_is_no_moment_was_never_made(kept, wait):
+    kept.save(-1)
+    notes = '{"wait_until": %s, "refused_until": %s}' % (wait, wait)
+    put_bytes(kept.account, ('{"claudeOauthMemory": %s}' % notes).encode())
+    assert kept.service().status()["warnings"] == []
+    assert kept.service().access_token() != kept.token
+
+
+def test_what_a_store_of_somebodys_raises_is_a_storage_error(config, browser):
+    class Broken(claude_oauth.MemoryStorage):
+        def save(self, credentials):
+            raise OSError(f"cannot write {credentials.access_token}")
+
+    service = claude_oauth.OAuthService(config, Broken())
+    with pytest.raises(claude_oauth.StorageError, match="fails .OSError") as caught:
+        sign_in(service, browser)
+    assert not secrets_in(chain_text(caught.value))
+
+
+def test_a_successor_of_a_token_of_unknown_age_is_kept_beside_a_bad_answer(kept):
+    kept.save(expires_at=None)
+    successor = kept.issue(3600).refresh_token
+    kept.server.fail_next("token", 200, {"refresh_token": successor})
+    with pytest.raises(claude_oauth.BadAnswer, match="access_token"):
+        kept.service().refresh()
+    assert kept.storage.load().refresh_token == successor
+
+
+def test_an_address_with_a_backslash_gets_no_token(signed_in):
+    url = "https://evil.example\\@api.anthropic.com/v1"
+    request = requests.Request("GET", "https://api.anthropic.com/v1").prepare()
+    request.url = url
+    claude_oauth.BearerAuth(signed_in)(request)
+    assert "Authorization" not in request.headers
+
+
+def test_a_token_of_unknown_scopes_is_not_called_a_key(kept, auth_server):
+    kept.clock.now = time.time()
+    record = kept.save().to_record()
+    del record["claudeAiOauth"]["scopes"]
+    put_bytes(kept.path, json.dumps(record).encode())
+    done = run_cli("token", "--json", env=auth_server.env)
+    assert json.loads(done.stdout)["access_token"] == kept.token
 
 
 # -- Service: BearerAuth with httpx ----------------------------------------------------
