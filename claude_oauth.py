@@ -3019,7 +3019,7 @@ class AuthCodeListener:
         import secrets
         import socket
 
-        # What a request needs is loaded now, and in a thread: glibc loads a library when
+        # What a request needs is loaded now, in a thread: glibc loads a library when
         # the first one ends, and without a descriptor left it ends the process.
         names = ("base64", "hashlib", "hmac", "html", "re", "urllib.parse")
         load = start_thread("load", lambda: list(map(importlib.import_module, names)))
@@ -4532,9 +4532,9 @@ class OAuthService:
         """Note that the API answers 401 to a new token: a refresh would not help."""
         import contextlib
 
-        with contextlib.suppress(StorageError, Unavailable):
-            with self.storage.lock(SHORT_WAIT):
-                self._account_file.note(rejected=_rejected(token))
+        unless = contextlib.suppress(StorageError, Unavailable)
+        with unless, self.storage.lock(SHORT_WAIT):
+            self._account_file.note(rejected=_rejected(token))
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token; after a 401, once more with a new one."""
