@@ -1048,6 +1048,8 @@ PASTE_REFUSALS: Final = (
     ("(?i)sk-ant-", "that is a token or an API key, not a code: keep it safe"),
 )
 
+# Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
+_CODE: Final = f"[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  A word of a sentence is none of them.
 _PROSE: Final = (
     r"(?<!\S)(?=\S*[aeiouyAEIOUY\x80-\uffff])"
@@ -1083,6 +1085,7 @@ def parse_callback(query: str, *, state: str) -> str:
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
     import hmac
+    import re
     from urllib.parse import parse_qsl
 
     pairs = parse_qsl(query, keep_blank_values=True)
@@ -1097,14 +1100,9 @@ def parse_callback(query: str, *, state: str) -> str:
         description = printable(fields.get("error_description", ""), secrets=secrets)
         code = printable(fields["error"], secrets=secrets, limit=64)
         raise LoginDenied(code or "error", description or None)
-    if not _is_code(fields.get("code", "")):
+    if not re.fullmatch(_CODE, fields.get("code", "")):
         raise ValueError("the address has no code")
     return fields["code"]
-
-
-def _is_code(text: str) -> bool:
-    # Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
-    return 0 < len(text) <= MAX_PASTE_CHARS and all("!" <= c <= "~" for c in text)
 
 
 def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
@@ -1179,7 +1177,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     code = re.fullmatch(_VOUCHED_CODE if found else _BARE_CODE, text)
     pieces = code[1].split() if code else []
     joined = pieces[0] if len(set(pieces)) == 1 else "".join(pieces)
-    if not _is_code(joined.replace(state, " ")):  # nor is the state one
+    if not re.fullmatch(_CODE, joined.replace(state, " ")):  # nor is the state one
         raise ValueError("that is not a code")
     return joined
 
@@ -1239,10 +1237,8 @@ def denied_page() -> str:
 
 def stray_page(reason: str) -> str:
     """Return the page for a request that is not what the login waits for, and why."""
-    text = (
-        f"A sign-in is waiting here for something else: {reason}.\nGo back to the "
-        "terminal, and open the address that it shows."
-    )
+    text = f"A sign-in is waiting here for something else: {reason}.\n"
+    text += "Go back to the terminal, and open the address that it shows."
     return result_page("failure", "Nothing to see here", text)
 
 
@@ -1262,28 +1258,21 @@ def result_page(kind: str, title: str, text: str) -> str:
 <link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
-<main>
-<p class="mark {kind}" aria-hidden="true">{mark}</p>
+<main><p class="mark {kind}" aria-hidden="true">{mark}</p>
 <h1>{html.escape(title)}</h1>
-<p>{html.escape(text)}</p>
-</main>
-</html>
+<p>{html.escape(text)}</p></main>
 """
 
 
 _STYLE: Final = """
-:root { color-scheme: light dark; --card: #fff; --text: #1f1e1b;
-  --success: #17663a; --failure: #a3261b; --denied: #7a4b00; }
-@media (prefers-color-scheme: dark) { :root { --card: #262522; --text: #f1efe9;
-  --success: #6fd39b; --failure: #ff9b8f; --denied: #f0bd6a; } }
-body { margin: 0; min-height: 100vh; display: grid; place-items: center;
-  background: var(--card); color: var(--text); font: 1.0625rem/1.55 system-ui; }
-main { max-width: 30rem; padding: 2rem; text-align: center; background: var(--card); }
+:root { color-scheme: light dark; }
+main { background: Canvas; font: 1.0625rem/1.55 system-ui; text-align: center;
+  max-width: 30rem; margin: 25vh auto; }
 p { white-space: pre-line; overflow-wrap: anywhere; }
 .mark { font-size: 2.5rem; margin: 0; }
-.success { color: var(--success); }
-.failure { color: var(--failure); }
-.denied { color: var(--denied); }
+.success { color: light-dark(#17663a, #6fd39b); }
+.failure { color: light-dark(#a3261b, #ff9b8f); }
+.denied { color: light-dark(#7a4b00, #f0bd6a); }
 """
 
 
@@ -2811,10 +2800,7 @@ TEXT_BROWSERS: Final = (
 )
 """Browsers that would take the terminal for themselves."""
 
-WSL_BROWSERS: Final = (
-    "wslview",
-    "rundll32.exe url.dll,FileProtocolHandler %s",
-)
+WSL_BROWSERS: Final = ("wslview", "rundll32.exe url.dll,FileProtocolHandler %s")
 """Source: wslu's manual; url.dll is what Windows itself opens addresses with."""
 
 OPEN_BROWSER_PROGRAM: Final = """
@@ -3015,14 +3001,13 @@ class AuthCodeListener:
         self._threads: list[threading.Thread] = []  # the accepting thread's alone
 
     def __enter__(self) -> Self:
-        import secrets
         import socket
 
         self._servers = self._bind()
         self.port = self._servers[0].server_address[1]
         self.redirect_uri = f"http://localhost:{self.port}{CALLBACK_PATH}"
         # The page names the account: not for others on this machine to find.
-        self._page_path = "/done/" + secrets.token_urlsafe(12)
+        self._page_path = "/done/" + generate_state()[:16]
         self._stop, self._stopper = socket.socketpair()
         self._thread = start_thread("listener", self._serve)
         if not self._thread:
@@ -3044,8 +3029,7 @@ class AuthCodeListener:
             raise LoginTimeout(TOO_LATE)
         if isinstance(self._outcome, LoginDenied):
             raise LoginDenied(*self._outcome.args)
-        assert self._outcome is not None
-        return self._outcome
+        return str(self._outcome)
 
     def finish(self, page: str) -> None:
         """Show the browser that brought the code this page, and stop listening.
@@ -3088,18 +3072,18 @@ class AuthCodeListener:
         which would be handed the code: then it is another port, or an error.
         """
         servers: list[Any] = []
+        port = self.port
         for host in ("127.0.0.1", "::1"):
-            port = servers[0].server_address[1] if servers else self.port
             try:
                 servers.append(make_server(host, port, self._handle, _read_head))
+                port = servers[0].server_address[1]
             except OSError as error:
                 is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
                 if not is_taken and (servers or host != "::1"):
                     continue
-                if not servers:
-                    raise
-                servers.pop().server_close()
-                if self.port or not tries:
+                for server in servers:
+                    server.server_close()
+                if self.port or not servers or not tries:
                     raise
                 return self._bind(tries - 1)
         return servers
@@ -3129,9 +3113,7 @@ class AuthCodeListener:
             if len(self._unread) >= MAX_VISITORS:
                 self._drop_oldest()
             self._unread[sock] = None
-        thread = start_thread(
-            "connection", self._serve_connection, server, sock, address
-        )
+        thread = start_thread("client", self._serve_client, server, sock, address)
         if thread:
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         else:
@@ -3149,7 +3131,7 @@ class AuthCodeListener:
 
     # What follows runs in a connection's thread.
 
-    def _serve_connection(self, server: Any, sock: socket.socket, address: Any) -> None:
+    def _serve_client(self, server: Any, sock: socket.socket, address: Any) -> None:
         server.process_request_thread(sock, address)
         with self._changed:
             self._unread.pop(sock, None)
@@ -3253,15 +3235,10 @@ def find_browsers() -> list[str] | None:
     # Over SSH it would open where nobody sits.
     is_remote = any(map(setting, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
     is_desktop = sys.platform in ("darwin", "win32", "cygwin")
-    if has_screen or (not is_remote and (is_desktop or _is_wsl())):
-        return list(WSL_BROWSERS) if _is_wsl() else []
+    is_wsl = bool(setting("WSL_DISTRO_NAME"))
+    if has_screen or (not is_remote and (is_desktop or is_wsl)):
+        return list(WSL_BROWSERS) if is_wsl else []
     return None
-
-
-def _is_wsl() -> bool:
-    if setting("WSL_DISTRO_NAME"):
-        return True
-    return sys.platform == "linux" and "microsoft" in os.uname().release.lower()
 
 
 def open_in_browser(url: str, browsers: list[str]) -> bool:
@@ -3620,16 +3597,11 @@ def obtain_code(
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Write a line for people to stderr; a program without stderr has nobody to read.
-
-    Args:
-        end: What ends the line.
-    """
+    """Write a line for people to stderr, if the program has one that is open."""
     try:
-        if sys.stderr is not None:
-            sys.stderr.write(text + end)
-            sys.stderr.flush()
-    except (OSError, ValueError):
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
         pass
 
 
