@@ -2837,15 +2837,6 @@ def start_thread(
     return thread
 
 
-def any_selector() -> Any:
-    """Return a selector that takes terminals and files as well as sockets."""
-    import selectors
-
-    # epoll refuses files, macOS's poll terminals, and select descriptors beyond 1023.
-    has_poll = sys.platform not in ("darwin", "win32")
-    return getattr(selectors, "PollSelector" if has_poll else "SelectSelector")()
-
-
 def make_server(
     host: str,
     port: int,
@@ -3091,7 +3082,7 @@ class AuthCodeListener:
     def _serve(self) -> None:
         import selectors
 
-        with any_selector() as selector:
+        with selectors.DefaultSelector() as selector:
             selector.register(self._stop, selectors.EVENT_READ)
             for server in self._servers:
                 server.socket.setblocking(False)
@@ -3298,41 +3289,42 @@ class _PastePrompt:
     there cannot be called off: the one under way takes the program's next line.
     """
 
-    def __init__(
-        self, state: str, manual_uri: str, wake: Callable[[], None], *, is_open: bool
-    ) -> None:
+    def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
+        import socket
+
         self.is_open = is_open
-        self.descriptor: int | None = None  # None: a thread reads
-        self.arrived: list[bytes] = []  # lines from the thread
         self._state = state
         self._manual_uri = manual_uri
-        self._wake = wake
-        self._is_terminal = _is_terminal(sys.stdin)
-        self._is_shown = False
+        self._wake_up, self._waker = socket.socketpair()
+        self._descriptor: int | None = None  # None: a thread reads
+        self._lines: list[bytes] = []  # from the thread
+        self._is_terminal = self._is_shown = False
         self._held = b""  # of a paste that may go on
+        self._is_silent = False  # nothing has come for a moment
         self._is_last = False  # nothing can follow what is held
         self._earlier = ""  # what was refused: a paste may come in two
         self._refusals = 0
         self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
-        if os.name == "posix" and not self._is_notebook:
-            try:
-                self.descriptor = sys.stdin.fileno()
-            except (AttributeError, OSError, ValueError):  # no stdin, or an object
-                pass
+        try:
+            self._is_terminal = sys.stdin.isatty()
+            if os.name == "posix" and not self._is_notebook:
+                self._descriptor = sys.stdin.fileno()
+        except (AttributeError, OSError, ValueError):  # no stdin, or an object
+            pass
         self._request_line()
 
     def is_readable(self) -> bool:
         """Tell whether to wait for a paste: in the background a read would stop us."""
-        if sys.platform == "win32" or self.descriptor is None or not self.is_open:
+        if sys.platform == "win32" or self._descriptor is None or not self.is_open:
             return self.is_open
         try:
-            return os.tcgetpgrp(self.descriptor) == os.getpgrp()
+            return os.tcgetpgrp(self._descriptor) == os.getpgrp()
         except OSError:  # no terminal, or not ours, stops nobody
             return True
 
     def _request_line(self) -> None:
         """Have a thread read one line, where no descriptor can be waited on."""
-        is_ours = self.is_open and self.descriptor is None
+        is_ours = self.is_open and self._descriptor is None
         if is_ours and not start_thread("paste", self._read_line):
             self._read_line()
 
@@ -3347,18 +3339,45 @@ class _PastePrompt:
         except (AttributeError, OSError, ValueError):  # no stdin, or a closed one
             pass
         finally:
-            self.arrived.append(line[-2 * MAX_PASTE_CHARS :].encode("utf-8", "replace"))
-            self._wake()
+            self._lines.append(line[-2 * MAX_PASTE_CHARS :].encode("utf-8", "replace"))
+            self.wake()
 
-    def read(self) -> None:
+    def wake(self) -> None:
+        """End the wait: there is news."""
+        try:
+            self._waker.send(b"!")
+        except OSError:  # the race is over
+            pass
+
+    def wait(self, seconds: float) -> None:
+        """Wait for news, or that much silence; read what is pasted."""
+        import selectors
+
+        # epoll refuses files, macOS's poll terminals, and select descriptors over 1023.
+        has_poll = sys.platform not in ("darwin", "win32")
+        selector = getattr(selectors, "PollSelector" if has_poll else "SelectSelector")
+        with selector() as waiting:
+            waiting.register(self._wake_up, selectors.EVENT_READ)
+            if self._descriptor is not None and self.is_readable():
+                waiting.register(self._descriptor, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in waiting.select(seconds)]
+        if self._wake_up in ready:
+            self._wake_up.recv(4096)
+        has_paste = self._descriptor in ready or bool(self._lines)
+        # It may have been put into the background meanwhile.
+        self._is_silent = not (has_paste and self.is_readable())
+        if not self._is_silent:
+            self._read()
+
+    def _read(self) -> None:
         """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
         chunk = b""
         try:
-            if self.descriptor is None:
-                chunk = self.arrived.pop()
+            if self._descriptor is None:
+                chunk = self._lines.pop()
             else:
                 size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
-                chunk = os.read(self.descriptor, size)
+                chunk = os.read(self._descriptor, size)
         except OSError:  # it was closed beneath the object, or the terminal is gone
             pass
         self._held += chunk
@@ -3370,18 +3389,16 @@ class _PastePrompt:
         """Ask, unless that has been done."""
         if self._is_shown or not self.is_readable():
             return
-        limit = ""
-        if _is_terminal(sys.stderr):
-            limit = f" ({describe_seconds(seconds_left + 0.5)} left)"
+        left = describe_seconds(seconds_left + 0.5)
         end = " " if self._is_terminal else "\n"
-        say(f"Paste the code that the page shows here{limit}:", end=end)
+        say(f"Paste the code that the page shows here ({left} left):", end=end)
         self._is_shown = True
 
     def has_line(self) -> bool:
         """Tell whether a line is whole."""
         return self._held.endswith((b"\n", b"\r")) or self._is_last
 
-    def take(self, *, is_silent: bool) -> GrantedCode | None:
+    def take(self) -> GrantedCode | None:
         """Return the code in what was pasted, once it is known to be whole.
 
         A code with its state behind it is whole.  Anything else may go on, until
@@ -3391,9 +3408,9 @@ class _PastePrompt:
             return None
         text = self._held.decode("utf-8", "replace")
         found = self._find_code(text)
-        is_whole = is_silent or self._is_last
+        is_whole = self._is_silent or self._is_last
         if isinstance(found, str):
-            if is_whole or self.descriptor is None or not self._is_terminal:
+            if is_whole or self._descriptor is None or not self._is_terminal:
                 self._refuse(text, found)
             return None
         behind = "".join((self._earlier + text).split()).partition(found.code)[2]
@@ -3431,13 +3448,19 @@ class _PastePrompt:
 
     def _stop(self) -> None:
         self.is_open = False
-        self.end_line("\nNothing will be pasted, then. Ctrl-C gives up.")
+        self._end_line("\nNothing will be pasted, then. Ctrl-C gives up.")
 
-    def end_line(self, text: str = "") -> None:
+    def _end_line(self, text: str = "") -> None:
         """Leave the line on which the person is asked."""
         if self._is_shown and self._is_terminal:
             say(text)
         self._is_shown = False
+
+    def close(self) -> None:
+        """Ask no more, and take no more news."""
+        self._end_line()
+        self._wake_up.close()
+        self._waker.close()
 
 
 class _Race:
@@ -3450,13 +3473,10 @@ class _Race:
         port: int,
         problem: str,
     ) -> None:
-        import socket
-
         self._listener = listener
         self._opener = opener
         self._port = port if listener else 0
         self._problem = problem
-        self._wake_up, self._waker = socket.socketpair()
 
     def run(self, prompt: _PastePrompt, seconds: float, *urls: str) -> GrantedCode:
         """Return the code that comes first.
@@ -3465,37 +3485,25 @@ class _Race:
             urls: The one that comes back to the listener ("" for none), and the other.
         """
         self._prompt, self._deadline = prompt, Deadline(seconds)
-        self._wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
+        prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
         self._check_that_a_way_is_left()
         self._announce(*urls)
         if self._listener:
-            self._listener.on_arrival = self.wake
+            self._listener.on_arrival = prompt.wake
         url = urls[0] or urls[1]
         if self._opener and not start_thread("browser", self._open, self._opener, url):
             self._opener = None
-        is_silent = False
         while True:
-            granted = prompt.take(is_silent=is_silent)
+            granted = prompt.take()
             if granted:
                 return granted
             if self._listener and self._listener.arrived.is_set():
                 return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
             self._check_that_a_way_is_left()
-            prompt.show(self._deadline.left())
-            has_line = prompt.has_line()
-            is_silent = not self._wait(PASTE_PAUSE if has_line else FOREGROUND_INTERVAL)
-
-    def close(self) -> None:
-        """Hear of nothing any more."""
-        self._wake_up.close()
-        self._waker.close()
-
-    def wake(self) -> None:
-        """End the wait: there is news."""
-        try:
-            self._waker.send(b"!")
-        except OSError:  # the race is over
-            pass
+            left = self._deadline.left()
+            prompt.show(left)
+            pause = PASTE_PAUSE if prompt.has_line() else FOREGROUND_INTERVAL
+            prompt.wait(min(pause, left))
 
     def _announce(self, automatic_url: str, manual_url: str) -> None:
         has_paste = self._prompt.is_open
@@ -3529,27 +3537,7 @@ class _Race:
         finally:
             if is_open is False:
                 self._opener = None
-                self.wake()
-
-    def _wait(self, seconds: float) -> bool:
-        """Wait for news; tell whether something was pasted, which is then read."""
-        import selectors
-
-        prompt = self._prompt
-        with any_selector() as selector:
-            selector.register(self._wake_up, selectors.EVENT_READ)
-            if prompt.descriptor is not None and prompt.is_readable():
-                selector.register(prompt.descriptor, selectors.EVENT_READ)
-            events = selector.select(min(seconds, self._deadline.left()))
-        ready = [key.fileobj for key, _ in events]
-        if self._wake_up in ready:
-            self._wake_up.recv(4096)
-        # It may have been put into the background meanwhile.
-        has_paste = prompt.descriptor in ready or bool(prompt.arrived)
-        if has_paste and prompt.is_readable():
-            prompt.read()
-            return True
-        return False
+                self._prompt.wake()
 
 
 @hides_locals
@@ -3586,14 +3574,13 @@ def obtain_code(
     if browsers is not None:
         opener = functools.partial(open_in_browser, browsers=browsers)
     automatic_url = url_for(listener.redirect_uri) if listener else ""
-    race = _Race(listener, opener, port, problem)
-    prompt = _PastePrompt(state, manual_redirect_uri, race.wake, is_open=paste)
+    manual_url = url_for(manual_redirect_uri)
+    prompt = _PastePrompt(state, manual_redirect_uri, is_open=paste)
     try:
-        manual_url = url_for(manual_redirect_uri)
+        race = _Race(listener, opener, port, problem)
         return race.run(prompt, timeout, automatic_url, manual_url)
     finally:
-        prompt.end_line()
-        race.close()
+        prompt.close()
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -3603,13 +3590,6 @@ def say(text: str, end: str = "\n") -> None:
         sys.stderr.flush()
     except (AttributeError, OSError, ValueError):
         pass
-
-
-def _is_terminal(stream: Any) -> bool:
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError):  # there is none, or it is closed
-        return False
 
 
 # -- Refresh ---------------------------------------------------------------------------
