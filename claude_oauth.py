@@ -1108,9 +1108,8 @@ def parse_callback(query: str, *, state: str) -> str:
 def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
     """Return the code in what a person pasted: `code#state`, a code, or the address.
 
-    Labels, quotes, line breaks, invisible characters and a second copy are what
-    terminals, mail programs and people add.  Where the state is there it vouches for
-    the code beside it; a code without a state has to look like one.
+    Terminals, mail programs and people add to it.  Where the state is there it vouches
+    for the code beside it; a code without a state has to look like one.
 
     Raises:
         LoginDenied: The address says ``error=``, with the right state.
@@ -1186,9 +1185,9 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     import re
 
     text = re.sub("(?=https?://)", " ", text)
-    shapes = (  # a line break may be in it, before the state
-        r"((?:https?://(?:(?!://).)*?|\S*)"
-        r"\b(?:code|error)=(?:(?!://).)*?\bstate=\S*)(.*)",
+    near = "(?:(?!://).)*?"  # a line break may be in it, before the state
+    shapes = (
+        rf"((?:https?://{near}|\S*)\b(?:code|error)={near}\bstate=\S*)(.*)",
         r"(\S*\bstate=\S*\b(?:code|error)=\S*)(.*)",
         r"(\S*[/?=].*)()",
     )
@@ -1200,8 +1199,7 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     page, _, query = address.partition("?")
     if re.match(r"&?\w+=", page):  # what follows the question mark, alone
         page, query = "", page.lstrip("&")
-    # Browsers hide the scheme, and some leave it out of what is copied.  We said
-    # localhost, whatever a person made of it to reach this machine.
+    # Browsers hide the scheme; some leave it out of what is copied.
     manual = re.escape(re.sub("(?i)^https?://", "", manual_uri))
     loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\]):(\d{{1,5}}){CALLBACK_PATH}"
     known = re.search(rf"(?i)(?<![\w.@-])(?:{manual}|{loopback})$", page)
@@ -1252,8 +1250,7 @@ def result_page(kind: str, title: str, text: str) -> str:
 
     mark = {"success": "\u2713", "failure": "!", "denied": "\u2715"}[kind]
     return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+<html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
@@ -2838,17 +2835,11 @@ def start_thread(
 
 
 def make_server(
-    host: str,
-    port: int,
-    handle: Callable[[Any], None],
-    read_head: Callable[[socket.socket], bytes] | None = None,
+    host: str, port: int, handle: Callable[[Any], None], read_head: Any = None
 ) -> Any:
-    """Return a bound `http.server` that is quiet, and has each request handled.
+    """Return a bound, quiet `http.server`; `handle` takes each of its requests.
 
-    Args:
-        handle: Takes the request handler (``command``, ``path``, ``headers``,
-            ``rfile``, ``wfile``), whatever the method.
-        read_head: Reads the head of a request, if `http.server` is not to do it.
+    `read_head` returns the head from the socket, if `http.server` is not to read it.
     """
     import io
     import socket
@@ -3025,8 +3016,7 @@ class AuthCodeListener:
     def finish(self, page: str) -> None:
         """Show the browser that brought the code this page, and stop listening.
 
-        Returns when the page has been fetched, at once if nobody is there to see it,
-        and after PAGE_SECONDS in any case.
+        Returns when nobody is left to fetch it, and after PAGE_SECONDS in any case.
         """
         try:
             with self._changed:
@@ -3132,26 +3122,19 @@ class AuthCodeListener:
         """Answer a request.  Source: RFC 9112 section 3.2 (one Host, absolute form)."""
         import re
 
-        names = ["localhost", "127.0.0.1", "[::1]"]
-        ours = [f"{name}:{self.port}" for name in names]
-        ours += names if self.port == 80 else []
-        hosts = [host.strip().lower() for host in request.headers.get_all("Host", [])]
+        port = "(:80)?" if self.port == 80 else f":{self.port}"
+        ours = rf"(localhost|127\.0\.0\.1|\[::1\]){port}"
+        hosts = request.headers.get_all("Host", [])
         path, _, query = request.path.partition("?")
-        absolute = re.fullmatch("(?i)http://([^/]*)(/.*)", path)
-        if absolute and absolute[1].lower() in ours:
-            path = absolute[2]
+        path = re.sub(f"(?i)^http://{ours}(?=/)", "", path)
         if len(hosts) != 1 or len(request.requestline.split()) != 3:
             respond(request, 400, stray_page("this is no browser's request"))
-        elif hosts[0] not in ours:
+        elif not re.fullmatch(ours, hosts[0].strip(), re.IGNORECASE):
             # A foreign name that was made to point here (DNS rebinding) learns nothing.
             respond(request, 421, stray_page("it is for another host or port"))
         elif request.command != "GET":
             respond(request, 405, stray_page("only GET is answered"), Allow="GET")
-        else:
-            self._get(request, path, query)
-
-    def _get(self, request: Any, path: str, query: str) -> None:
-        if path == CALLBACK_PATH:
+        elif path == CALLBACK_PATH:
             self._receive(request, query)
         elif path == self._page_path and self._page is not None:
             respond(request, 200, self._page)
@@ -3235,8 +3218,7 @@ def find_browsers() -> list[str] | None:
 def open_in_browser(url: str, browsers: list[str]) -> bool:
     """Open an address; tell whether that has worked, as far as one can know.
 
-    A child process calls `webbrowser`, which starts browsers with our stdout, waits for
-    some of them to end, and looks away from others before they fail.
+    `webbrowser` starts browsers with our stdout, and waits for some: a child calls it.
     """
     import shlex
 
@@ -3266,7 +3248,7 @@ def _runs(command: list[str] | str, browsers: list[str]) -> bool:
         if original or getattr(sys, "frozen", False):
             environ[name] = original
     try:
-        status = subprocess.call(
+        return not subprocess.call(
             command,
             env=environ,
             stdin=subprocess.DEVNULL,
@@ -3277,16 +3259,14 @@ def _runs(command: list[str] | str, browsers: list[str]) -> bool:
         )
     except OSError:
         return False
-    return status == 0
 
 
 class _PastePrompt:
     """Asks for a paste on stdin: without Python's buffers, and only once it is there.
 
-    So the lines after ours, and those after the browser has won, are the host
-    program's.  What cannot be waited on (a Windows console, a notebook's input, a
-    StringIO) is read by a daemon thread, which tells when a line has arrived.  A read
-    there cannot be called off: the one under way takes the program's next line.
+    So the lines after ours are the host program's.  What cannot be waited on (a Windows
+    console, a notebook, a StringIO) is read by a daemon thread.  A read there cannot be
+    called off: the one under way takes the program's next line.
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
@@ -3330,17 +3310,15 @@ class _PastePrompt:
 
     def _read_line(self) -> None:
         import builtins
+        import contextlib
 
         line = ""
-        try:
+        with contextlib.suppress(Exception):  # no stdin, a closed one, no front end
             # Python's own input() in a daemon thread can abort the process at its end.
             line = builtins.input() if self._is_notebook else sys.stdin.readline()
             line = line.rstrip("\n") + "\n" if line or self._is_notebook else ""
-        except (AttributeError, OSError, ValueError):  # no stdin, or a closed one
-            pass
-        finally:
-            self._lines.append(line[-2 * MAX_PASTE_CHARS :].encode("utf-8", "replace"))
-            self.wake()
+        self._lines.append(line[-2 * MAX_PASTE_CHARS :].encode("utf-8", "replace"))
+        self.wake()
 
     def wake(self) -> None:
         """End the wait: there is news."""
@@ -3401,8 +3379,7 @@ class _PastePrompt:
     def take(self) -> GrantedCode | None:
         """Return the code in what was pasted, once it is known to be whole.
 
-        A code with its state behind it is whole.  Anything else may go on, until
-        nothing comes for a moment; a line of a pipe that is no code is refused at once.
+        With its state it is.  Anything else may go on, until a moment of silence.
         """
         if not self.is_open or not self.has_line():
             return None
@@ -3467,11 +3444,7 @@ class _Race:
     """One sign-in: the browser's callback against the paste, until the time is over."""
 
     def __init__(
-        self,
-        listener: AuthCodeListener | None,
-        opener: Callable[[str], object] | None,
-        port: int,
-        problem: str,
+        self, listener: AuthCodeListener | None, opener: Any, port: int, problem: str
     ) -> None:
         self._listener = listener
         self._opener = opener
@@ -3481,8 +3454,7 @@ class _Race:
     def run(self, prompt: _PastePrompt, seconds: float, *urls: str) -> GrantedCode:
         """Return the code that comes first.
 
-        Args:
-            urls: The one that comes back to the listener ("" for none), and the other.
+        The first of the URLs comes back to the listener; it is "" if there is none.
         """
         self._prompt, self._deadline = prompt, Deadline(seconds)
         prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
@@ -3491,7 +3463,7 @@ class _Race:
         if self._listener:
             self._listener.on_arrival = prompt.wake
         url = urls[0] or urls[1]
-        if self._opener and not start_thread("browser", self._open, self._opener, url):
+        if self._opener and not start_thread("browser", self._open, url):
             self._opener = None
         while True:
             granted = prompt.take()
@@ -3529,11 +3501,11 @@ class _Race:
                 "give a port that your browser can reach"
             )
 
-    def _open(self, opener: Callable[[str], object], url: str) -> None:
+    def _open(self, url: str) -> None:
         """Open the browser, in a thread: it may fail, hang or never return."""
-        is_open: object = False
+        is_open = False
         try:
-            is_open = opener(url)
+            is_open = self._opener(url)
         finally:
             if is_open is False:
                 self._opener = None
@@ -3556,11 +3528,10 @@ def obtain_code(
     """Have a person sign in; return the code that the browser or a paste brings first.
 
     Args:
-        listener: One that was entered, or None.
+        listener: One that was entered, or None; `problem` says why there is none.
         url_for: Returns the authorize URL for a redirect_uri.
         open_browser: Whether to open one; or what opens one, given the address.
         port: The port that was asked for, 0 if none: that alone counts as a way.
-        problem: Why there is no listener, "" if there is one.
 
     Raises:
         LoginDenied: The server answered with an error.
