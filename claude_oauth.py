@@ -1241,11 +1241,7 @@ def stray_page(reason: str) -> str:
 
 
 def result_page(kind: str, title: str, text: str) -> str:
-    """Return a whole HTML page without script or outside resource; text is escaped.
-
-    Args:
-        kind: success, failure or denied: the mark above the title, and its colour.
-    """
+    """Return a whole HTML page without script or outside resource; text is escaped."""
     import html
 
     mark = {"success": "\u2713", "failure": "!", "denied": "\u2715"}[kind]
@@ -2988,7 +2984,7 @@ class AuthCodeListener:
         self._servers = self._bind()
         self.port = self._servers[0].server_address[1]
         self.redirect_uri = f"http://localhost:{self.port}{CALLBACK_PATH}"
-        # The page names the account: not for others on this machine to find.
+        # The page names the account: nobody else on this machine may find it.
         self._page_path = "/done/" + generate_state()[:16]
         self._stop, self._stopper = socket.socketpair()
         self._thread = start_thread("listener", self._serve)
@@ -3157,9 +3153,7 @@ class AuthCodeListener:
                 self.on_arrival()
             self._pages_owed += 1
             self._unread.pop(request.connection, None)  # it waits for us now
-            self._changed.wait_for(
-                lambda: self._page is not None or self._is_closed, LOGIN_TIMEOUT
-            )
+            self._changed.wait_for(lambda: self._page or self._is_closed, LOGIN_TIMEOUT)
             self._unread[request.connection] = None
         try:
             if self._page is not None:
@@ -3222,10 +3216,8 @@ def open_in_browser(url: str, browsers: list[str]) -> bool:
     """
     import shlex
 
-    python = python_program()
-    if python:
-        program = [python, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM, url]
-        return _runs(program, browsers)
+    if python := python_program():
+        return _runs([python, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM, url], browsers)
     openers = {"darwin": "open", "win32": WSL_BROWSERS[1]}
     for browser in browsers or [openers.get(sys.platform, "xdg-open")]:
         command = browser if "%s" in browser else browser.rstrip(" &") + " %s"
@@ -3462,12 +3454,10 @@ class _Race:
         self._announce(*urls)
         if self._listener:
             self._listener.on_arrival = prompt.wake
-        url = urls[0] or urls[1]
-        if self._opener and not start_thread("browser", self._open, url):
+        if self._opener and not start_thread("browser", self._open, urls[0] or urls[1]):
             self._opener = None
         while True:
-            granted = prompt.take()
-            if granted:
+            if granted := prompt.take():
                 return granted
             if self._listener and self._listener.arrived.is_set():
                 return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
@@ -3530,8 +3520,7 @@ def obtain_code(
     Args:
         listener: One that was entered, or None; `problem` says why there is none.
         url_for: Returns the authorize URL for a redirect_uri.
-        open_browser: Whether to open one; or what opens one, given the address.
-        port: The port that was asked for, 0 if none: that alone counts as a way.
+        port: The one that was asked for, 0 if none: that alone counts as a way.
 
     Raises:
         LoginDenied: The server answered with an error.
