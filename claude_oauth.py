@@ -2837,7 +2837,6 @@ def make_server(
 
     `read_head` returns the head from the socket, if `http.server` is not to read it.
     """
-    import io
     import socket
     import socketserver
     from http import HTTPStatus
