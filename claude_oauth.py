@@ -1048,6 +1048,8 @@ PASTE_REFUSALS: Final = (
     ("(?i)sk-ant-", "that is a token or an API key, not a code: keep it safe"),
 )
 
+# Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
+_CODE: Final = f"[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  A word of a sentence is none of them.
 _PROSE: Final = (
     r"(?<!\S)(?=\S*[aeiouyAEIOUY\x80-\uffff])"
@@ -1083,6 +1085,7 @@ def parse_callback(query: str, *, state: str) -> str:
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
     import hmac
+    import re
     from urllib.parse import parse_qsl
 
     pairs = parse_qsl(query, keep_blank_values=True)
@@ -1097,22 +1100,16 @@ def parse_callback(query: str, *, state: str) -> str:
         description = printable(fields.get("error_description", ""), secrets=secrets)
         code = printable(fields["error"], secrets=secrets, limit=64)
         raise LoginDenied(code or "error", description or None)
-    if not _is_code(fields.get("code", "")):
+    if not re.fullmatch(_CODE, fields.get("code", "")):
         raise ValueError("the address has no code")
     return fields["code"]
-
-
-def _is_code(text: str) -> bool:
-    # Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
-    return 0 < len(text) <= MAX_PASTE_CHARS and all("!" <= c <= "~" for c in text)
 
 
 def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
     """Return the code in what a person pasted: `code#state`, a code, or the address.
 
-    Labels, quotes, line breaks, invisible characters and a second copy are what
-    terminals, mail programs and people add.  Where the state is there it vouches for
-    the code beside it; a code without a state has to look like one.
+    Terminals, mail programs and people add to it.  Where the state is there it vouches
+    for the code beside it; a code without a state has to look like one.
 
     Raises:
         LoginDenied: The address says ``error=``, with the right state.
@@ -1179,7 +1176,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     code = re.fullmatch(_VOUCHED_CODE if found else _BARE_CODE, text)
     pieces = code[1].split() if code else []
     joined = pieces[0] if len(set(pieces)) == 1 else "".join(pieces)
-    if not _is_code(joined.replace(state, " ")):  # nor is the state one
+    if not re.fullmatch(_CODE, joined.replace(state, " ")):  # nor is the state one
         raise ValueError("that is not a code")
     return joined
 
@@ -1188,9 +1185,9 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     import re
 
     text = re.sub("(?=https?://)", " ", text)
-    shapes = (  # a line break may be in it, before the state
-        r"((?:https?://(?:(?!://).)*?|\S*)"
-        r"\b(?:code|error)=(?:(?!://).)*?\bstate=\S*)(.*)",
+    near = "(?:(?!://).)*?"  # a line break may be in it, before the state
+    shapes = (
+        rf"((?:https?://{near}|\S*)\b(?:code|error)={near}\bstate=\S*)(.*)",
         r"(\S*\bstate=\S*\b(?:code|error)=\S*)(.*)",
         r"(\S*[/?=].*)()",
     )
@@ -1202,8 +1199,7 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     page, _, query = address.partition("?")
     if re.match(r"&?\w+=", page):  # what follows the question mark, alone
         page, query = "", page.lstrip("&")
-    # Browsers hide the scheme, and some leave it out of what is copied.  We said
-    # localhost, whatever a person made of it to reach this machine.
+    # Browsers hide the scheme; some leave it out of what is copied.
     manual = re.escape(re.sub("(?i)^https?://", "", manual_uri))
     loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\]):(\d{{1,5}}){CALLBACK_PATH}"
     known = re.search(rf"(?i)(?<![\w.@-])(?:{manual}|{loopback})$", page)
@@ -1239,51 +1235,37 @@ def denied_page() -> str:
 
 def stray_page(reason: str) -> str:
     """Return the page for a request that is not what the login waits for, and why."""
-    text = (
-        f"A sign-in is waiting here for something else: {reason}.\nGo back to the "
-        "terminal, and open the address that it shows."
-    )
+    text = f"A sign-in is waiting here for something else: {reason}.\n"
+    text += "Go back to the terminal, and open the address that it shows."
     return result_page("failure", "Nothing to see here", text)
 
 
 def result_page(kind: str, title: str, text: str) -> str:
-    """Return a whole HTML page without script or outside resource; text is escaped.
-
-    Args:
-        kind: success, failure or denied: the mark above the title, and its colour.
-    """
+    """Return a whole HTML page without script or outside resource; text is escaped."""
     import html
 
     mark = {"success": "\u2713", "failure": "!", "denied": "\u2715"}[kind]
     return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+<html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
-<main>
-<p class="mark {kind}" aria-hidden="true">{mark}</p>
+<main><p class="mark {kind}" aria-hidden="true">{mark}</p>
 <h1>{html.escape(title)}</h1>
-<p>{html.escape(text)}</p>
-</main>
-</html>
+<p>{html.escape(text)}</p></main>
 """
 
 
 _STYLE: Final = """
-:root { color-scheme: light dark; --card: #fff; --text: #1f1e1b;
-  --success: #17663a; --failure: #a3261b; --denied: #7a4b00; }
-@media (prefers-color-scheme: dark) { :root { --card: #262522; --text: #f1efe9;
-  --success: #6fd39b; --failure: #ff9b8f; --denied: #f0bd6a; } }
-body { margin: 0; min-height: 100vh; display: grid; place-items: center;
-  background: var(--card); color: var(--text); font: 1.0625rem/1.55 system-ui; }
-main { max-width: 30rem; padding: 2rem; text-align: center; background: var(--card); }
+:root { color-scheme: light dark; }
+main { background: Canvas; font: 1.0625rem/1.55 system-ui; text-align: center;
+  max-width: 30rem; margin: 25vh auto; }
 p { white-space: pre-line; overflow-wrap: anywhere; }
 .mark { font-size: 2.5rem; margin: 0; }
-.success { color: var(--success); }
-.failure { color: var(--failure); }
-.denied { color: var(--denied); }
+.success { color: light-dark(#17663a, #6fd39b); }
+.failure { color: light-dark(#a3261b, #ff9b8f); }
+.denied { color: light-dark(#7a4b00, #f0bd6a); }
 """
 
 
@@ -2811,10 +2793,7 @@ TEXT_BROWSERS: Final = (
 )
 """Browsers that would take the terminal for themselves."""
 
-WSL_BROWSERS: Final = (
-    "wslview",
-    "rundll32.exe url.dll,FileProtocolHandler %s",
-)
+WSL_BROWSERS: Final = ("wslview", "rundll32.exe url.dll,FileProtocolHandler %s")
 """Source: wslu's manual; url.dll is what Windows itself opens addresses with."""
 
 OPEN_BROWSER_PROGRAM: Final = """
@@ -2851,29 +2830,13 @@ def start_thread(
     return thread
 
 
-def any_selector() -> Any:
-    """Return a selector that takes terminals and files as well as sockets."""
-    import selectors
-
-    # epoll refuses files, macOS's poll terminals, and select descriptors beyond 1023.
-    has_poll = sys.platform not in ("darwin", "win32")
-    return getattr(selectors, "PollSelector" if has_poll else "SelectSelector")()
-
-
 def make_server(
-    host: str,
-    port: int,
-    handle: Callable[[Any], None],
-    read_head: Callable[[socket.socket], bytes] | None = None,
+    host: str, port: int, handle: Callable[[Any], None], read_head: Any = None
 ) -> Any:
-    """Return a bound `http.server` that is quiet, and has each request handled.
+    """Return a bound, quiet `http.server`; `handle` takes each of its requests.
 
-    Args:
-        handle: Takes the request handler (``command``, ``path``, ``headers``,
-            ``rfile``, ``wfile``), whatever the method.
-        read_head: Reads the head of a request, if `http.server` is not to do it.
+    `read_head` returns the head from the socket, if `http.server` is not to read it.
     """
-    import io
     import socket
     import socketserver
     from http import HTTPStatus
@@ -3016,7 +2979,6 @@ class AuthCodeListener:
 
     def __enter__(self) -> Self:
         import importlib
-        import secrets
         import socket
 
         # What a request needs is loaded now, in a thread: glibc loads a library when
@@ -3028,8 +2990,8 @@ class AuthCodeListener:
         self._servers = self._bind()
         self.port = self._servers[0].server_address[1]
         self.redirect_uri = f"http://localhost:{self.port}{CALLBACK_PATH}"
-        # The page names the account: not for others on this machine to find.
-        self._page_path = "/done/" + secrets.token_urlsafe(12)
+        # The page names the account: nobody else on this machine may find it.
+        self._page_path = "/done/" + generate_state()[:16]
         self._stop, self._stopper = socket.socketpair()
         self._thread = start_thread("listener", self._serve)
         if not self._thread:
@@ -3051,14 +3013,12 @@ class AuthCodeListener:
             raise LoginTimeout(TOO_LATE)
         if isinstance(self._outcome, LoginDenied):
             raise LoginDenied(*self._outcome.args)
-        assert self._outcome is not None
-        return self._outcome
+        return str(self._outcome)
 
     def finish(self, page: str) -> None:
         """Show the browser that brought the code this page, and stop listening.
 
-        Returns when the page has been fetched, at once if nobody is there to see it,
-        and after PAGE_SECONDS in any case.
+        Returns when nobody is left to fetch it, and after PAGE_SECONDS in any case.
         """
         try:
             with self._changed:
@@ -3095,18 +3055,18 @@ class AuthCodeListener:
         which would be handed the code: then it is another port, or an error.
         """
         servers: list[Any] = []
+        port = self.port
         for host in ("127.0.0.1", "::1"):
-            port = servers[0].server_address[1] if servers else self.port
             try:
                 servers.append(make_server(host, port, self._handle, _read_head))
+                port = servers[0].server_address[1]
             except OSError as error:
                 is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
                 if not is_taken and (servers or host != "::1"):
                     continue
-                if not servers:
-                    raise
-                servers.pop().server_close()
-                if self.port or not tries:
+                for server in servers:
+                    server.server_close()
+                if self.port or not servers or not tries:
                     raise
                 return self._bind(tries - 1)
         return servers
@@ -3114,7 +3074,7 @@ class AuthCodeListener:
     def _serve(self) -> None:
         import selectors
 
-        with any_selector() as selector:
+        with selectors.DefaultSelector() as selector:
             selector.register(self._stop, selectors.EVENT_READ)
             for server in self._servers:
                 server.socket.setblocking(False)
@@ -3136,9 +3096,7 @@ class AuthCodeListener:
             if len(self._unread) >= MAX_VISITORS:
                 self._drop_oldest()
             self._unread[sock] = None
-        thread = start_thread(
-            "connection", self._serve_connection, server, sock, address
-        )
+        thread = start_thread("client", self._serve_client, server, sock, address)
         if thread:
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         else:
@@ -3156,7 +3114,7 @@ class AuthCodeListener:
 
     # What follows runs in a connection's thread.
 
-    def _serve_connection(self, server: Any, sock: socket.socket, address: Any) -> None:
+    def _serve_client(self, server: Any, sock: socket.socket, address: Any) -> None:
         server.process_request_thread(sock, address)
         with self._changed:
             self._unread.pop(sock, None)
@@ -3166,26 +3124,19 @@ class AuthCodeListener:
         """Answer a request.  Source: RFC 9112 section 3.2 (one Host, absolute form)."""
         import re
 
-        names = ["localhost", "127.0.0.1", "[::1]"]
-        ours = [f"{name}:{self.port}" for name in names]
-        ours += names if self.port == 80 else []
-        hosts = [host.strip().lower() for host in request.headers.get_all("Host", [])]
+        port = "(:80)?" if self.port == 80 else f":{self.port}"
+        ours = rf"(localhost|127\.0\.0\.1|\[::1\]){port}"
+        hosts = request.headers.get_all("Host", [])
         path, _, query = request.path.partition("?")
-        absolute = re.fullmatch("(?i)http://([^/]*)(/.*)", path)
-        if absolute and absolute[1].lower() in ours:
-            path = absolute[2]
+        path = re.sub(f"(?i)^http://{ours}(?=/)", "", path)
         if len(hosts) != 1 or len(request.requestline.split()) != 3:
             respond(request, 400, stray_page("this is no browser's request"))
-        elif hosts[0] not in ours:
+        elif not re.fullmatch(ours, hosts[0].strip(), re.IGNORECASE):
             # A foreign name that was made to point here (DNS rebinding) learns nothing.
             respond(request, 421, stray_page("it is for another host or port"))
         elif request.command != "GET":
             respond(request, 405, stray_page("only GET is answered"), Allow="GET")
-        else:
-            self._get(request, path, query)
-
-    def _get(self, request: Any, path: str, query: str) -> None:
-        if path == CALLBACK_PATH:
+        elif path == CALLBACK_PATH:
             self._receive(request, query)
         elif path == self._page_path and self._page is not None:
             respond(request, 200, self._page)
@@ -3208,9 +3159,7 @@ class AuthCodeListener:
                 self.on_arrival()
             self._pages_owed += 1
             self._unread.pop(request.connection, None)  # it waits for us now
-            self._changed.wait_for(
-                lambda: self._page is not None or self._is_closed, LOGIN_TIMEOUT
-            )
+            self._changed.wait_for(lambda: self._page or self._is_closed, LOGIN_TIMEOUT)
             self._unread[request.connection] = None
         try:
             if self._page is not None:
@@ -3260,29 +3209,21 @@ def find_browsers() -> list[str] | None:
     # Over SSH it would open where nobody sits.
     is_remote = any(map(setting, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
     is_desktop = sys.platform in ("darwin", "win32", "cygwin")
-    if has_screen or (not is_remote and (is_desktop or _is_wsl())):
-        return list(WSL_BROWSERS) if _is_wsl() else []
+    is_wsl = bool(setting("WSL_DISTRO_NAME"))
+    if has_screen or (not is_remote and (is_desktop or is_wsl)):
+        return list(WSL_BROWSERS) if is_wsl else []
     return None
-
-
-def _is_wsl() -> bool:
-    if setting("WSL_DISTRO_NAME"):
-        return True
-    return sys.platform == "linux" and "microsoft" in os.uname().release.lower()
 
 
 def open_in_browser(url: str, browsers: list[str]) -> bool:
     """Open an address; tell whether that has worked, as far as one can know.
 
-    A child process calls `webbrowser`, which starts browsers with our stdout, waits for
-    some of them to end, and looks away from others before they fail.
+    `webbrowser` starts browsers with our stdout, and waits for some: a child calls it.
     """
     import shlex
 
-    python = python_program()
-    if python:
-        program = [python, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM, url]
-        return _runs(program, browsers)
+    if python := python_program():
+        return _runs([python, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM, url], browsers)
     openers = {"darwin": "open", "win32": WSL_BROWSERS[1]}
     for browser in browsers or [openers.get(sys.platform, "xdg-open")]:
         command = browser if "%s" in browser else browser.rstrip(" &") + " %s"
@@ -3305,7 +3246,7 @@ def _runs(command: list[str] | str, browsers: list[str]) -> bool:
         if original or getattr(sys, "frozen", False):
             environ[name] = original
     try:
-        status = subprocess.call(
+        return not subprocess.call(
             command,
             env=environ,
             stdin=subprocess.DEVNULL,
@@ -3316,79 +3257,103 @@ def _runs(command: list[str] | str, browsers: list[str]) -> bool:
         )
     except OSError:
         return False
-    return status == 0
 
 
 class _PastePrompt:
     """Asks for a paste on stdin: without Python's buffers, and only once it is there.
 
-    So the lines after ours, and those after the browser has won, are the host
-    program's.  What cannot be waited on (a Windows console, a notebook's input, a
-    StringIO) is read by a daemon thread, which tells when a line has arrived.  A read
-    there cannot be called off: the one under way takes the program's next line.
+    So the lines after ours are the host program's.  What cannot be waited on (a Windows
+    console, a notebook, a StringIO) is read by a daemon thread.  A read there cannot be
+    called off: the one under way takes the program's next line.
     """
 
-    def __init__(
-        self, state: str, manual_uri: str, wake: Callable[[], None], *, is_open: bool
-    ) -> None:
+    def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
+        import socket
+
         self.is_open = is_open
-        self.descriptor: int | None = None  # None: a thread reads
-        self.arrived: list[bytes] = []  # lines from the thread
         self._state = state
         self._manual_uri = manual_uri
-        self._wake = wake
-        self._is_terminal = _is_terminal(sys.stdin)
-        self._is_shown = False
+        self._wake_up, self._waker = socket.socketpair()
+        self._descriptor: int | None = None  # None: a thread reads
+        self._lines: list[bytes] = []  # from the thread
+        self._is_terminal = self._is_shown = False
         self._held = b""  # of a paste that may go on
+        self._is_silent = False  # nothing has come for a moment
         self._is_last = False  # nothing can follow what is held
         self._earlier = ""  # what was refused: a paste may come in two
         self._refusals = 0
         self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
-        if os.name == "posix" and not self._is_notebook:
-            try:
-                self.descriptor = sys.stdin.fileno()
-            except (AttributeError, OSError, ValueError):  # no stdin, or an object
-                pass
+        try:
+            self._is_terminal = sys.stdin.isatty()
+            if os.name == "posix" and not self._is_notebook:
+                self._descriptor = sys.stdin.fileno()
+        except (AttributeError, OSError, ValueError):  # no stdin, or an object
+            pass
         self._request_line()
 
     def is_readable(self) -> bool:
         """Tell whether to wait for a paste: in the background a read would stop us."""
-        if sys.platform == "win32" or self.descriptor is None or not self.is_open:
+        if sys.platform == "win32" or self._descriptor is None or not self.is_open:
             return self.is_open
         try:
-            return os.tcgetpgrp(self.descriptor) == os.getpgrp()
+            return os.tcgetpgrp(self._descriptor) == os.getpgrp()
         except OSError:  # no terminal, or not ours, stops nobody
             return True
 
     def _request_line(self) -> None:
         """Have a thread read one line, where no descriptor can be waited on."""
-        is_ours = self.is_open and self.descriptor is None
+        is_ours = self.is_open and self._descriptor is None
         if is_ours and not start_thread("paste", self._read_line):
             self._read_line()
 
     def _read_line(self) -> None:
         import builtins
+        import contextlib
 
         line = ""
-        try:
+        with contextlib.suppress(Exception):  # no stdin, a closed one, no front end
             # Python's own input() in a daemon thread can abort the process at its end.
             line = builtins.input() if self._is_notebook else sys.stdin.readline()
             line = line.rstrip("\n") + "\n" if line or self._is_notebook else ""
-        except (AttributeError, OSError, ValueError):  # no stdin, or a closed one
-            pass
-        finally:
-            self.arrived.append(line[-2 * MAX_PASTE_CHARS :].encode("utf-8", "replace"))
-            self._wake()
+        self._lines.append(line[-2 * MAX_PASTE_CHARS :].encode("utf-8", "replace"))
+        self.wake()
 
-    def read(self) -> None:
+    def wake(self) -> None:
+        """End the wait: there is news."""
+        try:
+            self._waker.send(b"!")
+        except OSError:  # the race is over
+            pass
+
+    def wait(self, seconds: float) -> None:
+        """Wait for news, or that much silence; read what is pasted."""
+        import selectors
+
+        # epoll refuses files, macOS's poll terminals, and select descriptors over 1023.
+        has_poll = sys.platform not in ("darwin", "win32")
+        selector = getattr(selectors, "PollSelector" if has_poll else "SelectSelector")
+        with selector() as waiting:
+            waiting.register(self._wake_up, selectors.EVENT_READ)
+            if self._descriptor is not None and self.is_readable():
+                waiting.register(self._descriptor, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in waiting.select(seconds)]
+        if self._wake_up in ready:
+            self._wake_up.recv(4096)
+        has_paste = self._descriptor in ready or bool(self._lines)
+        # It may have been put into the background meanwhile.
+        self._is_silent = not (has_paste and self.is_readable())
+        if not self._is_silent:
+            self._read()
+
+    def _read(self) -> None:
         """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
         chunk = b""
         try:
-            if self.descriptor is None:
-                chunk = self.arrived.pop()
+            if self._descriptor is None:
+                chunk = self._lines.pop()
             else:
                 size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
-                chunk = os.read(self.descriptor, size)
+                chunk = os.read(self._descriptor, size)
         except OSError:  # it was closed beneath the object, or the terminal is gone
             pass
         self._held += chunk
@@ -3400,30 +3365,27 @@ class _PastePrompt:
         """Ask, unless that has been done."""
         if self._is_shown or not self.is_readable():
             return
-        limit = ""
-        if _is_terminal(sys.stderr):
-            limit = f" ({describe_seconds(seconds_left + 0.5)} left)"
+        left = describe_seconds(seconds_left + 0.5)
         end = " " if self._is_terminal else "\n"
-        say(f"Paste the code that the page shows here{limit}:", end=end)
+        say(f"Paste the code that the page shows here ({left} left):", end=end)
         self._is_shown = True
 
     def has_line(self) -> bool:
         """Tell whether a line is whole."""
         return self._held.endswith((b"\n", b"\r")) or self._is_last
 
-    def take(self, *, is_silent: bool) -> GrantedCode | None:
+    def take(self) -> GrantedCode | None:
         """Return the code in what was pasted, once it is known to be whole.
 
-        A code with its state behind it is whole.  Anything else may go on, until
-        nothing comes for a moment; a line of a pipe that is no code is refused at once.
+        With its state it is.  Anything else may go on, until a moment of silence.
         """
         if not self.is_open or not self.has_line():
             return None
         text = self._held.decode("utf-8", "replace")
         found = self._find_code(text)
-        is_whole = is_silent or self._is_last
+        is_whole = self._is_silent or self._is_last
         if isinstance(found, str):
-            if is_whole or self.descriptor is None or not self._is_terminal:
+            if is_whole or self._descriptor is None or not self._is_terminal:
                 self._refuse(text, found)
             return None
         behind = "".join((self._earlier + text).split()).partition(found.code)[2]
@@ -3461,71 +3423,55 @@ class _PastePrompt:
 
     def _stop(self) -> None:
         self.is_open = False
-        self.end_line("\nNothing will be pasted, then. Ctrl-C gives up.")
+        self._end_line("\nNothing will be pasted, then. Ctrl-C gives up.")
 
-    def end_line(self, text: str = "") -> None:
+    def _end_line(self, text: str = "") -> None:
         """Leave the line on which the person is asked."""
         if self._is_shown and self._is_terminal:
             say(text)
         self._is_shown = False
+
+    def close(self) -> None:
+        """Ask no more, and take no more news."""
+        self._end_line()
+        self._wake_up.close()
+        self._waker.close()
 
 
 class _Race:
     """One sign-in: the browser's callback against the paste, until the time is over."""
 
     def __init__(
-        self,
-        listener: AuthCodeListener | None,
-        opener: Callable[[str], object] | None,
-        port: int,
-        problem: str,
+        self, listener: AuthCodeListener | None, opener: Any, port: int, problem: str
     ) -> None:
-        import socket
-
         self._listener = listener
         self._opener = opener
         self._port = port if listener else 0
         self._problem = problem
-        self._wake_up, self._waker = socket.socketpair()
 
     def run(self, prompt: _PastePrompt, seconds: float, *urls: str) -> GrantedCode:
         """Return the code that comes first.
 
-        Args:
-            urls: The one that comes back to the listener ("" for none), and the other.
+        The first of the URLs comes back to the listener; it is "" if there is none.
         """
         self._prompt, self._deadline = prompt, Deadline(seconds)
-        self._wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
+        prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
         self._check_that_a_way_is_left()
         self._announce(*urls)
         if self._listener:
-            self._listener.on_arrival = self.wake
-        url = urls[0] or urls[1]
-        if self._opener and not start_thread("browser", self._open, self._opener, url):
+            self._listener.on_arrival = prompt.wake
+        if self._opener and not start_thread("browser", self._open, urls[0] or urls[1]):
             self._opener = None
-        is_silent = False
         while True:
-            granted = prompt.take(is_silent=is_silent)
-            if granted:
+            if granted := prompt.take():
                 return granted
             if self._listener and self._listener.arrived.is_set():
                 return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
             self._check_that_a_way_is_left()
-            prompt.show(self._deadline.left())
-            has_line = prompt.has_line()
-            is_silent = not self._wait(PASTE_PAUSE if has_line else FOREGROUND_INTERVAL)
-
-    def close(self) -> None:
-        """Hear of nothing any more."""
-        self._wake_up.close()
-        self._waker.close()
-
-    def wake(self) -> None:
-        """End the wait: there is news."""
-        try:
-            self._waker.send(b"!")
-        except OSError:  # the race is over
-            pass
+            left = self._deadline.left()
+            prompt.show(left)
+            pause = PASTE_PAUSE if prompt.has_line() else FOREGROUND_INTERVAL
+            prompt.wait(min(pause, left))
 
     def _announce(self, automatic_url: str, manual_url: str) -> None:
         has_paste = self._prompt.is_open
@@ -3551,35 +3497,15 @@ class _Race:
                 "give a port that your browser can reach"
             )
 
-    def _open(self, opener: Callable[[str], object], url: str) -> None:
+    def _open(self, url: str) -> None:
         """Open the browser, in a thread: it may fail, hang or never return."""
-        is_open: object = False
+        is_open = False
         try:
-            is_open = opener(url)
+            is_open = self._opener(url)
         finally:
             if is_open is False:
                 self._opener = None
-                self.wake()
-
-    def _wait(self, seconds: float) -> bool:
-        """Wait for news; tell whether something was pasted, which is then read."""
-        import selectors
-
-        prompt = self._prompt
-        with any_selector() as selector:
-            selector.register(self._wake_up, selectors.EVENT_READ)
-            if prompt.descriptor is not None and prompt.is_readable():
-                selector.register(prompt.descriptor, selectors.EVENT_READ)
-            events = selector.select(min(seconds, self._deadline.left()))
-        ready = [key.fileobj for key, _ in events]
-        if self._wake_up in ready:
-            self._wake_up.recv(4096)
-        # It may have been put into the background meanwhile.
-        has_paste = prompt.descriptor in ready or bool(prompt.arrived)
-        if has_paste and prompt.is_readable():
-            prompt.read()
-            return True
-        return False
+                self._prompt.wake()
 
 
 @hides_locals
@@ -3598,11 +3524,9 @@ def obtain_code(
     """Have a person sign in; return the code that the browser or a paste brings first.
 
     Args:
-        listener: One that was entered, or None.
+        listener: One that was entered, or None; `problem` says why there is none.
         url_for: Returns the authorize URL for a redirect_uri.
-        open_browser: Whether to open one; or what opens one, given the address.
-        port: The port that was asked for, 0 if none: that alone counts as a way.
-        problem: Why there is no listener, "" if there is one.
+        port: The one that was asked for, 0 if none: that alone counts as a way.
 
     Raises:
         LoginDenied: The server answered with an error.
@@ -3616,35 +3540,22 @@ def obtain_code(
     if browsers is not None:
         opener = functools.partial(open_in_browser, browsers=browsers)
     automatic_url = url_for(listener.redirect_uri) if listener else ""
-    race = _Race(listener, opener, port, problem)
-    prompt = _PastePrompt(state, manual_redirect_uri, race.wake, is_open=paste)
+    manual_url = url_for(manual_redirect_uri)
+    prompt = _PastePrompt(state, manual_redirect_uri, is_open=paste)
     try:
-        manual_url = url_for(manual_redirect_uri)
+        race = _Race(listener, opener, port, problem)
         return race.run(prompt, timeout, automatic_url, manual_url)
     finally:
-        prompt.end_line()
-        race.close()
+        prompt.close()
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Write a line for people to stderr; a program without stderr has nobody to read.
-
-    Args:
-        end: What ends the line.
-    """
+    """Write a line for people to stderr, if the program has one that is open."""
     try:
-        if sys.stderr is not None:
-            sys.stderr.write(text + end)
-            sys.stderr.flush()
-    except (OSError, ValueError):
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
         pass
-
-
-def _is_terminal(stream: Any) -> bool:
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError):  # there is none, or it is closed
-        return False
 
 
 # -- Refresh ---------------------------------------------------------------------------
