@@ -1694,14 +1694,10 @@ def absolute_path(path: str | os.PathLike[str]) -> str:
     What is empty or not expanded is a ConfigError, never a folder below this one.
     """
     found = os.path.expanduser(os.fsdecode(path))
-    if not found.strip() or found[0] in "\"'$%" or "\0" in found:
+    if not found.strip() or found[0] in "\"'$%~" or "\0" in found:
         raise ConfigError(
-            f"{printable(found)!r} is no path: it is empty, or begins with a quote or a"
-            " variable that nothing has expanded; set the path itself"
-        )
-    if found.startswith("~"):
-        raise ConfigError(
-            f"no home directory is known for {found}; set HOME or CLAUDE_OAUTH_DIR"
+            f"{printable(found)!r} is no path: it is empty, begins with a quote or an"
+            " unexpanded variable, or no home directory is known; set the path itself"
         )
     return os.path.abspath(found)
 
@@ -1719,9 +1715,9 @@ def warn(message: str, *, once: bool = False) -> None:
     """Tell the program's log, or stderr if it has none, what a person should know."""
     import logging
 
+    if message in _WARNED:
+        return
     if once:
-        if message in _WARNED:
-            return
         _WARNED.add(message)
     logging.getLogger("claude_oauth").warning(message)
 
@@ -1937,10 +1933,10 @@ def _sync_directory(directory: str) -> None:
 
 
 def _quietly(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function of the system whose failure changes nothing."""
+    """Call a function whose failure changes nothing."""
     try:
         function(*arguments)
-    except OSError:
+    except (OSError, StorageError):
         pass
 
 
@@ -2134,17 +2130,13 @@ class FileStorage(_RecordStorage):
         if len(kept) == len(stored):
             return False
         real = os.path.realpath(self.path)
-        try:
-            if not kept:
-                os.unlink(real)
-                _sync_directory(os.path.dirname(real))
-                return True
-        except OSError as error:
-            # A mount of its own cannot be removed, only emptied; nor, on Windows, can
-            # what somebody is reading.
-            if error.errno != errno.EBUSY and os.name != "nt":
-                raise StorageError(f"cannot remove {real}: {_reason(error)}") from None
-        write_private(self.path, dump_json(kept).encode("ascii"))
+        if not kept:
+            _quietly(os.unlink, real)
+            _sync_directory(os.path.dirname(real))
+        # A mount of its own cannot be removed, only emptied; nor, on Windows, can what
+        # somebody is reading.
+        if os.path.exists(real):
+            write_private(real, dump_json(kept).encode("ascii"))
         return True
 
     def check(self) -> None:
@@ -2301,7 +2293,8 @@ class MemoryStorage:
 class _SecretStorage(_RecordStorage):
     """A record in a store of the system, which may be locked, slow or gone at any time.
 
-    An empty file beside the lock tells other processes of a save.
+    An empty file beside the lock tells other processes of a save.  If it cannot be
+    written, they notice when they refresh, which begins with a read.
 
     Args:
         service: The item's service.
@@ -2349,7 +2342,7 @@ class _SecretStorage(_RecordStorage):
         found = self._call("delete", self._service) is not None
         if found and self._call("get", self._service) is not None:
             raise StorageError("the login was deleted, but is still there")
-        self._touch_watched()
+        _quietly(write_private, self._watched, b"")
         return found
 
     def check(self) -> None:
@@ -2382,7 +2375,7 @@ class _SecretStorage(_RecordStorage):
 
     def _write_record(self, record: dict[str, object]) -> None:
         self._put(self._service, dump_json(record).encode("ascii"))
-        self._touch_watched()
+        _quietly(write_private, self._watched, b"")
 
     def _put(self, service: str, data: bytes) -> None:
         """Write an item, and believe only what a read brings back.
@@ -2408,12 +2401,6 @@ class _SecretStorage(_RecordStorage):
         raise StorageError(
             f"the {self._title} does not keep what is stored in it; {_USE_FILE}"
         )
-
-    def _touch_watched(self) -> None:
-        try:
-            write_private(self._watched, b"", is_cache=True)
-        except StorageError:
-            pass  # the others notice when they refresh, which begins with a read
 
 
 STORE_TIMEOUT: Final = 10.0
@@ -2449,6 +2436,8 @@ class KeychainStorage(_SecretStorage):
     _title = "macOS Keychain"
 
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
+        import re
+
         # In a word for `security -i`, a backslash escapes in any state.
         account, name, secret = (
             b'"' + word.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
@@ -2472,10 +2461,8 @@ class KeychainStorage(_SecretStorage):
             return output
         # `-w` prints in hex what is not all printable ASCII.  A record begins with "{",
         # so its hex cannot be mistaken for it.
-        found = output[:-1]
-        is_hex = found.startswith(b"7b") and not found.strip(b"0123456789abcdef")
-        is_hex = is_hex and len(found) % 2 == 0
-        return bytes.fromhex(found.decode()) if is_hex else found
+        is_hex = re.fullmatch(rb"7b([0-9a-f]{2})*\n", output)
+        return bytes.fromhex(output.decode()) if is_hex else output[:-1]
 
 
 def _run_security(line: bytes, timeout: float) -> bytes | None:
@@ -2547,8 +2534,8 @@ class KeyringStorage(_SecretStorage):
             # What a write complains about may have the secret in it.
             reason = name if data else printable(f"{name}: {error}")
         else:
-            is_absent = action == "get" and found is None
-            return None if is_absent else str(found).encode(errors="surrogatepass")
+            is_there = found is not None or action != "get"
+            return str(found).encode(errors="surrogatepass") if is_there else None
         # Where a time limit is over, most likely a dialog waits that nobody sees.
         locked = "TimeoutError KeyringLocked LockedException PromptDismissedException"
         if name in locked.split():

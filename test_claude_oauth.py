@@ -4284,7 +4284,7 @@ def test_a_login_that_may_not_be_removed_is_an_error_of_the_store(nobodys_folder
     os.chown(nobodys_folder.path, 65534, 65534)
     os.chmod(os.path.dirname(nobodys_folder.path), 0o500)
     with as_nobody():
-        with pytest.raises(claude_oauth.StorageError, match="cannot remove"):
+        with pytest.raises(claude_oauth.StorageError, match="cannot write"):
             nobodys_folder.delete()
         assert nobodys_folder.load() == OLD_LOGIN
 
