@@ -379,11 +379,10 @@ def import_package(name: str) -> Any:
     from importlib import import_module
 
     package = name.partition(".")[0]
-    broken = (AttributeError, OSError, RuntimeError, SyntaxError, ValueError)
     try:
         import_module(package)
         return import_module(name)
-    except (ImportError, *broken) as error:
+    except Exception as error:  # a broken one raises whatever its code runs into
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         problem = "is missing" if is_missing else f"is broken: {printable(error)}"
     raise ConfigError(
@@ -981,6 +980,7 @@ _PASSING_CODES: Final = (
 """Error codes that say nothing about the grant, whatever the status."""
 
 
+@hides_locals
 def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored record with our part replaced.
 
@@ -1539,6 +1539,8 @@ class OAuthClient:
                 return response.status_code, response.headers, content
             except Exception as failure:
                 error = failure
+                if _fields_of(content):  # the tokens are whole, whatever comes behind
+                    return response.status_code, response.headers, content
         # An exception of the session may hold the request, and so the tokens: raise a
         # text alone, and outside the except block, so that no chain leads to it.
         failed = _error_of_failure(error, way)
@@ -1759,8 +1761,9 @@ def _make_directory(path: str) -> None:
 def read_private(
     path: str, *, is_ours: bool = True, any_owner: bool = False
 ) -> bytes | None:
-    """Return a private file's content, None if there is no file.
+    """Return a private file's content, None if there is no file or nothing in it.
 
+    Blanks, marks of an encoding and the NULs that a crash leaves are nothing.
     A file of ours that others can read is set to 0600 with a warning.  What is no
     regular file of this user is a StorageError.
     """
@@ -1777,7 +1780,8 @@ def read_private(
         raise StorageError(f"cannot read {path}: {_reason(error)}") from None
     if len(data) > MAX_FILE_BYTES:
         raise StorageCorrupt(f"{path} is too large to be a credential; move it away")
-    return data
+    is_blank = data.strip(b"\0 \t\r\n\v\f") in (b"", b"\xef\xbb\xbf", b"\xff\xfe")
+    return None if is_blank else data
 
 
 def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) -> None:
@@ -2181,8 +2185,7 @@ class FileStorage(_RecordStorage):
 
     def _read_stored(self) -> dict[str, object]:
         data = read_private(self.path, is_ours=not self.read_only)
-        # Nothing, blanks, or the NULs that a crash leaves: no login.
-        if not data or not data.strip(b"\0 \t\r\n\xef\xbb\xbf"):
+        if data is None:
             return {}
         stored = parse_json_object(data)
         if stored is None:
@@ -2775,7 +2778,8 @@ MAX_PIPED_REFUSALS: Final = 20
 """Lines of a pipe that are no code, until no more are read: nobody corrects them."""
 
 TEXT_BROWSERS: Final = (
-    r"\b(?:www-browser|lynx|links2?|elinks|w3m|browsh|carbonyl|edbrowse|netrik|cha)"
+    r"(?<![\w-])"
+    r"(?:www-browser|lynx|links2?|elinks|w3m|browsh|carbonyl|edbrowse|netrik|cha)"
     r"(?=[\s\"']|$)"
 )
 """Browsers that would take the terminal for themselves."""
@@ -3087,7 +3091,7 @@ class AuthCodeListener:
         if thread:
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         else:
-            sock.close()
+            self._serve_client(server, sock, address)
 
     def _drop_oldest(self) -> None:
         import socket
@@ -3176,10 +3180,12 @@ def python_program() -> str | None:
     A frozen program (PyInstaller, py2exe, cx_Freeze, Nuitka) and one that embeds Python
     (QGIS, PyOxidizer) would be started a second time.
     """
+    import re
+
     name = os.path.basename(sys.executable or "").lower()
     is_compiled = getattr(sys, "frozen", False) or "__compiled__" in globals()
-    is_python = name.startswith(("python", "pypy")) and not is_compiled
-    return sys.executable if is_python else None
+    is_python = re.fullmatch(r"(python|pypy)[\d.]*[a-z]?(\.exe)?", name)
+    return sys.executable if is_python and not is_compiled else None
 
 
 def find_browsers() -> list[str] | None:
@@ -3839,7 +3845,7 @@ class AccountFile:
             data = read_private(self._path)
         except StorageError:
             return None
-        return parse_json_object(data) if data and data.strip() else {}
+        return {} if data is None else parse_json_object(data)
 
 
 class PendingSave(_Value):
@@ -4718,7 +4724,8 @@ class OAuthService:
             if newest and newest.refresh_token and self.config.revoke_url:
                 self._revoke(newest, newest.refresh_token)
             found = self.storage.delete()
-            self._account_file.clear()
+            if found:  # else the account may belong to another store's login
+                self._account_file.clear()
             self._view.pending = None
             self._view.remember(None)
         return found
@@ -4892,13 +4899,15 @@ class BearerAuth:
         self, service: OAuthService, *, hosts: Iterable[str] = ("api.anthropic.com",)
     ) -> None:
         import functools
+        import re
         from urllib.parse import urlsplit
 
         self._service = service
-        names = [host.lower() for host in hosts]
+        names = [hosts] if isinstance(hosts, str) else [*hosts]
+        names = [str(name).lower() for name in names]
+        host = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]*::[0-9a-f:]*"
         for name in names:
-            is_host = name == urlsplit(f"https://{name}/").hostname
-            if not is_host or not is_header_safe(name):
+            if not re.fullmatch(host, name):
                 raise ConfigError(
                     f"{printable(name)!r} is not a host name: give hosts= names alone,"
                     " without scheme, port or path"

@@ -3052,9 +3052,17 @@ def test_an_answer_that_is_not_oauths_is_passing(
 @pytest.mark.parametrize("fault", ["truncated", "tear"])
 def test_an_answer_that_has_begun_is_not_asked_for_again(scripted_server, fault):
     """The token is spent by then: to send it twice would end the login."""
-    scripted_server.add(200, {**ANSWER, "more": "x" * 100_000}, fault=fault)
+    scripted_server.add(200, {"more": "x" * 100_000, **ANSWER}, fault=fault)
     error = failure_of("refresh", client_for(scripted_server))
     assert isinstance(error, claude_oauth.Unavailable)
+    assert len(scripted_server.requests) == 1
+
+
+@pytest.mark.parametrize("fault", ["truncated", "tear"])
+def test_whole_tokens_of_an_answer_that_breaks_off_are_taken(scripted_server, fault):
+    scripted_server.add(200, {**ANSWER, "more": "x" * 100_000}, fault=fault)
+    found = client_for(scripted_server).refresh(CREDENTIALS)
+    assert found.refresh_token == ANSWER["refresh_token"]
     assert len(scripted_server.requests) == 1
 
 
@@ -6847,7 +6855,7 @@ def test_a_wrong_passphrase_is_named_and_the_file_stays(encrypted, passphrase_fi
 
 DAMAGE = {
     "cut": lambda data: data[:-9],
-    "one character": lambda data: data[:-20] + b"A" + data[-19:],
+    "one character": lambda data: data[:-20] + bytes([data[-20] ^ 2]) + data[-19:],
     "empty": lambda data: b"",
     "another way": lambda data: b"dpapi:" + data,
     "too costly": lambda data: data.replace(b"scrypt:32768:", b"scrypt:4194304:"),
@@ -12742,7 +12750,8 @@ NOT_HOSTS = {
     "user": "me@api.example.com",
     "empty": "",
     "blank": "api.example.com ",
-    "wildcard": "https://*.example.com",
+    "wildcard": "*.example.com",
+    "final-dot": "api.example.com.",
 }
 
 
@@ -12957,6 +12966,22 @@ def test_a_token_of_unknown_scopes_is_not_called_a_key(kept, auth_server):
     put_bytes(kept.path, json.dumps(record).encode())
     done = run_cli("token", "--json", env=auth_server.env)
     assert json.loads(done.stdout)["access_token"] == kept.token
+
+
+def test_one_host_that_is_no_list_counts_as_one(signed_in):
+    auth = claude_oauth.BearerAuth(signed_in, hosts="api.example.com")
+    request = requests.Request("GET", "https://api.example.com/").prepare()
+    assert "Authorization" in auth(request).headers
+
+
+def test_an_account_file_of_nuls_after_a_crash_is_written_anew(kept, auth_server):
+    kept.save(-1)
+    put_bytes(kept.account, bytes(512))
+    auth_server.end_logins()
+    for _ in range(3):
+        with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant"):
+            kept.service().access_token()
+    assert kept.requests == 1
 
 
 # -- Service: BearerAuth with httpx ----------------------------------------------------
@@ -14400,7 +14425,7 @@ def make_the_store_a_folder(member, server, monkeypatch):
 
 
 # Windows opens no folder as a file at all.
-NOT_A_FILE = "permission denied" if os.name == "nt" else "not a regular file"
+NOT_A_FILE = "not a regular file"
 FAILURES = {
     "store-damaged": (damage_the_store, 5, "damaged"),
     "store-is-a-folder": (make_the_store_a_folder, 5, NOT_A_FILE),
