@@ -683,7 +683,9 @@ class Credentials(_Value):
         """
         tokens = _object(record.get("claudeAiOauth"))
         stored = {**tokens, "consoleApiKey": record.get("consoleApiKey")}
-        found = {n: read(stored.get(key)) for n, (key, read) in _RECORD_FIELDS.items()}
+        found: dict[str, Any] = {
+            name: read(stored.get(key)) for name, (key, read) in _RECORD_FIELDS.items()
+        }
         for name in cls._secret:
             key = _RECORD_FIELDS[name][0]
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
@@ -750,7 +752,7 @@ class Profile(_Value):
         Raises:
             BadAnswer: It names no account.
         """
-        found = {
+        found: dict[str, Any] = {
             name: read(_object(answer.get(part)).get(key))
             for name, (part, key, _stored, read) in _PROFILE_FIELDS.items()
         }
@@ -1511,7 +1513,7 @@ class OAuthClient:
         if bearer:
             headers["Authorization"] = f"Bearer {bearer}"
             headers["anthropic-beta"] = OAUTH_BETA
-        content = b""
+        content, response = b"", None
         with ExitStack() as stack:
             session = self._session or stack.enter_context(import_requests().Session())
             way, proxies = check_way(url, session)
@@ -1539,7 +1541,8 @@ class OAuthClient:
                 return response.status_code, response.headers, content
             except Exception as failure:
                 error = failure
-                if _fields_of(content):  # the tokens are whole, whatever comes behind
+                # The tokens may be whole, whatever comes behind them.
+                if response is not None and _fields_of(content):
                     return response.status_code, response.headers, content
         # An exception of the session may hold the request, and so the tokens: raise a
         # text alone, and outside the except block, so that no chain leads to it.
@@ -1673,6 +1676,7 @@ class Storage(Protocol):
 
     def delete(self) -> bool:
         """Remove this module's own keys; return whether there were any."""
+        ...
 
     def check(self) -> None:
         """Raise StorageError if a save could not succeed now, under the same lock."""
@@ -1682,12 +1686,14 @@ class Storage(Protocol):
 
         To enter it raises Unavailable when the seconds are over; 0 tries once.
         """
+        ...
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the record may have; None: read it."""
 
     def describe(self) -> str:
         """Say for people where the credential is."""
+        ...
 
 
 def absolute_path(path: str | os.PathLike[str]) -> str:
@@ -2854,7 +2860,9 @@ def make_server(
             while self.connection.recv(65536) and not deadline.passed():
                 pass
 
-        def send_error(self, code: int, *_quotes_the_request: object) -> None:
+        def send_error(
+            self, code: int, message: str | None = None, explain: str | None = None
+        ) -> None:
             """Say in our own words what `parse_request` did not understand."""
             phrase = HTTPStatus(code).phrase.lower()
             respond(self, code, stray_page(f"this is no browser's request ({phrase})"))
@@ -3494,7 +3502,7 @@ class _Race:
         """Open the browser, in a thread: it may fail, hang or never return."""
         is_open = False
         try:
-            is_open = self._opener(url)
+            is_open = self._opener(url) if self._opener else False
         finally:
             if is_open is False:
                 self._opener = None
@@ -5738,8 +5746,8 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
         subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
     ]
     limit = LOCK_TIMEOUT
-    answers: list[bytes] = [worker.communicate(timeout=limit)[0] for worker in workers]
-    tokens = list(filter(None, answers))
+    answers: list[Any] = [worker.communicate(timeout=limit)[0] for worker in workers]
+    tokens: list[Any] = list(filter(None, answers))
     return (
         "8 processes find an expired token:"
         f" {sandbox.counts['refresh_token'] - before} refresh,"
@@ -5812,7 +5820,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command, options in parsers:
         for name in options.split():
             option = _OPTIONS[name]
-            settings = dict(zip(keys, option))
+            settings: dict[str, Any] = dict(zip(keys, option))
             if isinstance(option, str):
                 settings = {"action": "store_true", "help": option}
             elif name == "--scope":
