@@ -583,7 +583,8 @@ def _moment(value: object) -> float | None:
 
 def _lifetime(value: object) -> float | None:
     seconds = _number(value)
-    return seconds if seconds and 0 < seconds <= MAX_LIFETIME else None
+    # Less than a millisecond is no lifetime, and may not even be told from none.
+    return seconds if seconds and 0.001 <= seconds <= MAX_LIFETIME else None
 
 
 def _scopes(value: object) -> tuple[str, ...]:
