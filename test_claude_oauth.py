@@ -9932,7 +9932,7 @@ def test_a_logout_is_not_undone_by_who_waits_to_refresh(kept):
         with pytest.raises(claude_oauth.NotLoggedIn, match="login"):
             waiting.result(LIMIT)
     assert kept.requests == 0
-    assert not kept.path.exists()
+    assert kept.storage.load() is None  # Windows can only empty what is being read
 
 
 OTHERS = {

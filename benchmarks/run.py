@@ -356,7 +356,7 @@ def row_stampede(bench):
             label = f"expired token, server answers after {delay * 1000:.0f} ms"
             rows[label] = bench.in_turn(
                 {
-                    name: lambda w=w, p=port: stampede(bench, p, *w)
+                    name: lambda w=w, p=port: stampede(bench, p, *w)["value"]
                     for name, w in workers.items()
                 },
                 bench.rounds(7),
@@ -373,7 +373,7 @@ def stampede(bench, port, subject, processes, threads):
         raise Failed(f"only {result['served']} got a token")
     if ask_count(port) != 1:
         raise Failed("more than one refresh request")
-    return result["value"]
+    return result
 
 
 def ask_count(port):
@@ -385,18 +385,34 @@ def ask_count(port):
 
 
 def row_growth(bench):
-    bench.subject("ours", "prepare", "ours")
-    rows = {}
-    for operation in ("access_token", "save"):
-        rows[f"growth: {operation}, by processes"] = bench.in_turn(
+    """Many processes over one directory, and large records.
+
+    In each run of the first two one process refreshes, once, and all get the token.
+    """
+    with server() as port:
+        runs = bench.in_turn(
             {
-                f"{count}": lambda c=count, o=operation: bench.subject(
-                    "ours", "grow", "ours", o, c
-                )["value"]
-                for count in (1, 4, 16, 64)
+                f"{count}": lambda c=count: stampede(bench, port, "ours", c, 1)
+                for count in (1, 8, 64, 256)
             },
             bench.rounds(3),
         )
+    rows = {
+        f"growth: {name}, by processes": {
+            count: [run[key] for run in figures] for count, figures in runs.items()
+        }
+        for name, key in (("refresh for all", "value"), ("access_token", "call"))
+    }
+    bench.subject("ours", "prepare", "ours")
+    rows["growth: save, by processes"] = bench.in_turn(
+        {
+            f"{count}": lambda c=count: bench.subject("ours", "grow", "ours", c)[
+                "value"
+            ]
+            for count in (1, 8, 64)
+        },
+        bench.rounds(3),
+    )
     for operation in ("access_token", "load", "save"):
         rows[f"growth: {operation}, by KiB of record"] = bench.in_turn(
             {
@@ -540,7 +556,10 @@ def goals(results):
             )
             at_most(f"{row}, requests imported", 1.5, value)
         if row.endswith("by processes"):
-            at_most(f"{row}, 64 against 1", 1.5, ratio(row, "64", "1"))
+            # The processor's time of one call stays; that of all may grow with them.
+            most = list(results[row])[-1]
+            limit = int(most) if "for all" in row else 1.5
+            at_most(f"{row}, {most} against 1", limit, ratio(row, most, "1"))
         if row.endswith("KiB of record"):
             at_most(f"{row}, 60 against 1", 60, ratio(row, "60", "1"))
     return checks

@@ -621,7 +621,10 @@ def login_msal(directory, port, browser):
 
 
 def stampede(subject, directory, port, processes, threads_each):
-    """Seconds until all threads of all processes have a token; none lives before."""
+    """Seconds until all threads of all processes have a token; none lives before.
+
+    And then what another call costs each of them, in seconds of processor time.
+    """
     import subprocess
 
     prepare_expired(directory)
@@ -641,9 +644,13 @@ def stampede(subject, directory, port, processes, threads_each):
     for worker in workers:
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    ends = [json.loads(worker.communicate()[0]) for worker in workers]
-    served = sum(end["served"] for end in ends)
-    return {"value": max(end["end"] for end in ends) - begin, "served": served}
+    ends = [json.loads(worker.stdout.readline()) for worker in workers]
+    calls = [json.loads(worker.communicate("go\n")[0])["call"] for worker in workers]
+    return {
+        "value": max(end["end"] for end in ends) - begin,
+        "served": sum(end["served"] for end in ends),
+        "call": sorted(calls)[len(calls) // 2],
+    }
 
 
 def prepare_expired(directory):
@@ -690,17 +697,22 @@ def stampeder(subject, directory, port, count):
     barrier.wait()
     for worker in workers:
         worker.join()
-    return {"end": time.monotonic(), "served": len(served)}
+    print(json.dumps({"end": time.monotonic(), "served": len(served)}), flush=True)
+    sys.stdin.readline()
+    begin = time.process_time()
+    for _ in range(5000):
+        service.access_token()
+    return {"call": (time.process_time() - begin) / 5000}
 
 
 # -- Rows: growth ----------------------------------------------------------------------
 
 
-def grow(subject, directory, operation, processes):
-    """Seconds of processor time a call costs each of many processes at once."""
+def grow(subject, directory, processes):
+    """Seconds of processor time a save costs each of many processes at once."""
     import subprocess
 
-    command = [sys.executable, __file__, "grower", subject, directory, operation]
+    command = [sys.executable, __file__, "grower", subject, directory]
     workers = [
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -716,8 +728,8 @@ def grow(subject, directory, operation, processes):
     return {"value": sorted(values)[len(values) // 2]}
 
 
-def grower(subject, directory, operation):
-    function, count = _operation(directory, operation)
+def grower(subject, directory):
+    function, count = _operation(directory, "save")
     function()
     print("ready", flush=True)
     sys.stdin.readline()
