@@ -67,7 +67,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from types import FrameType
-    from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
+    from typing import Any, BinaryIO, ClassVar, ContextManager, Final, NoReturn, Protocol
+    from typing import TypeVar
 
     import requests
     from typing_extensions import Self, dataclass_transform
@@ -1677,7 +1678,6 @@ class Storage(Protocol):
 
     def delete(self) -> bool:
         """Remove this module's own keys; return whether there were any."""
-        ...
 
     def check(self) -> None:
         """Raise StorageError if a save could not succeed now, under the same lock."""
@@ -1687,14 +1687,12 @@ class Storage(Protocol):
 
         To enter it raises Unavailable when the seconds are over; 0 tries once.
         """
-        ...
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the record may have; None: read it."""
 
     def describe(self) -> str:
         """Say for people where the credential is."""
-        ...
 
 
 def absolute_path(path: str | os.PathLike[str]) -> str:
@@ -1754,10 +1752,10 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
 def _make_directory(path: str) -> None:
     """Create a directory and those above it, 0700 each; leave existing ones alone."""
     # os.makedirs would apply the mode to the last level only.
-    if os.path.isdir(path):
+    parent = os.path.dirname(path)
+    if os.path.isdir(path) or parent == path:
         return
-    if os.path.dirname(path) != path:
-        _make_directory(os.path.dirname(path))
+    _make_directory(parent)
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
@@ -1832,14 +1830,10 @@ class _AtomicFile:
         unique = f".{name}.{os.urandom(8).hex()}{_TEMPORARY_SUFFIX}"
         self._temporary = os.path.join(self._directory, unique)
         self._file: Any = None
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
         try:
-            _make_directory(self._directory)
-            self._file = io.FileIO(os.open(self._temporary, flags, 0o600), "r+")
-            _make_private(self._file.fileno(), 0o600, self._directory)
+            self._file = _open_private(self._temporary, os.O_EXCL)
             if reserve:
-                room = RESERVED_BYTES + self._size_if_replaceable()
-                _write_all(self._file, b" " * room)
+                self._file.write(b" " * (RESERVED_BYTES + self._size_if_replaceable()))
                 _sync(self._file, self._directory)
         except OSError as error:
             self.discard()
@@ -1849,14 +1843,14 @@ class _AtomicFile:
         """Put the data in the file's place, through the descriptor that has room."""
         try:
             self._file.seek(0)
-            _write_all(self._file, data)
+            self._file.write(data)
             self._file.truncate()
             if sync:
                 _sync(self._file, self._directory)
             self._file.close()
             self._replace(data)
             if sync:
-                _sync_directory(self._directory)
+                _quietly(_sync_directory, self._directory)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {_reason(error)}") from None
         finally:
@@ -1871,13 +1865,12 @@ class _AtomicFile:
     def _size_if_replaceable(self) -> int:
         """Return the file's size; raise if it can be neither replaced nor rewritten."""
         try:
-            with io.FileIO(self._real, "r+") as file:
-                return file.seek(0, os.SEEK_END)
+            os.close(os.open(self._real, os.O_WRONLY))
         except FileNotFoundError:
             return 0
         except PermissionError:
             os.chmod(self._real, 0o600)  # fails unless it is ours, and can be replaced
-            return os.path.getsize(self._real)
+        return os.path.getsize(self._real)
 
     def _replace(self, data: bytes) -> None:
         """Rename over the file, or rewrite it in place where that is refused.
@@ -1885,23 +1878,19 @@ class _AtomicFile:
         That is a mount of its own, as in containers, a sticky directory, or on Windows
         another program that has the file open for more than a moment.
         """
-        pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else (0.0,)
-        for pause in pauses:
-            try:
-                os.replace(self._temporary, self._real)
-                return
-            except OSError as error:
-                refusals = (errno.EBUSY, errno.EPERM, errno.EACCES)
-                if error.errno not in refusals or not os.path.isfile(self._real):
-                    raise
-            time.sleep(pause)
+        try:
+            _try_for_a_while(os.replace, self._temporary, self._real)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EPERM, errno.EACCES):
+                raise
         # Blanks, which JSON allows, first take the room for a longer record, and then
         # hide the end of a longer old one until it is cut off.
-        with io.FileIO(self._real, "r+") as file:
+        with open(self._real, "r+b") as file:
             size = file.seek(0, os.SEEK_END)
-            _write_all(file, b" " * (len(data) - size))
+            file.write(b" " * (len(data) - size))
             file.seek(0)
-            _write_all(file, data.ljust(size))
+            file.write(data.ljust(size))
             file.truncate(len(data))
             _sync(file, self._directory)
 
@@ -1912,15 +1901,31 @@ RESERVED_BYTES: Final = 16384
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 
 
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    # A write may take a part only, on a disk that is nearly full.
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+def _open_private(path: str, flags: int) -> BinaryIO:
+    """Open a file of ours to write it; make it, and its directory, if need be."""
+    directory = os.path.dirname(path)
+    _make_directory(directory)
+    flags |= os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    # A file object, which closes itself if Ctrl-C comes.
+    file = open(os.open(path, flags, 0o600), "r+b")
+    _make_private(file.fileno(), 0o600, directory)  # a umask of 0777 has left 0000
+    return file
 
 
-def _sync(file: io.FileIO, directory: str) -> None:
+def _try_for_a_while(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function again while Windows says that a file is open elsewhere."""
+    for pause in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) * (os.name == "nt"):
+        try:
+            function(*arguments)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    function(*arguments)
+
+
+def _sync(file: BinaryIO, directory: str) -> None:
     """Put a file on the disk; warn once where the file system cannot be asked to."""
+    file.flush()
     try:
         os.fsync(file.fileno())
     except OSError as error:
@@ -1933,120 +1938,112 @@ def _sync(file: io.FileIO, directory: str) -> None:
 
 
 def _sync_directory(directory: str) -> None:
-    # Not on Windows, nor where it may be written but not read; some network file
-    # systems cannot.  The file itself is on the disk.
+    # It fails on Windows, where it may not be read, and on some network file systems.
+    fd = os.open(directory, os.O_RDONLY)
     try:
-        fd = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return
-    _quietly(os.fsync, fd)
-    _quietly(os.close, fd)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
-def _quietly(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function whose failure changes nothing."""
+def _quietly(function: Callable[..., object], *arguments: object) -> bool:
+    """Call a function whose failure changes nothing; tell whether it succeeded."""
     try:
         function(*arguments)
     except (OSError, StorageError):
-        pass
+        return False
+    return True
 
 
-class FileLock:
-    """A lock that processes share, held while its context lasts.
+def file_lock(
+    path: str, timeout: float, reserved: dict[tuple[int, int], _AtomicFile | None]
+) -> ContextManager[None]:
+    """Return a lock that processes and threads share, held while its context lasts.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
     processes hold locks on two files of one name.  Whoever holds it removes what
-    processes that died have left.
+    processes that died have left.  Meanwhile its thread has an entry in *reserved*, for
+    what a check makes for the next save.
     """
+    import glob
+    from contextlib import contextmanager
 
-    reserved: _AtomicFile | None = None
-    """What a check made for the next save under this lock."""
+    leftovers = os.path.join(
+        glob.escape(os.path.dirname(path)), f".*{_TEMPORARY_SUFFIX}"
+    )
 
-    def __init__(self, path: str, timeout: float) -> None:
-        self.path = path
-        self._timeout = timeout
-        self._file: Any = None
-        self.pid = 0
-        """The process that holds it."""
-
-    def __enter__(self) -> None:
-        deadline = Deadline(self._timeout)
-        pause = 0.002
+    @contextmanager
+    def hold() -> Iterator[None]:
+        deadline = Deadline(timeout)
         # The kernel's lock has no time limit to wait with, so this tries again: a
         # signal gets through at once, and nothing is left behind when the time is over.
-        while not self._acquire():
+        while (file := _open_locked(path)) is None:
             if deadline.passed():
                 raise Unavailable(
-                    f"another process holds the lock {self.path}; try again later"
+                    f"another process holds the lock {path}; try again later"
                 )
-            time.sleep(min(pause, deadline.left()))
-            pause = min(pause * 1.5, 0.01)
-        self.pid = os.getpid()
+            time.sleep(min(0.005, deadline.left()))
+        owner = _this_thread()
+        with file:
+            reserved[owner] = None
+            try:
+                yield
+            finally:
+                left = reserved.pop(owner)
+                # Not in a child that was forked under the lock: its parent holds it.
+                if owner[0] == os.getpid():
+                    if left:
+                        left.discard()
+                    for name in glob.glob(leftovers):
+                        _quietly(os.unlink, name)
+                    _unlock(file)
 
-    def __exit__(self, *exc_info: object) -> None:
-        import glob
+    return hold()
 
-        is_held, self.pid = self.pid == os.getpid(), 0
-        with self._file as file:
-            if not is_held:
-                return  # a child that was forked under the lock: its parent holds it
-            if self.reserved:
-                self.reserved.discard()
-            directory = glob.escape(os.path.dirname(self.path))
-            for path in glob.glob(os.path.join(directory, f".*{_TEMPORARY_SUFFIX}")):
-                _quietly(os.unlink, path)
-            if sys.platform != "win32":
+
+def _this_thread() -> tuple[int, int]:
+    import threading
+
+    return os.getpid(), threading.get_ident()
+
+
+def _open_locked(path: str) -> BinaryIO | None:
+    """Open a lock file and lock it; return None if somebody else holds the lock."""
+    try:
+        file = _open_private(path, getattr(os, "O_NOFOLLOW", 0))
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
                 import fcntl
 
-                # A child that was forked meanwhile has the file open too: to close it
-                # here would leave it locked for as long as the child lives.
-                _quietly(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
-
-    def _acquire(self) -> bool:
-        """Take the lock if it is free."""
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        directory = os.path.dirname(self.path)
-        try:
-            _make_directory(directory)
-            # A file object, which closes itself if Ctrl-C comes before this returns.
-            file = io.FileIO(os.open(self.path, flags, 0o600), "r+")
-            try:
-                fd = file.fileno()
-                if os.fstat(fd).st_mode & 0o600 != 0o600:  # made under a umask of 0777
-                    _make_private(fd, 0o600, directory)
-                # Locked, but removed by somebody meanwhile: others lock another file.
-                if _lock(fd) and (os.name == "nt" or os.fstat(fd).st_nlink):
-                    self._file = file
-            finally:
-                if self._file is None:
-                    file.close()
+                # Not lockf: it is lost as soon as any descriptor of the file is closed,
+                # and does not keep threads apart.
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise StorageError(
-                f"cannot lock {self.path}: {_reason(error)}; choose another directory,"
-                " as with CLAUDE_OAUTH_DIR"
-            ) from None
-        return self._file is not None
-
-
-def _lock(fd: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            # Not lockf: it is lost as soon as any descriptor of the file is closed, and
-            # does not keep threads apart.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Held, on Windows: EACCES or EDEADLK by the documentation, and 0 under Wine.
-        is_unknown = os.name != "nt" or error.errno in (errno.EBADF, errno.EINVAL)
-        if is_unknown and not isinstance(error, BlockingIOError):
+            file.close()
+            # On Windows it is 0 under Wine, and the others by the documentation.
+            held = (errno.EACCES, errno.EDEADLK, 0) if os.name == "nt" else ()
+            if error.errno in (*held, errno.EAGAIN):
+                return None
             raise
-        return False
-    return True
+    except OSError as error:
+        raise StorageError(
+            f"cannot lock {path}: {_reason(error)}; choose another directory,"
+            " as with CLAUDE_OAUTH_DIR"
+        ) from None
+    return file
+
+
+def _unlock(file: BinaryIO) -> None:
+    # A child that was forked meanwhile has the file open too: to close it here would
+    # leave it locked for as long as the child lives.
+    if sys.platform != "win32":
+        import fcntl
+
+        _quietly(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
 
 
 @hides_locals
@@ -2111,15 +2108,13 @@ class FileStorage(_RecordStorage):
         cipher: Any = None,
         read_only: bool = False,
     ) -> None:
-        import threading
-
         if path is None:
             path = os.path.join(default_directory(), "credentials.json")
         self.path = self._watched = absolute_path(path)
         self.read_only = read_only
         self._cipher = cipher
-        self._thread = threading.local()
-        """Its ``lock`` is the one that this thread asked for last."""
+        self._reserved: dict[tuple[int, int], _AtomicFile | None] = {}
+        """By the thread that holds the lock: the file that its next save will use."""
 
     @property
     def account_file(self) -> str | None:
@@ -2141,13 +2136,11 @@ class FileStorage(_RecordStorage):
         if len(kept) == len(stored):
             return False
         real = os.path.realpath(self.path)
-        if not kept:
-            _quietly(os.unlink, real)
-            _sync_directory(os.path.dirname(real))
-        # A mount of its own cannot be removed, only emptied; nor, on Windows, can what
-        # somebody is reading.
-        if os.path.exists(real):
+        # A mount of its own cannot be removed, only emptied.
+        if kept or not _quietly(_try_for_a_while, os.unlink, real):
             write_private(real, dump_json(kept).encode("ascii"))
+        else:
+            _quietly(_sync_directory, os.path.dirname(real))
         return True
 
     def check(self) -> None:
@@ -2161,12 +2154,11 @@ class FileStorage(_RecordStorage):
         if left:
             left.discard()
 
-    def lock(self, timeout: float) -> FileLock:
+    def lock(self, timeout: float) -> ContextManager[None]:
         """Return the lock of the file's folder: a file named ``lock`` in it."""
         self._refuse_if_read_only()
         folder = os.path.dirname(os.path.realpath(self.path))
-        lock = self._thread.lock = FileLock(os.path.join(folder, "lock"), timeout)
-        return lock
+        return file_lock(os.path.join(folder, "lock"), timeout, self._reserved)
 
     def describe(self) -> str:
         """Say where the file is, and whether it is encrypted."""
@@ -2181,13 +2173,13 @@ class FileStorage(_RecordStorage):
             )
 
     def _swap_reserved(self, file: _AtomicFile | None) -> _AtomicFile | None:
-        """Keep a file with the lock that this thread holds; return the one before.
+        """Keep a file for this thread if it holds the lock; return the one before.
 
         Without the lock, return the file itself.
         """
-        lock = getattr(self._thread, "lock", None)
-        if lock and lock.pid == os.getpid():
-            file, lock.reserved = lock.reserved, file
+        owner = _this_thread()
+        if owner in self._reserved:
+            file, self._reserved[owner] = self._reserved[owner], file
         return file
 
     def _read_stored(self) -> dict[str, object]:
@@ -2365,9 +2357,9 @@ class _SecretStorage(_RecordStorage):
         self._put(beside, b"x" * len(dump_json(self._read_record())))
         self._call("delete", beside)
 
-    def lock(self, timeout: float) -> FileLock:
+    def lock(self, timeout: float) -> ContextManager[None]:
         """Return the lock of the directory: a file named ``lock`` in it."""
-        return FileLock(self._lock_path, timeout)
+        return file_lock(self._lock_path, timeout, {})
 
     def describe(self) -> str:
         """Say in a few words where the credential is."""
