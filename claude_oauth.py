@@ -50,6 +50,7 @@ program was issued.
 
 from __future__ import annotations
 
+import binascii
 import errno
 import io
 import os
@@ -67,8 +68,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
     from types import FrameType
-    from typing import Any, BinaryIO, ClassVar, ContextManager, Final, NoReturn, Protocol
-    from typing import TypeVar
+    from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
 
     import requests
     from typing_extensions import Self, dataclass_transform
@@ -1703,8 +1703,8 @@ def absolute_path(path: str | os.PathLike[str]) -> str:
     found = os.path.expanduser(os.fsdecode(path))
     if not found.strip() or found[0] in "\"'$%~" or "\0" in found:
         raise ConfigError(
-            f"{printable(found)!r} is no path: it is empty, begins with a quote or an"
-            " unexpanded variable, or no home directory is known; set the path itself"
+            f"{printable(found)!r} is no path: it is empty, begins with a quote or a"
+            " variable, or no home directory is known"
         )
     return os.path.abspath(found)
 
@@ -1739,12 +1739,8 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
     """Set the mode of a file or directory; warn once where that has no effect."""
     if sys.platform == "win32":
         return False  # the mode is invented there, and access follows from the ACL
-    try:
-        os.chmod(target, mode)
-        if not os.stat(target).st_mode & 0o077:
-            return True
-    except OSError:
-        pass
+    if _quietly(os.chmod, target, mode) and not os.stat(target).st_mode & 0o077:
+        return True
     warn(f"{subject}: {_NO_MODES}", once=True)
     return False
 
@@ -1795,11 +1791,10 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
     found = os.fstat(fd)
     if found.st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    if not found.st_mode & 0o077:
-        return
-    if not is_ours:
+    is_open = found.st_mode & 0o077
+    if is_open and not is_ours:
         warn(f"{path}: {_NO_MODES}", once=True)
-    elif _make_private(fd, 0o600, os.path.dirname(path)):
+    elif is_open and _make_private(fd, 0o600, os.path.dirname(path)):
         warn(f"others could read {path}; it is set to 0600 now")
 
 
@@ -1807,13 +1802,12 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror or type(error).__name__}".lower()
 
 
-def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
+def write_private(path: str, data: bytes) -> None:
     """Replace a private file whole, or raise StorageError and leave it as it was.
 
-    Hold the lock, or two writers could lose a change.  The file is 0600, and on the
-    disk when this returns; a cache is not worth the wait.
+    Hold the lock, or two writers could lose a change.
     """
-    _AtomicFile(path).commit(data, sync=not is_cache)
+    _AtomicFile(path).commit(data)
 
 
 class _AtomicFile:
@@ -1839,18 +1833,16 @@ class _AtomicFile:
             self.discard()
             raise StorageError(f"cannot write {path}: {_reason(error)}") from None
 
-    def commit(self, data: bytes, *, sync: bool = True) -> None:
+    def commit(self, data: bytes) -> None:
         """Put the data in the file's place, through the descriptor that has room."""
         try:
             self._file.seek(0)
             self._file.write(data)
             self._file.truncate()
-            if sync:
-                _sync(self._file, self._directory)
+            _sync(self._file, self._directory)
             self._file.close()
             self._replace(data)
-            if sync:
-                _quietly(_sync_directory, self._directory)
+            _sync_directory(self._directory)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {_reason(error)}") from None
         finally:
@@ -1901,13 +1893,13 @@ RESERVED_BYTES: Final = 16384
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 
 
-def _open_private(path: str, flags: int) -> BinaryIO:
+def _open_private(path: str, flags: int) -> io.BufferedRandom:
     """Open a file of ours to write it; make it, and its directory, if need be."""
     directory = os.path.dirname(path)
     _make_directory(directory)
     flags |= os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
     # A file object, which closes itself if Ctrl-C comes.
-    file = open(os.open(path, flags, 0o600), "r+b")
+    file = os.fdopen(os.open(path, flags, 0o600), "r+b")
     _make_private(file.fileno(), 0o600, directory)  # a umask of 0777 has left 0000
     return file
 
@@ -1923,7 +1915,7 @@ def _try_for_a_while(function: Callable[..., object], *arguments: object) -> Non
     function(*arguments)
 
 
-def _sync(file: BinaryIO, directory: str) -> None:
+def _sync(file: io.BufferedRandom, directory: str) -> None:
     """Put a file on the disk; warn once where the file system cannot be asked to."""
     file.flush()
     try:
@@ -1938,12 +1930,14 @@ def _sync(file: BinaryIO, directory: str) -> None:
 
 
 def _sync_directory(directory: str) -> None:
-    # It fails on Windows, where it may not be read, and on some network file systems.
-    fd = os.open(directory, os.O_RDONLY)
+    # Not on Windows, nor where it may be written but not read; some network file
+    # systems cannot.  The file itself is on the disk.
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    _quietly(os.fsync, fd)
+    os.close(fd)
 
 
 def _quietly(function: Callable[..., object], *arguments: object) -> bool:
@@ -1956,21 +1950,19 @@ def _quietly(function: Callable[..., object], *arguments: object) -> bool:
 
 
 def file_lock(
-    path: str, timeout: float, reserved: dict[tuple[int, int], _AtomicFile | None]
+    path: str, timeout: float, reserved: dict[int, _AtomicFile | None]
 ) -> ContextManager[None]:
     """Return a lock that processes and threads share, held while its context lasts.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
     processes hold locks on two files of one name.  Whoever holds it removes what
-    processes that died have left.  Meanwhile its thread has an entry in *reserved*, for
-    what a check makes for the next save.
+    processes that died have left.  While this process holds it, its id is a key of
+    *reserved*, with the file that a check makes for the next save.
     """
     import glob
     from contextlib import contextmanager
 
-    leftovers = os.path.join(
-        glob.escape(os.path.dirname(path)), f".*{_TEMPORARY_SUFFIX}"
-    )
+    directory = glob.escape(os.path.dirname(path))
 
     @contextmanager
     def hold() -> Iterator[None]:
@@ -1979,35 +1971,27 @@ def file_lock(
         # signal gets through at once, and nothing is left behind when the time is over.
         while (file := _open_locked(path)) is None:
             if deadline.passed():
-                raise Unavailable(
-                    f"another process holds the lock {path}; try again later"
-                )
+                raise Unavailable(f"another process holds the lock {path}; try later")
             time.sleep(min(0.005, deadline.left()))
-        owner = _this_thread()
+        pid = os.getpid()
         with file:
-            reserved[owner] = None
+            reserved[pid] = None
             try:
                 yield
             finally:
-                left = reserved.pop(owner)
+                left = reserved.pop(pid)
                 # Not in a child that was forked under the lock: its parent holds it.
-                if owner[0] == os.getpid():
+                if pid == os.getpid():
                     if left:
                         left.discard()
-                    for name in glob.glob(leftovers):
+                    for name in glob.glob(f"{directory}/.*{_TEMPORARY_SUFFIX}"):
                         _quietly(os.unlink, name)
                     _unlock(file)
 
     return hold()
 
 
-def _this_thread() -> tuple[int, int]:
-    import threading
-
-    return os.getpid(), threading.get_ident()
-
-
-def _open_locked(path: str) -> BinaryIO | None:
+def _open_locked(path: str) -> io.BufferedRandom | None:
     """Open a lock file and lock it; return None if somebody else holds the lock."""
     try:
         file = _open_private(path, getattr(os, "O_NOFOLLOW", 0))
@@ -2030,14 +2014,12 @@ def _open_locked(path: str) -> BinaryIO | None:
                 return None
             raise
     except OSError as error:
-        raise StorageError(
-            f"cannot lock {path}: {_reason(error)}; choose another directory,"
-            " as with CLAUDE_OAUTH_DIR"
-        ) from None
+        text = f"cannot lock {path}: {_reason(error)}; choose another directory"
+        raise StorageError(text) from None
     return file
 
 
-def _unlock(file: BinaryIO) -> None:
+def _unlock(file: io.BufferedRandom) -> None:
     # A child that was forked meanwhile has the file open too: to close it here would
     # leave it locked for as long as the child lives.
     if sys.platform != "win32":
@@ -2054,6 +2036,9 @@ class _RecordStorage:
     _write_record: Callable[[dict[str, object]], None]
     _watched: str
     """The file that changes when the record does."""
+    _cure: ClassVar[str]
+    """What helps against a damaged record."""
+    describe: Callable[[], str]
 
     def load(self) -> Credentials | None:
         """Return the stored credential, or None if it is certain that there is none.
@@ -2062,10 +2047,8 @@ class _RecordStorage:
         """
         record = self._read_record()
         tokens = record.get("claudeAiOauth")
-        if isinstance(tokens, dict) and not (
-            tokens.get("accessToken") or tokens.get("refreshToken")
-        ):
-            return None  # emptied by another program's logout
+        if isinstance(tokens, dict):  # another program's logout may empty the fields
+            tokens = tokens.get("accessToken") or tokens.get("refreshToken")
         return Credentials.from_record(record) if tokens else None
 
     def save(self, credentials: Credentials) -> None:
@@ -2086,6 +2069,13 @@ class _RecordStorage:
             return None
         return found.st_mtime_ns, found.st_ino, found.st_size
 
+    def _parse(self, data: bytes | None) -> dict[str, object]:
+        record = {} if data is None else parse_json_object(data)
+        if record is None:
+            text = f"{self.describe()} is unreadable: it holds no record; {self._cure}"
+            raise StorageCorrupt(text)
+        return record
+
 
 @hides_locals
 class FileStorage(_RecordStorage):
@@ -2101,6 +2091,8 @@ class FileStorage(_RecordStorage):
             and never spend its refresh token.
     """
 
+    _cure = "move it away and log in again"
+
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -2113,8 +2105,8 @@ class FileStorage(_RecordStorage):
         self.path = self._watched = absolute_path(path)
         self.read_only = read_only
         self._cipher = cipher
-        self._reserved: dict[tuple[int, int], _AtomicFile | None] = {}
-        """By the thread that holds the lock: the file that its next save will use."""
+        self._reserved: dict[int, _AtomicFile | None] = {}
+        """By the process that holds the lock: the file that its next save will use."""
 
     @property
     def account_file(self) -> str | None:
@@ -2140,7 +2132,7 @@ class FileStorage(_RecordStorage):
         if kept or not _quietly(_try_for_a_while, os.unlink, real):
             write_private(real, dump_json(kept).encode("ascii"))
         else:
-            _quietly(_sync_directory, os.path.dirname(real))
+            _sync_directory(os.path.dirname(real))
         return True
 
     def check(self) -> None:
@@ -2167,36 +2159,19 @@ class FileStorage(_RecordStorage):
 
     def _refuse_if_read_only(self) -> None:
         if self.read_only:
-            raise StorageError(
-                f"{self.path} belongs to another program and is only read;"
-                " log in and out there, or use a storage of your own"
-            )
+            raise StorageError(f"{self.path} is another program's; log in or out there")
 
     def _swap_reserved(self, file: _AtomicFile | None) -> _AtomicFile | None:
-        """Keep a file for this thread if it holds the lock; return the one before.
-
-        Without the lock, return the file itself.
-        """
-        owner = _this_thread()
-        if owner in self._reserved:
-            file, self._reserved[owner] = self._reserved[owner], file
+        """Under the lock keep a file, and return the one before; else return it."""
+        pid = os.getpid()
+        if pid in self._reserved:
+            file, self._reserved[pid] = self._reserved[pid], file
         return file
 
     def _read_stored(self) -> dict[str, object]:
-        data = read_private(self.path, is_ours=not self.read_only)
-        if data is None:
-            return {}
-        stored = parse_json_object(data)
-        if stored is None:
-            raise StorageCorrupt(
-                f"{self.path} is damaged: it holds no JSON object;"
-                " move it away and log in again"
-            )
-        return stored
+        return self._parse(read_private(self.path, is_ours=not self.read_only))
 
     def _read_record(self) -> dict[str, object]:
-        import binascii
-
         stored, cipher = self._read_stored(), self._cipher
         if _ENCRYPTED_KEY not in stored:
             return stored
@@ -2204,23 +2179,16 @@ class FileStorage(_RecordStorage):
         try:
             sealed = binascii.a2b_base64(text)
         except (ValueError, TypeError):
-            raise _undecryptable() from None
+            raise StorageCorrupt(_UNDECRYPTABLE) from None
         if sys.platform == "win32" and sealed.startswith(_DPAPI_MARK):
             cipher = DPAPICipher()
             self._cipher = self._cipher or cipher
         if cipher is None:
-            raise StorageError(
-                f"{self.path} is encrypted; set CLAUDE_OAUTH_PASSPHRASE_FILE to the"
-                " file with its passphrase"
-            )
-        clear = parse_json_object(cipher.decrypt(sealed))
-        if clear is None:
-            raise _undecryptable()
-        return {**{k: v for k, v in stored.items() if k not in _OUR_KEYS}, **clear}
+            raise StorageError(f"set CLAUDE_OAUTH_PASSPHRASE_FILE to read {self.path}")
+        foreign = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
+        return {**foreign, **self._parse(cipher.decrypt(sealed))}
 
     def _write_record(self, record: dict[str, object]) -> None:
-        import binascii
-
         self._refuse_if_read_only()
         if self._cipher:
             ours = {key: record.pop(key) for key in RECORD_KEYS if key in record}
@@ -2305,7 +2273,9 @@ class _SecretStorage(_RecordStorage):
     """
 
     read_only = False
-    _title: ClassVar[str]
+    _cure = "`claude-oauth logout` removes it"
+    _title = _hint = _unlock = ""
+    """Its name, and what helps where it cannot be used, or is locked."""
     _call: Callable[..., bytes | None]
     """Does "get", "set" (with data) or "delete" for a service's item.  None: it is
     certain that there is no such item."""
@@ -2335,9 +2305,7 @@ class _SecretStorage(_RecordStorage):
         self._service, self._account = service, account
         for name in (service, account):
             if not name.strip() or not name.isprintable() or len(name.encode()) > 200:
-                raise ConfigError(
-                    "service and account must be printable, and 1 to 200 bytes long"
-                )
+                raise ConfigError("service and account take 1 to 200 printable bytes")
 
     def delete(self) -> bool:
         """Remove the record, readable or not; return whether there was one."""
@@ -2366,14 +2334,7 @@ class _SecretStorage(_RecordStorage):
         return f"{self._title} (service {self._service}, account {self._account})"
 
     def _read_record(self) -> dict[str, object]:
-        data = self._call("get", self._service)
-        record = {} if data is None else parse_json_object(data)
-        if record is None:
-            raise StorageCorrupt(
-                f"the record in the {self.describe()} is unreadable;"
-                " `claude-oauth logout` removes it"
-            )
-        return record
+        return self._parse(self._call("get", self._service))
 
     def _write_record(self, record: dict[str, object]) -> None:
         self._put(self._service, dump_json(record).encode("ascii"))
@@ -2385,24 +2346,24 @@ class _SecretStorage(_RecordStorage):
         A success can lie, a refusal can come after the change, and a time limit says
         nothing at all.
         """
-        for _ in range(2):
-            problem = None
-            try:
-                self._call("set", service, data)
-            except StorageError as error:
-                problem = error
-            try:
-                found = self._call("get", service)
-            except StorageError as error:
-                text = f"{error}; whether the new login was stored is not known"
-                raise type(error)(text) from None
-            if found == data:
-                return
-            if problem:
-                raise problem
-        raise StorageError(
-            f"the {self._title} does not keep what is stored in it; {_USE_FILE}"
-        )
+        problem = StorageError(f"the {self._title} does not keep records; {_USE_FILE}")
+        try:
+            self._call("set", service, data)
+        except StorageError as error:
+            problem = error
+        try:
+            found = self._call("get", service)
+        except StorageError as error:
+            text = f"{error}; whether the new login was stored is not known"
+            raise type(error)(text) from None
+        if found != data:
+            raise problem
+
+    def _failure(self, reason: str, *, is_locked: bool) -> StorageError:
+        kind, text = StorageError, f"could not be used ({reason}); {self._hint}"
+        if is_locked:
+            kind, text = StorageLocked, f"is locked, or asks a person; {self._unlock}"
+        return kind(f"the {self._title} {text}, or {_USE_FILE}")
 
 
 STORE_TIMEOUT: Final = 10.0
@@ -2418,12 +2379,9 @@ SECURITY_LINE: Final = 4094
 """Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
 that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c."""
 
-_LOCKED_NUMBERS: Final = frozenset(
-    number & 255
-    for number in (-25308, -25315, -25293, -128, -60005, -60008, -67869, -2070, -25299)
-)
-"""What `security` exits with where a person is needed: its number, modulo 256.  With
--U, -25299 is no duplicate: the update was refused.  Source: Apple's SecBase.h."""
+_LOCKED_STATUSES: Final = frozenset({29, 36, 45, 51, 128, 152, 155, 227, 234})
+"""What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
+-U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h."""
 
 
 class KeychainStorage(_SecretStorage):
@@ -2436,6 +2394,11 @@ class KeychainStorage(_SecretStorage):
     """
 
     _title = "macOS Keychain"
+    _hint = "whether the login is there is not known; look at HOME, try again"
+    _unlock = (
+        "unlock it in this session with"
+        " `security unlock-keychain ~/Library/Keychains/login.keychain-db`"
+    )
 
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
         import re
@@ -2455,10 +2418,8 @@ class KeychainStorage(_SecretStorage):
         start = b"%s -a %s -s %s" % (command, account, name)
         fitting = [form for form in forms if len(start + form) < SECURITY_LINE]
         if not fitting:
-            raise StorageError(
-                f"the login is too long for an item of the Keychain; {_USE_FILE}"
-            )
-        output = _run_security(start + fitting[0] + b"\n", self.time_limit)
+            raise StorageError(f"the login is too long for the Keychain; {_USE_FILE}")
+        output = self._run(start + fitting[0] + b"\n")
         if output is None or action != "get":
             return output
         # `-w` prints in hex what is not all printable ASCII.  A record begins with "{",
@@ -2466,52 +2427,43 @@ class KeychainStorage(_SecretStorage):
         is_hex = re.fullmatch(rb"7b([0-9a-f]{2})*\n", output)
         return bytes.fromhex(output.decode()) if is_hex else output[:-1]
 
+    def _run(self, line: bytes) -> bytes | None:
+        """Return a command's output, or None if it is certain that there is no item.
 
-def _run_security(line: bytes, timeout: float) -> bytes | None:
-    """Run one line; return its output, or None if it is certain that there is no item.
+        All that it prints may hold the secret, so it is never part of an error.
+        """
+        import re
+        import subprocess
 
-    Both outputs may hold the secret, so they are never part of an error.
-    """
-    import re
-    import subprocess
-
-    try:
-        # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
-        # meant for us does not end it half-way.
-        done = subprocess.run(
-            [SECURITY, "-i"],
-            input=line,
-            capture_output=True,
-            timeout=timeout,
-            start_new_session=True,
-            check=False,
-        )
-        output, errors = done.stdout, done.stderr
-        # The number that is printed for a failure is whole, the status modulo 256.
-        printed = re.findall(rb"^[^:\n]*: returned (-?\d+)$", errors, re.MULTILINE)
-        number = int((printed or [done.returncode])[0])
-    except subprocess.TimeoutExpired:
-        number, output, errors = -128, b"", b""  # most likely, a dialog nobody sees
-    except OSError as error:
-        text = f"{SECURITY} cannot be run ({_reason(error)}); {_USE_FILE}"
-        raise StorageError(text) from None
-    if number == 0:
-        return output
-    # -25300 stands for any failure of the search.  It is certain if the one line that
-    # `security` printed itself is the one that says so.
-    own = re.findall(rb"^security: (\w*)", errors, re.MULTILINE)
-    if number == -25300 and own == [b"SecKeychainSearchCopyNext"]:
-        return None
-    if number & 255 in _LOCKED_NUMBERS:
-        raise StorageLocked(
-            "the Keychain is locked or asks for a person; unlock it in this session"
-            " with `security unlock-keychain ~/Library/Keychains/login.keychain-db`, or"
-            f" {_USE_FILE}"
-        )
-    raise StorageError(
-        "the Keychain could not be used, or did not say for certain whether the login"
-        f" is there (status {number}); look at HOME, try again, or {_USE_FILE}"
-    )
+        try:
+            # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
+            # meant for us does not end it half-way.
+            done = subprocess.run(
+                [SECURITY, "-i"],
+                input=line,
+                capture_output=True,
+                timeout=self.time_limit,
+                start_new_session=True,
+                check=False,
+            )
+            output, errors = done.stdout, done.stderr
+            # The number that is printed is whole, the exit status modulo 256.
+            printed = re.findall(rb"^[^:\n]*: returned (-?\d+)$", errors, re.MULTILINE)
+            number = int((printed or [done.returncode])[0])
+        except subprocess.TimeoutExpired:
+            number, output, errors = -128, b"", b""  # likely, a dialog nobody sees
+        except OSError as error:
+            reason = f"{SECURITY}: {_reason(error)}"
+            raise self._failure(reason, is_locked=False) from None
+        if number == 0:
+            return output
+        # -25300 stands for any failure of the search.  It is certain if the one line
+        # that `security` printed itself is the one that says so.
+        own = re.findall(rb"^security: (\w*)", errors, re.MULTILINE)
+        if number == -25300 and own == [b"SecKeychainSearchCopyNext"]:
+            return None
+        is_locked = number & 255 in _LOCKED_STATUSES
+        raise self._failure(f"status {number}", is_locked=is_locked)
 
 
 class KeyringStorage(_SecretStorage):
@@ -2523,6 +2475,8 @@ class KeyringStorage(_SecretStorage):
     """
 
     _title = "keyring"
+    _hint = "it needs a desktop session (D-Bus) with an unlocked keyring"
+    _unlock = "unlock it, as by signing in to the desktop"
 
     def _call(self, action: str, service: str, *data: bytes) -> bytes | None:
         if action == "delete" and self._call("get", service) is None:
@@ -2531,26 +2485,17 @@ class KeyringStorage(_SecretStorage):
         arguments = (service, self._account, *(each.decode("ascii") for each in data))
         try:
             found = call_with_limit(lambda: call(*arguments), self.time_limit)
+            is_there = found is not None or action != "get"
+            return str(found).encode(errors="surrogatepass") if is_there else None
         except Exception as error:  # each backend has errors of its own
             name, is_missing = type(error).__name__, isinstance(error, ImportError)
             # What a write complains about may have the secret in it.
             reason = name if data else printable(f"{name}: {error}")
-        else:
-            is_there = found is not None or action != "get"
-            return str(found).encode(errors="surrogatepass") if is_there else None
-        # Where a time limit is over, most likely a dialog waits that nobody sees.
-        locked = "TimeoutError KeyringLocked LockedException PromptDismissedException"
-        if name in locked.split():
-            raise StorageLocked(
-                "the keyring is locked or asks for a person; unlock it, as by signing"
-                f" in to the desktop, or {_USE_FILE}"
-            )
         if is_missing:
             raise ConfigError(f"the backend of `keyring` is not there ({reason})")
-        raise StorageError(
-            f"the keyring could not be used ({reason}); it needs a desktop session"
-            f" (D-Bus) with an unlocked keyring, or {_USE_FILE}"
-        )
+        # Where a time limit is over, most likely a dialog waits that nobody sees.
+        locked = "TimeoutError KeyringLocked LockedException PromptDismissedException"
+        raise self._failure(reason, is_locked=name in locked.split())
 
 
 @hides_locals
@@ -2564,9 +2509,9 @@ class FernetCipher:
     _COST = (1 << 15, 8, 3)
     """scrypt's n, r and p: 32 MiB and some 0.2 s."""
 
-    _FORM = rb"scrypt:%d:%d:%d:([0-9a-f]{32}):([0-9a-f]{16}):(.+)" % _COST
-    """What encrypt returns: the cost, the salt, a check of the key, and Fernet's text.
-    No other cost is taken: a planted record could make reading slow."""
+    _START = b"scrypt:%d:%d:%d" % _COST
+    """What the text begins with; the salt and Fernet's own follow.  No other cost is
+    taken: a planted record could make reading slow."""
 
     def __init__(self, passphrase: str | bytes) -> None:
         if isinstance(passphrase, str):
@@ -2576,51 +2521,39 @@ class FernetCipher:
         self._fernet = import_package("cryptography.fernet")
         self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
-        self._keys: dict[bytes, bytes] = {}
-        """Derived keys by salt: deriving one is slow on purpose."""
+        self._boxes: dict[bytes, Any] = {}
+        """What encrypts, by salt: deriving a key is slow on purpose."""
 
     def encrypt(self, data: bytes) -> bytes:
         """Return ASCII text that carries the cost and the salt along."""
-        salt = next(iter(self._keys), None) or os.urandom(16).hex().encode("ascii")
-        box, check = self._derive(salt)
-        start = b"scrypt:%d:%d:%d:%b:%b:" % (*self._COST, salt, check)
-        return start + bytes(box.encrypt(data))
+        salt = next(iter(self._boxes), None) or os.urandom(16).hex().encode("ascii")
+        return b"%b:%b:%b" % (self._START, salt, self._box(salt).encrypt(data))
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted.
 
-        Another passphrase is a StorageError; damage, or another cipher, StorageCorrupt.
+        Another passphrase, another cipher and damage are StorageCorrupt.
         """
         import re
 
-        found = re.fullmatch(self._FORM, data)
-        if found is None:
-            raise _undecryptable()
-        box, check = self._derive(found.group(1))
-        if check != found.group(2):
-            raise StorageError(
-                "the passphrase is not the one that the login was encrypted with"
-            )
+        found = re.fullmatch(rb"%b:([0-9a-f]{32}):(.+)" % self._START, data)
         try:
-            return bytes(box.decrypt(found.group(3)))
+            if found:
+                return bytes(self._box(found.group(1)).decrypt(found.group(2)))
         except self._fernet.InvalidToken:
-            raise _undecryptable() from None
+            pass
+        raise StorageCorrupt(_UNDECRYPTABLE)
 
-    def _derive(self, salt: bytes) -> tuple[Any, bytes]:
-        """Return what encrypts, and a check that tells a wrong passphrase from damage.
-
-        Both come out of scrypt together, so the check is as hard to guess from.
-        """
+    def _box(self, salt: bytes) -> Any:
         import base64
 
-        if salt not in self._keys:
+        if salt not in self._boxes:
             # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
             (n, r, p), raw = self._COST, bytes.fromhex(salt.decode())
-            scrypt = self._kdf.Scrypt(salt=raw, length=40, n=n, r=r, p=p)
-            self._keys[salt] = scrypt.derive(self._passphrase)
-        key = self._keys[salt]
-        box = self._fernet.Fernet(base64.urlsafe_b64encode(key[:32]))
-        return box, key[32:].hex().encode("ascii")
+            scrypt = self._kdf.Scrypt(salt=raw, length=32, n=n, r=r, p=p)
+            key = base64.urlsafe_b64encode(scrypt.derive(self._passphrase))
+            self._boxes[salt] = self._fernet.Fernet(key)
+        return self._boxes[salt]
 
 
 @hides_locals
@@ -2641,18 +2574,17 @@ class DPAPICipher:
         StorageError; damage, or another cipher, StorageCorrupt.
         """
         if not data.startswith(_DPAPI_MARK):
-            raise _undecryptable()
+            raise StorageCorrupt(_UNDECRYPTABLE)
         return _dpapi("CryptUnprotectData", data[len(_DPAPI_MARK) :])
 
 
 _DPAPI_MARK: Final = b"dpapi:"
 
 
-def _undecryptable() -> StorageCorrupt:
-    return StorageCorrupt(
-        "the encrypted login cannot be read: it is damaged, or was encrypted in another"
-        " way; move it away and log in again"
-    )
+_UNDECRYPTABLE: Final = (
+    "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
+    " or the passphrase is not the one; set that, or move it away and log in again"
+)
 
 
 def _dpapi(function: str, data: bytes) -> bytes:
@@ -2666,8 +2598,7 @@ def _dpapi(function: str, data: bytes) -> bytes:
         _fields_ = [("size", ctypes.c_uint32), ("data", ctypes.c_void_p)]
 
     crypt32 = ctypes.WinDLL("crypt32", use_last_error=True)
-    buffer = ctypes.create_string_buffer(data, len(data))
-    given = Blob(len(data), ctypes.cast(buffer, ctypes.c_void_p))
+    given = Blob(len(data), ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p))
     taken, no, ui_forbidden = Blob(), None, 0x1
     if not getattr(crypt32, function)(
         ctypes.byref(given), no, no, no, no, ui_forbidden, ctypes.byref(taken)
@@ -2682,7 +2613,7 @@ def _dpapi(function: str, data: bytes) -> bytes:
 def _dpapi_error(number: int) -> StorageError:
     number &= 0xFFFFFFFF
     if number == 13:  # ERROR_INVALID_DATA
-        return _undecryptable()
+        return StorageCorrupt(_UNDECRYPTABLE)
     if number in (2, 5, 1325, 0x80090345):  # no profile, denied, a dialog, delegation
         return StorageLocked(
             "Windows gives this session no access to the user's key, as over SSH with a"
@@ -2714,8 +2645,8 @@ def make_storage(
     """
     if kind is None:
         kind = setting("CLAUDE_OAUTH_STORE", environ) or "auto"
-    directory = default_directory(environ) if directory is None else directory
-    directory = absolute_path(directory)
+    chosen = default_directory(environ) if directory is None else directory
+    directory = absolute_path(chosen)
     passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE", environ)
     if kind == "auto":
         kind = "file" if sys.platform != "darwin" or passphrase_file else "keychain"
@@ -2726,9 +2657,7 @@ def make_storage(
     if kind in stores:
         return stores[kind](lock_path=os.path.join(directory, "lock"))
     name = printable(kind, limit=40)
-    raise ConfigError(
-        f"there is no store {name!r}; choose auto, file, keychain or keyring"
-    )
+    raise ConfigError(f"no store is {name!r}; choose auto, file, keychain or keyring")
 
 
 def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
@@ -3706,7 +3635,7 @@ class AccountFile:
         self._unwritten = {}
         try:
             if self._path is not None and found is not None:
-                write_private(self._path, dump_json(record).encode(), is_cache=True)
+                write_private(self._path, dump_json(record).encode())
                 return
         except StorageError:
             pass
