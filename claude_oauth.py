@@ -1683,10 +1683,7 @@ class Storage(Protocol):
         """Raise StorageError if a save could not succeed now, under the same lock."""
 
     def lock(self, timeout: float) -> ContextManager[object]:
-        """Return a context that one thread of one process is in at a time.
-
-        To enter it raises Unavailable when the seconds are over; 0 tries once.
-        """
+        """Return a lock across processes; Unavailable if entered too late (0: once)."""
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the record may have; None: read it."""
@@ -1696,10 +1693,7 @@ class Storage(Protocol):
 
 
 def absolute_path(path: str | os.PathLike[str]) -> str:
-    """Return a path from the root, with ``~`` filled in.
-
-    What is empty or not expanded is a ConfigError, never a folder below this one.
-    """
+    """Return a path from the root; ConfigError if it is empty or not expanded."""
     found = os.path.expanduser(os.fsdecode(path))
     if not found.strip() or found[0] in "\"'$%~" or "\0" in found:
         raise ConfigError(
@@ -1712,21 +1706,18 @@ def absolute_path(path: str | os.PathLike[str]) -> str:
 def default_directory(environ: Mapping[str, str] | None = None) -> str:
     """Return where files go: CLAUDE_OAUTH_DIR, or beside Claude's own settings."""
     chosen = setting("CLAUDE_OAUTH_DIR", environ)
-    if not chosen:
-        settings = setting("CLAUDE_CONFIG_DIR", environ) or os.path.join("~", ".claude")
-        chosen = os.path.join(settings, "claude-oauth")
-    return absolute_path(chosen)
+    settings = setting("CLAUDE_CONFIG_DIR", environ) or os.path.join("~", ".claude")
+    return absolute_path(chosen or os.path.join(settings, "claude-oauth"))
 
 
 def warn(message: str, *, once: bool = False) -> None:
     """Tell the program's log, or stderr if it has none, what a person should know."""
     import logging
 
-    if message in _WARNED:
-        return
+    if message not in _WARNED:
+        logging.getLogger("claude_oauth").warning(message)
     if once:
         _WARNED.add(message)
-    logging.getLogger("claude_oauth").warning(message)
 
 
 _WARNED: Final[set[str]] = set()
@@ -1762,11 +1753,10 @@ def _make_directory(path: str) -> None:
 def read_private(
     path: str, *, is_ours: bool = True, any_owner: bool = False
 ) -> bytes | None:
-    """Return a private file's content, None if there is no file or nothing in it.
+    """Return a private file's content, None if there is no file or only blanks in it.
 
-    Blanks, marks of an encoding and the NULs that a crash leaves are nothing.
-    A file of ours that others can read is set to 0600 with a warning.  What is no
-    regular file of this user is a StorageError.
+    NULs, which a crash leaves, count as blanks.  A file of ours that others can read is
+    set to 0600 with a warning.  What is no regular file of this user is a StorageError.
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
@@ -1803,10 +1793,7 @@ def _reason(error: OSError) -> str:
 
 
 def write_private(path: str, data: bytes) -> None:
-    """Replace a private file whole, or raise StorageError and leave it as it was.
-
-    Hold the lock, or two writers could lose a change.
-    """
+    """Replace a private file whole, or raise StorageError.  Hold the lock."""
     _AtomicFile(path).commit(data)
 
 
@@ -1925,8 +1912,7 @@ def _sync(file: io.BufferedRandom, directory: str) -> None:
         refusals = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
         if error.errno not in (*refusals, errno.EPERM, errno.EACCES, errno.ENOTTY):
             raise
-        text = "this file system refuses fsync; a power cut may cost the login"
-        warn(f"{directory}: {text}", once=True)
+        warn(f"{directory}: no fsync here; a power cut may cost the login", once=True)
 
 
 def _sync_directory(directory: str) -> None:
@@ -1949,15 +1935,13 @@ def _quietly(function: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
-def file_lock(
-    path: str, timeout: float, reserved: dict[int, _AtomicFile | None]
-) -> ContextManager[None]:
+def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager[None]:
     """Return a lock that processes and threads share, held while its context lasts.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
-    processes hold locks on two files of one name.  Whoever holds it removes what
-    processes that died have left.  While this process holds it, its id is a key of
-    *reserved*, with the file that a check makes for the next save.
+    processes hold locks on two files of one name.  Whoever holds it removes what dead
+    processes have left.  Meanwhile the process id is a key of *held*, for the
+    `_AtomicFile` that a check makes for the next save.
     """
     import glob
     from contextlib import contextmanager
@@ -1975,11 +1959,11 @@ def file_lock(
             time.sleep(min(0.005, deadline.left()))
         pid = os.getpid()
         with file:
-            reserved[pid] = None
+            held[pid] = None
             try:
                 yield
             finally:
-                left = reserved.pop(pid)
+                left = held.pop(pid)
                 # Not in a child that was forked under the lock: its parent holds it.
                 if pid == os.getpid():
                     if left:
@@ -2041,10 +2025,7 @@ class _RecordStorage:
     describe: Callable[[], str]
 
     def load(self) -> Credentials | None:
-        """Return the stored credential, or None if it is certain that there is none.
-
-        One that is damaged is StorageCorrupt, and is left as it was.
-        """
+        """Return the credential, None if there is none; StorageCorrupt if damaged."""
         record = self._read_record()
         tokens = record.get("claudeAiOauth")
         if isinstance(tokens, dict):  # another program's logout may empty the fields
@@ -2056,7 +2037,6 @@ class _RecordStorage:
 
         After a StorageError it is not stored, or nobody knows: keep it and try again.
         """
-        # Any answer of the read but a record or a certain absence ends it here.
         self._write_record(merge_record(self._read_record(), credentials.to_record()))
 
     def stamp(self) -> object:
@@ -2085,8 +2065,7 @@ class FileStorage(_RecordStorage):
         path: Default: credentials.json in the default directory.  A file of Claude
             Code's own layout will do.
         cipher: Has ``encrypt(bytes) -> bytes`` and ``decrypt(bytes) -> bytes``, whose
-            errors are StorageErrors.  On Windows, a file that another process encrypted
-            with DPAPI needs none, and stays encrypted.
+            errors are StorageErrors.  A file that DPAPI encrypted needs none.
         read_only: Another program owns the file: hand out what is there, write nothing
             and never spend its refresh token.
     """
@@ -2110,10 +2089,7 @@ class FileStorage(_RecordStorage):
 
     @property
     def account_file(self) -> str | None:
-        """Where the account of this file is cached: beside the real file, by its name.
-
-        None for another program's file, whose login may change at any time.
-        """
+        """Where the account of this file is cached; None for another program's file."""
         if self.read_only:
             return None
         directory, name = os.path.split(os.path.realpath(self.path))
@@ -2131,15 +2107,11 @@ class FileStorage(_RecordStorage):
         # A mount of its own cannot be removed, only emptied.
         if kept or not _quietly(_try_for_a_while, os.unlink, real):
             write_private(real, dump_json(kept).encode("ascii"))
-        else:
-            _sync_directory(os.path.dirname(real))
+        _sync_directory(os.path.dirname(real))
         return True
 
     def check(self) -> None:
-        """Raise StorageError if a save could not succeed now, or would lose something.
-
-        Under the lock, the next save has the room that this has found.
-        """
+        """Raise StorageError if a save could not succeed; keep its room under a lock."""
         self._refuse_if_read_only()
         self._read_record()
         left = self._swap_reserved(_AtomicFile(self.path, reserve=True))
@@ -2265,11 +2237,6 @@ class _SecretStorage(_RecordStorage):
 
     An empty file beside the lock tells other processes of a save.  If it cannot be
     written, they notice when they refresh, which begins with a read.
-
-    Args:
-        service: The item's service.
-        account: The item's account; None is one for each directory of *lock_path*.
-        lock_path: The file that processes lock; None is the default directory's.
     """
 
     read_only = False
@@ -2341,11 +2308,7 @@ class _SecretStorage(_RecordStorage):
         _quietly(write_private, self._watched, b"")
 
     def _put(self, service: str, data: bytes) -> None:
-        """Write an item, and believe only what a read brings back.
-
-        A success can lie, a refusal can come after the change, and a time limit says
-        nothing at all.
-        """
+        # Only a read tells: a success can lie, a refusal can come after the change.
         problem = StorageError(f"the {self._title} does not keep records; {_USE_FILE}")
         try:
             self._call("set", service, data)
@@ -2359,7 +2322,7 @@ class _SecretStorage(_RecordStorage):
         if found != data:
             raise problem
 
-    def _failure(self, reason: str, *, is_locked: bool) -> StorageError:
+    def _failure(self, reason: str, *, is_locked: bool = False) -> StorageError:
         kind, text = StorageError, f"could not be used ({reason}); {self._hint}"
         if is_locked:
             kind, text = StorageLocked, f"is locked, or asks a person; {self._unlock}"
@@ -2372,14 +2335,13 @@ STORE_TIMEOUT: Final = 10.0
 _USE_FILE: Final = "choose a file with `--store file`"
 
 SECURITY: Final = "/usr/bin/security"
-"""The Keychain's own program, by its whole path: whatever comes first on PATH could be
-anybody's.  Tests put their stand-in here."""
+"""The Keychain's program by its whole path: the first on PATH could be anybody's."""
 
 SECURITY_LINE: Final = 4094
 """Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
 that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c."""
 
-_LOCKED_STATUSES: Final = frozenset({29, 36, 45, 51, 128, 152, 155, 227, 234})
+_LOCKED: Final = frozenset({29, 36, 45, 51, 128, 152, 155, 227, 234})
 """What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
 -U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h."""
 
@@ -2453,8 +2415,7 @@ class KeychainStorage(_SecretStorage):
         except subprocess.TimeoutExpired:
             number, output, errors = -128, b"", b""  # likely, a dialog nobody sees
         except OSError as error:
-            reason = f"{SECURITY}: {_reason(error)}"
-            raise self._failure(reason, is_locked=False) from None
+            raise self._failure(f"{SECURITY}: {_reason(error)}") from None
         if number == 0:
             return output
         # -25300 stands for any failure of the search.  It is certain if the one line
@@ -2462,8 +2423,7 @@ class KeychainStorage(_SecretStorage):
         own = re.findall(rb"^security: (\w*)", errors, re.MULTILINE)
         if number == -25300 and own == [b"SecKeychainSearchCopyNext"]:
             return None
-        is_locked = number & 255 in _LOCKED_STATUSES
-        raise self._failure(f"status {number}", is_locked=is_locked)
+        raise self._failure(f"status {number}", is_locked=number & 255 in _LOCKED)
 
 
 class KeyringStorage(_SecretStorage):
@@ -2530,10 +2490,7 @@ class FernetCipher:
         return b"%b:%b:%b" % (self._START, salt, self._box(salt).encrypt(data))
 
     def decrypt(self, data: bytes) -> bytes:
-        """Return what was encrypted.
-
-        Another passphrase, another cipher and damage are StorageCorrupt.
-        """
+        """Return what was encrypted; StorageCorrupt if that or the passphrase differs."""
         import re
 
         found = re.fullmatch(rb"%b:([0-9a-f]{32}):(.+)" % self._START, data)
@@ -2558,29 +2515,20 @@ class FernetCipher:
 
 @hides_locals
 class DPAPICipher:
-    """Encrypts for this Windows user on this machine, by the system's own means.
-
-    Source: learn.microsoft.com, dpapi.h and winerror.h.
-    """
+    """Encrypts for this Windows user on this machine.  Source: dpapi.h, winerror.h."""
 
     def encrypt(self, data: bytes) -> bytes:
         """Return what only this user can decrypt."""
         return _DPAPI_MARK + _dpapi("CryptProtectData", data)
 
     def decrypt(self, data: bytes) -> bytes:
-        """Return what was encrypted.
-
-        A session without the user's key is StorageLocked, another user or machine a
-        StorageError; damage, or another cipher, StorageCorrupt.
-        """
+        """Return what was encrypted; a StorageError says why that is impossible."""
         if not data.startswith(_DPAPI_MARK):
             raise StorageCorrupt(_UNDECRYPTABLE)
         return _dpapi("CryptUnprotectData", data[len(_DPAPI_MARK) :])
 
 
 _DPAPI_MARK: Final = b"dpapi:"
-
-
 _UNDECRYPTABLE: Final = (
     "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
     " or the passphrase is not the one; set that, or move it away and log in again"
@@ -2616,8 +2564,7 @@ def _dpapi_error(number: int) -> StorageError:
         return StorageCorrupt(_UNDECRYPTABLE)
     if number in (2, 5, 1325, 0x80090345):  # no profile, denied, a dialog, delegation
         return StorageLocked(
-            "Windows gives this session no access to the user's key, as over SSH with a"
-            " public key; sign in with a password, or choose another store"
+            "Windows refuses the user's key, as over SSH; sign in with a password"
         )
     return StorageError(
         f"Windows cannot use the user's key (error {number:#x}): another user, another"
@@ -2661,10 +2608,7 @@ def make_storage(
 
 
 def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
-    """Return the platform's cipher, or one with the passphrase that is in a file.
-
-    The file's owner and mode are not ours to set: systemd or a container made it.
-    """
+    """Return the platform's cipher, or one with the passphrase in anybody's file."""
     if not path:
         return DPAPICipher() if sys.platform == "win32" else None
     path = absolute_path(path)
