@@ -1893,7 +1893,8 @@ def _open_private(path: str, flags: int) -> io.BufferedRandom:
 
 def _try_for_a_while(function: Callable[..., object], *arguments: object) -> None:
     """Call a function again while Windows says that a file is open elsewhere."""
-    for pause in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) * (os.name == "nt"):
+    pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
+    for pause in pauses:
         try:
             function(*arguments)
             return
@@ -1943,10 +1944,7 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     processes have left.  Meanwhile the process id is a key of *held*, for the
     `_AtomicFile` that a check makes for the next save.
     """
-    import glob
     from contextlib import contextmanager
-
-    directory = glob.escape(os.path.dirname(path))
 
     @contextmanager
     def hold() -> Iterator[None]:
@@ -1966,11 +1964,7 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
                 left = held.pop(pid)
                 # Not in a child that was forked under the lock: its parent holds it.
                 if pid == os.getpid():
-                    if left:
-                        left.discard()
-                    for name in glob.glob(f"{directory}/.*{_TEMPORARY_SUFFIX}"):
-                        _quietly(os.unlink, name)
-                    _unlock(file)
+                    _release(file, path, left)
 
     return hold()
 
@@ -2003,12 +1997,20 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
     return file
 
 
-def _unlock(file: io.BufferedRandom) -> None:
-    # A child that was forked meanwhile has the file open too: to close it here would
-    # leave it locked for as long as the child lives.
+def _release(file: io.BufferedRandom, path: str, left: _AtomicFile | None) -> None:
+    """Remove what this and dead processes have left beside a lock, and unlock it."""
+    import glob
+
+    if left:
+        left.discard()
+    directory = glob.escape(os.path.dirname(path))
+    for name in glob.glob(os.path.join(directory, f".*{_TEMPORARY_SUFFIX}")):
+        _quietly(os.unlink, name)
     if sys.platform != "win32":
         import fcntl
 
+        # A child that was forked meanwhile has the file open too: to close it here
+        # would leave it locked for as long as the child lives.
         _quietly(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
 
 
@@ -2052,8 +2054,8 @@ class _RecordStorage:
     def _parse(self, data: bytes | None) -> dict[str, object]:
         record = {} if data is None else parse_json_object(data)
         if record is None:
-            text = f"{self.describe()} is unreadable: it holds no record; {self._cure}"
-            raise StorageCorrupt(text)
+            text = "is unreadable: it is damaged, or no record"
+            raise StorageCorrupt(f"{self.describe()} {text}; {self._cure}")
         return record
 
 
@@ -2111,7 +2113,7 @@ class FileStorage(_RecordStorage):
         return True
 
     def check(self) -> None:
-        """Raise StorageError if a save could not succeed; keep its room under a lock."""
+        """Raise StorageError if a save cannot succeed; keep its room under a lock."""
         self._refuse_if_read_only()
         self._read_record()
         left = self._swap_reserved(_AtomicFile(self.path, reserve=True))
@@ -2490,7 +2492,7 @@ class FernetCipher:
         return b"%b:%b:%b" % (self._START, salt, self._box(salt).encrypt(data))
 
     def decrypt(self, data: bytes) -> bytes:
-        """Return what was encrypted; StorageCorrupt if that or the passphrase differs."""
+        """Return what was encrypted; StorageCorrupt if it cannot be."""
         import re
 
         found = re.fullmatch(rb"%b:([0-9a-f]{32}):(.+)" % self._START, data)
