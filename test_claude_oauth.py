@@ -4338,18 +4338,6 @@ def test_a_damaged_file_is_not_taken_for_a_logout_and_stays(folder, data):
     assert "token-" not in chain_text(caught.value)
 
 
-ODD_FIELDS = {
-}
-
-
-@pytest.mark.parametrize("data", ODD_FIELDS.values(), ids=ODD_FIELDS)
-def test_an_odd_field_of_a_file_beside_good_tokens_is_unknown(folder, data):
-    put_bytes(folder / "credentials.json", data)
-    found = claude_oauth.FileStorage().load()
-    assert found.access_token == "token"
-    assert (found.expires_at, found.client_id) == (None, None)
-
-
 LOGGED_OUT = {
     "empty": b"",
     "blank": b" \t\r\n",
