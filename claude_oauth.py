@@ -50,6 +50,7 @@ program was issued.
 
 from __future__ import annotations
 
+import binascii
 import errno
 import io
 import os
@@ -1677,36 +1678,27 @@ class Storage(Protocol):
 
     def delete(self) -> bool:
         """Remove this module's own keys; return whether there were any."""
-        ...
 
     def check(self) -> None:
         """Raise StorageError if a save could not succeed now, under the same lock."""
 
     def lock(self, timeout: float) -> ContextManager[object]:
-        """Return a context that one thread of one process is in at a time.
-
-        To enter it raises Unavailable when the seconds are over; 0 tries once.
-        """
-        ...
+        """Return a lock across processes; Unavailable if entered too late (0: once)."""
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the record may have; None: read it."""
 
     def describe(self) -> str:
         """Say for people where the credential is."""
-        ...
 
 
 def absolute_path(path: str | os.PathLike[str]) -> str:
-    """Return a path from the root, with ``~`` filled in.
-
-    What is empty or not expanded is a ConfigError, never a folder below this one.
-    """
+    """Return a path from the root; ConfigError if it is empty or not expanded."""
     found = os.path.expanduser(os.fsdecode(path))
     if not found.strip() or found[0] in "\"'$%~" or "\0" in found:
         raise ConfigError(
-            f"{printable(found)!r} is no path: it is empty, begins with a quote or an"
-            " unexpanded variable, or no home directory is known; set the path itself"
+            f"{printable(found)!r} is no path: it is empty, begins with a quote or a"
+            " variable, or no home directory is known"
         )
     return os.path.abspath(found)
 
@@ -1714,21 +1706,18 @@ def absolute_path(path: str | os.PathLike[str]) -> str:
 def default_directory(environ: Mapping[str, str] | None = None) -> str:
     """Return where files go: CLAUDE_OAUTH_DIR, or beside Claude's own settings."""
     chosen = setting("CLAUDE_OAUTH_DIR", environ)
-    if not chosen:
-        settings = setting("CLAUDE_CONFIG_DIR", environ) or os.path.join("~", ".claude")
-        chosen = os.path.join(settings, "claude-oauth")
-    return absolute_path(chosen)
+    settings = setting("CLAUDE_CONFIG_DIR", environ) or os.path.join("~", ".claude")
+    return absolute_path(chosen or os.path.join(settings, "claude-oauth"))
 
 
 def warn(message: str, *, once: bool = False) -> None:
     """Tell the program's log, or stderr if it has none, what a person should know."""
     import logging
 
-    if message in _WARNED:
-        return
+    if message not in _WARNED:
+        logging.getLogger("claude_oauth").warning(message)
     if once:
         _WARNED.add(message)
-    logging.getLogger("claude_oauth").warning(message)
 
 
 _WARNED: Final[set[str]] = set()
@@ -1741,12 +1730,8 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
     """Set the mode of a file or directory; warn once where that has no effect."""
     if sys.platform == "win32":
         return False  # the mode is invented there, and access follows from the ACL
-    try:
-        os.chmod(target, mode)
-        if not os.stat(target).st_mode & 0o077:
-            return True
-    except OSError:
-        pass
+    if _quietly(os.chmod, target, mode) and not os.stat(target).st_mode & 0o077:
+        return True
     warn(f"{subject}: {_NO_MODES}", once=True)
     return False
 
@@ -1754,10 +1739,10 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
 def _make_directory(path: str) -> None:
     """Create a directory and those above it, 0700 each; leave existing ones alone."""
     # os.makedirs would apply the mode to the last level only.
-    if os.path.isdir(path):
+    parent = os.path.dirname(path)
+    if os.path.isdir(path) or parent == path:
         return
-    if os.path.dirname(path) != path:
-        _make_directory(os.path.dirname(path))
+    _make_directory(parent)
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
@@ -1768,11 +1753,10 @@ def _make_directory(path: str) -> None:
 def read_private(
     path: str, *, is_ours: bool = True, any_owner: bool = False
 ) -> bytes | None:
-    """Return a private file's content, None if there is no file or nothing in it.
+    """Return a private file's content, None if there is no file or only blanks in it.
 
-    Blanks, marks of an encoding and the NULs that a crash leaves are nothing.
-    A file of ours that others can read is set to 0600 with a warning.  What is no
-    regular file of this user is a StorageError.
+    NULs, which a crash leaves, count as blanks.  A file of ours that others can read is
+    set to 0600 with a warning.  What is no regular file of this user is a StorageError.
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
@@ -1797,11 +1781,10 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
     found = os.fstat(fd)
     if found.st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    if not found.st_mode & 0o077:
-        return
-    if not is_ours:
+    is_open = found.st_mode & 0o077
+    if is_open and not is_ours:
         warn(f"{path}: {_NO_MODES}", once=True)
-    elif _make_private(fd, 0o600, os.path.dirname(path)):
+    elif is_open and _make_private(fd, 0o600, os.path.dirname(path)):
         warn(f"others could read {path}; it is set to 0600 now")
 
 
@@ -1809,13 +1792,9 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror or type(error).__name__}".lower()
 
 
-def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
-    """Replace a private file whole, or raise StorageError and leave it as it was.
-
-    Hold the lock, or two writers could lose a change.  The file is 0600, and on the
-    disk when this returns; a cache is not worth the wait.
-    """
-    _AtomicFile(path).commit(data, sync=not is_cache)
+def write_private(path: str, data: bytes) -> None:
+    """Replace a private file whole, or raise StorageError.  Hold the lock."""
+    _AtomicFile(path).commit(data)
 
 
 class _AtomicFile:
@@ -1832,31 +1811,25 @@ class _AtomicFile:
         unique = f".{name}.{os.urandom(8).hex()}{_TEMPORARY_SUFFIX}"
         self._temporary = os.path.join(self._directory, unique)
         self._file: Any = None
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
         try:
-            _make_directory(self._directory)
-            self._file = io.FileIO(os.open(self._temporary, flags, 0o600), "r+")
-            _make_private(self._file.fileno(), 0o600, self._directory)
+            self._file = _open_private(self._temporary, os.O_EXCL)
             if reserve:
-                room = RESERVED_BYTES + self._size_if_replaceable()
-                _write_all(self._file, b" " * room)
+                self._file.write(b" " * (RESERVED_BYTES + self._size_if_replaceable()))
                 _sync(self._file, self._directory)
         except OSError as error:
             self.discard()
             raise StorageError(f"cannot write {path}: {_reason(error)}") from None
 
-    def commit(self, data: bytes, *, sync: bool = True) -> None:
+    def commit(self, data: bytes) -> None:
         """Put the data in the file's place, through the descriptor that has room."""
         try:
             self._file.seek(0)
-            _write_all(self._file, data)
+            self._file.write(data)
             self._file.truncate()
-            if sync:
-                _sync(self._file, self._directory)
+            _sync(self._file, self._directory)
             self._file.close()
             self._replace(data)
-            if sync:
-                _sync_directory(self._directory)
+            _sync_directory(self._directory)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {_reason(error)}") from None
         finally:
@@ -1871,13 +1844,12 @@ class _AtomicFile:
     def _size_if_replaceable(self) -> int:
         """Return the file's size; raise if it can be neither replaced nor rewritten."""
         try:
-            with io.FileIO(self._real, "r+") as file:
-                return file.seek(0, os.SEEK_END)
+            os.close(os.open(self._real, os.O_WRONLY))
         except FileNotFoundError:
             return 0
         except PermissionError:
             os.chmod(self._real, 0o600)  # fails unless it is ours, and can be replaced
-            return os.path.getsize(self._real)
+        return os.path.getsize(self._real)
 
     def _replace(self, data: bytes) -> None:
         """Rename over the file, or rewrite it in place where that is refused.
@@ -1885,23 +1857,19 @@ class _AtomicFile:
         That is a mount of its own, as in containers, a sticky directory, or on Windows
         another program that has the file open for more than a moment.
         """
-        pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else (0.0,)
-        for pause in pauses:
-            try:
-                os.replace(self._temporary, self._real)
-                return
-            except OSError as error:
-                refusals = (errno.EBUSY, errno.EPERM, errno.EACCES)
-                if error.errno not in refusals or not os.path.isfile(self._real):
-                    raise
-            time.sleep(pause)
+        try:
+            _try_for_a_while(os.replace, self._temporary, self._real)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EPERM, errno.EACCES):
+                raise
         # Blanks, which JSON allows, first take the room for a longer record, and then
         # hide the end of a longer old one until it is cut off.
-        with io.FileIO(self._real, "r+") as file:
+        with open(self._real, "r+b") as file:
             size = file.seek(0, os.SEEK_END)
-            _write_all(file, b" " * (len(data) - size))
+            file.write(b" " * (len(data) - size))
             file.seek(0)
-            _write_all(file, data.ljust(size))
+            file.write(data.ljust(size))
             file.truncate(len(data))
             _sync(file, self._directory)
 
@@ -1912,15 +1880,32 @@ RESERVED_BYTES: Final = 16384
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 
 
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    # A write may take a part only, on a disk that is nearly full.
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+def _open_private(path: str, flags: int) -> io.BufferedRandom:
+    """Open a file of ours to write it; make it, and its directory, if need be."""
+    directory = os.path.dirname(path)
+    _make_directory(directory)
+    flags |= os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    # A file object, which closes itself if Ctrl-C comes.
+    file = os.fdopen(os.open(path, flags, 0o600), "r+b")
+    _make_private(file.fileno(), 0o600, directory)  # a umask of 0777 has left 0000
+    return file
 
 
-def _sync(file: io.FileIO, directory: str) -> None:
+def _try_for_a_while(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function again while Windows says that a file is open elsewhere."""
+    pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
+    for pause in pauses:
+        try:
+            function(*arguments)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    function(*arguments)
+
+
+def _sync(file: io.BufferedRandom, directory: str) -> None:
     """Put a file on the disk; warn once where the file system cannot be asked to."""
+    file.flush()
     try:
         os.fsync(file.fileno())
     except OSError as error:
@@ -1928,8 +1913,7 @@ def _sync(file: io.FileIO, directory: str) -> None:
         refusals = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
         if error.errno not in (*refusals, errno.EPERM, errno.EACCES, errno.ENOTTY):
             raise
-        text = "this file system refuses fsync; a power cut may cost the login"
-        warn(f"{directory}: {text}", once=True)
+        warn(f"{directory}: no fsync here; a power cut may cost the login", once=True)
 
 
 def _sync_directory(directory: str) -> None:
@@ -1940,113 +1924,94 @@ def _sync_directory(directory: str) -> None:
     except OSError:
         return
     _quietly(os.fsync, fd)
-    _quietly(os.close, fd)
+    os.close(fd)
 
 
-def _quietly(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function whose failure changes nothing."""
+def _quietly(function: Callable[..., object], *arguments: object) -> bool:
+    """Call a function whose failure changes nothing; tell whether it succeeded."""
     try:
         function(*arguments)
     except (OSError, StorageError):
-        pass
-
-
-class FileLock:
-    """A lock that processes share, held while its context lasts.
-
-    The kernel frees it when a process dies.  The file stays: to remove it would let two
-    processes hold locks on two files of one name.  Whoever holds it removes what
-    processes that died have left.
-    """
-
-    reserved: _AtomicFile | None = None
-    """What a check made for the next save under this lock."""
-
-    def __init__(self, path: str, timeout: float) -> None:
-        self.path = path
-        self._timeout = timeout
-        self._file: Any = None
-        self.pid = 0
-        """The process that holds it."""
-
-    def __enter__(self) -> None:
-        deadline = Deadline(self._timeout)
-        pause = 0.002
-        # The kernel's lock has no time limit to wait with, so this tries again: a
-        # signal gets through at once, and nothing is left behind when the time is over.
-        while not self._acquire():
-            if deadline.passed():
-                raise Unavailable(
-                    f"another process holds the lock {self.path}; try again later"
-                )
-            time.sleep(min(pause, deadline.left()))
-            pause = min(pause * 1.5, 0.01)
-        self.pid = os.getpid()
-
-    def __exit__(self, *exc_info: object) -> None:
-        import glob
-
-        is_held, self.pid = self.pid == os.getpid(), 0
-        with self._file as file:
-            if not is_held:
-                return  # a child that was forked under the lock: its parent holds it
-            if self.reserved:
-                self.reserved.discard()
-            directory = glob.escape(os.path.dirname(self.path))
-            for path in glob.glob(os.path.join(directory, f".*{_TEMPORARY_SUFFIX}")):
-                _quietly(os.unlink, path)
-            if sys.platform != "win32":
-                import fcntl
-
-                # A child that was forked meanwhile has the file open too: to close it
-                # here would leave it locked for as long as the child lives.
-                _quietly(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
-
-    def _acquire(self) -> bool:
-        """Take the lock if it is free."""
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        directory = os.path.dirname(self.path)
-        try:
-            _make_directory(directory)
-            # A file object, which closes itself if Ctrl-C comes before this returns.
-            file = io.FileIO(os.open(self.path, flags, 0o600), "r+")
-            try:
-                fd = file.fileno()
-                if os.fstat(fd).st_mode & 0o600 != 0o600:  # made under a umask of 0777
-                    _make_private(fd, 0o600, directory)
-                # Locked, but removed by somebody meanwhile: others lock another file.
-                if _lock(fd) and (os.name == "nt" or os.fstat(fd).st_nlink):
-                    self._file = file
-            finally:
-                if self._file is None:
-                    file.close()
-        except OSError as error:
-            raise StorageError(
-                f"cannot lock {self.path}: {_reason(error)}; choose another directory,"
-                " as with CLAUDE_OAUTH_DIR"
-            ) from None
-        return self._file is not None
-
-
-def _lock(fd: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            # Not lockf: it is lost as soon as any descriptor of the file is closed, and
-            # does not keep threads apart.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Held, on Windows: EACCES or EDEADLK by the documentation, and 0 under Wine.
-        is_unknown = os.name != "nt" or error.errno in (errno.EBADF, errno.EINVAL)
-        if is_unknown and not isinstance(error, BlockingIOError):
-            raise
         return False
     return True
+
+
+def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager[None]:
+    """Return a lock that processes and threads share, held while its context lasts.
+
+    The kernel frees it when a process dies.  The file stays: to remove it would let two
+    processes hold locks on two files of one name.  Whoever holds it removes what dead
+    processes have left.  Meanwhile the process id is a key of *held*, for the
+    `_AtomicFile` that a check makes for the next save.
+    """
+    from contextlib import contextmanager
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        deadline = Deadline(timeout)
+        # The kernel's lock has no time limit to wait with, so this tries again: a
+        # signal gets through at once, and nothing is left behind when the time is over.
+        while (file := _open_locked(path)) is None:
+            if deadline.passed():
+                raise Unavailable(f"another process holds the lock {path}; try later")
+            time.sleep(min(0.005, deadline.left()))
+        pid = os.getpid()
+        with file:
+            held[pid] = None
+            try:
+                yield
+            finally:
+                left = held.pop(pid)
+                # Not in a child that was forked under the lock: its parent holds it.
+                if pid == os.getpid():
+                    _release(file, path, left)
+
+    return hold()
+
+
+def _open_locked(path: str) -> io.BufferedRandom | None:
+    """Open a lock file and lock it; return None if somebody else holds the lock."""
+    try:
+        file = _open_private(path, getattr(os, "O_NOFOLLOW", 0))
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                # Not lockf: it is lost as soon as any descriptor of the file is closed,
+                # and does not keep threads apart.
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            # On Windows it is 0 under Wine, and the others by the documentation.
+            held = (errno.EACCES, errno.EDEADLK, 0) if os.name == "nt" else ()
+            if error.errno in (*held, errno.EAGAIN):
+                return None
+            raise
+    except OSError as error:
+        text = f"cannot lock {path}: {_reason(error)}; choose another directory"
+        raise StorageError(text) from None
+    return file
+
+
+def _release(file: io.BufferedRandom, path: str, left: _AtomicFile | None) -> None:
+    """Remove what this and dead processes have left beside a lock, and unlock it."""
+    import glob
+
+    if left:
+        left.discard()
+    directory = glob.escape(os.path.dirname(path))
+    for name in glob.glob(os.path.join(directory, f".*{_TEMPORARY_SUFFIX}")):
+        _quietly(os.unlink, name)
+    if sys.platform != "win32":
+        import fcntl
+
+        # A child that was forked meanwhile has the file open too: to close it here
+        # would leave it locked for as long as the child lives.
+        _quietly(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
 
 
 @hides_locals
@@ -2057,18 +2022,16 @@ class _RecordStorage:
     _write_record: Callable[[dict[str, object]], None]
     _watched: str
     """The file that changes when the record does."""
+    _cure: ClassVar[str]
+    """What helps against a damaged record."""
+    describe: Callable[[], str]
 
     def load(self) -> Credentials | None:
-        """Return the stored credential, or None if it is certain that there is none.
-
-        One that is damaged is StorageCorrupt, and is left as it was.
-        """
+        """Return the credential, None if there is none; StorageCorrupt if damaged."""
         record = self._read_record()
         tokens = record.get("claudeAiOauth")
-        if isinstance(tokens, dict) and not (
-            tokens.get("accessToken") or tokens.get("refreshToken")
-        ):
-            return None  # emptied by another program's logout
+        if isinstance(tokens, dict):  # another program's logout may empty the fields
+            tokens = tokens.get("accessToken") or tokens.get("refreshToken")
         return Credentials.from_record(record) if tokens else None
 
     def save(self, credentials: Credentials) -> None:
@@ -2076,7 +2039,6 @@ class _RecordStorage:
 
         After a StorageError it is not stored, or nobody knows: keep it and try again.
         """
-        # Any answer of the read but a record or a certain absence ends it here.
         self._write_record(merge_record(self._read_record(), credentials.to_record()))
 
     def stamp(self) -> object:
@@ -2089,6 +2051,13 @@ class _RecordStorage:
             return None
         return found.st_mtime_ns, found.st_ino, found.st_size
 
+    def _parse(self, data: bytes | None) -> dict[str, object]:
+        record = {} if data is None else parse_json_object(data)
+        if record is None:
+            text = "is unreadable: it is damaged, or no record"
+            raise StorageCorrupt(f"{self.describe()} {text}; {self._cure}")
+        return record
+
 
 @hides_locals
 class FileStorage(_RecordStorage):
@@ -2098,11 +2067,12 @@ class FileStorage(_RecordStorage):
         path: Default: credentials.json in the default directory.  A file of Claude
             Code's own layout will do.
         cipher: Has ``encrypt(bytes) -> bytes`` and ``decrypt(bytes) -> bytes``, whose
-            errors are StorageErrors.  On Windows, a file that another process encrypted
-            with DPAPI needs none, and stays encrypted.
+            errors are StorageErrors.  A file that DPAPI encrypted needs none.
         read_only: Another program owns the file: hand out what is there, write nothing
             and never spend its refresh token.
     """
+
+    _cure = "move it away and log in again"
 
     def __init__(
         self,
@@ -2111,22 +2081,17 @@ class FileStorage(_RecordStorage):
         cipher: Any = None,
         read_only: bool = False,
     ) -> None:
-        import threading
-
         if path is None:
             path = os.path.join(default_directory(), "credentials.json")
         self.path = self._watched = absolute_path(path)
         self.read_only = read_only
         self._cipher = cipher
-        self._thread = threading.local()
-        """Its ``lock`` is the one that this thread asked for last."""
+        self._reserved: dict[int, _AtomicFile | None] = {}
+        """By the process that holds the lock: the file that its next save will use."""
 
     @property
     def account_file(self) -> str | None:
-        """Where the account of this file is cached: beside the real file, by its name.
-
-        None for another program's file, whose login may change at any time.
-        """
+        """Where the account of this file is cached; None for another program's file."""
         if self.read_only:
             return None
         directory, name = os.path.split(os.path.realpath(self.path))
@@ -2141,32 +2106,25 @@ class FileStorage(_RecordStorage):
         if len(kept) == len(stored):
             return False
         real = os.path.realpath(self.path)
-        if not kept:
-            _quietly(os.unlink, real)
-            _sync_directory(os.path.dirname(real))
-        # A mount of its own cannot be removed, only emptied; nor, on Windows, can what
-        # somebody is reading.
-        if os.path.exists(real):
+        # A mount of its own cannot be removed, only emptied.
+        if kept or not _quietly(_try_for_a_while, os.unlink, real):
             write_private(real, dump_json(kept).encode("ascii"))
+        _sync_directory(os.path.dirname(real))
         return True
 
     def check(self) -> None:
-        """Raise StorageError if a save could not succeed now, or would lose something.
-
-        Under the lock, the next save has the room that this has found.
-        """
+        """Raise StorageError if a save cannot succeed; keep its room under a lock."""
         self._refuse_if_read_only()
         self._read_record()
         left = self._swap_reserved(_AtomicFile(self.path, reserve=True))
         if left:
             left.discard()
 
-    def lock(self, timeout: float) -> FileLock:
+    def lock(self, timeout: float) -> ContextManager[None]:
         """Return the lock of the file's folder: a file named ``lock`` in it."""
         self._refuse_if_read_only()
         folder = os.path.dirname(os.path.realpath(self.path))
-        lock = self._thread.lock = FileLock(os.path.join(folder, "lock"), timeout)
-        return lock
+        return file_lock(os.path.join(folder, "lock"), timeout, self._reserved)
 
     def describe(self) -> str:
         """Say where the file is, and whether it is encrypted."""
@@ -2175,36 +2133,19 @@ class FileStorage(_RecordStorage):
 
     def _refuse_if_read_only(self) -> None:
         if self.read_only:
-            raise StorageError(
-                f"{self.path} belongs to another program and is only read;"
-                " log in and out there, or use a storage of your own"
-            )
+            raise StorageError(f"{self.path} is another program's; log in or out there")
 
     def _swap_reserved(self, file: _AtomicFile | None) -> _AtomicFile | None:
-        """Keep a file with the lock that this thread holds; return the one before.
-
-        Without the lock, return the file itself.
-        """
-        lock = getattr(self._thread, "lock", None)
-        if lock and lock.pid == os.getpid():
-            file, lock.reserved = lock.reserved, file
+        """Under the lock keep a file, and return the one before; else return it."""
+        pid = os.getpid()
+        if pid in self._reserved:
+            file, self._reserved[pid] = self._reserved[pid], file
         return file
 
     def _read_stored(self) -> dict[str, object]:
-        data = read_private(self.path, is_ours=not self.read_only)
-        if data is None:
-            return {}
-        stored = parse_json_object(data)
-        if stored is None:
-            raise StorageCorrupt(
-                f"{self.path} is damaged: it holds no JSON object;"
-                " move it away and log in again"
-            )
-        return stored
+        return self._parse(read_private(self.path, is_ours=not self.read_only))
 
     def _read_record(self) -> dict[str, object]:
-        import binascii
-
         stored, cipher = self._read_stored(), self._cipher
         if _ENCRYPTED_KEY not in stored:
             return stored
@@ -2212,23 +2153,16 @@ class FileStorage(_RecordStorage):
         try:
             sealed = binascii.a2b_base64(text)
         except (ValueError, TypeError):
-            raise _undecryptable() from None
+            raise StorageCorrupt(_UNDECRYPTABLE) from None
         if sys.platform == "win32" and sealed.startswith(_DPAPI_MARK):
             cipher = DPAPICipher()
             self._cipher = self._cipher or cipher
         if cipher is None:
-            raise StorageError(
-                f"{self.path} is encrypted; set CLAUDE_OAUTH_PASSPHRASE_FILE to the"
-                " file with its passphrase"
-            )
-        clear = parse_json_object(cipher.decrypt(sealed))
-        if clear is None:
-            raise _undecryptable()
-        return {**{k: v for k, v in stored.items() if k not in _OUR_KEYS}, **clear}
+            raise StorageError(f"set CLAUDE_OAUTH_PASSPHRASE_FILE to read {self.path}")
+        foreign = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
+        return {**foreign, **self._parse(cipher.decrypt(sealed))}
 
     def _write_record(self, record: dict[str, object]) -> None:
-        import binascii
-
         self._refuse_if_read_only()
         if self._cipher:
             ours = {key: record.pop(key) for key in RECORD_KEYS if key in record}
@@ -2305,15 +2239,12 @@ class _SecretStorage(_RecordStorage):
 
     An empty file beside the lock tells other processes of a save.  If it cannot be
     written, they notice when they refresh, which begins with a read.
-
-    Args:
-        service: The item's service.
-        account: The item's account; None is one for each directory of *lock_path*.
-        lock_path: The file that processes lock; None is the default directory's.
     """
 
     read_only = False
-    _title: ClassVar[str]
+    _cure = "`claude-oauth logout` removes it"
+    _title = _hint = _unlock = ""
+    """Its name, and what helps where it cannot be used, or is locked."""
     _call: Callable[..., bytes | None]
     """Does "get", "set" (with data) or "delete" for a service's item.  None: it is
     certain that there is no such item."""
@@ -2343,9 +2274,7 @@ class _SecretStorage(_RecordStorage):
         self._service, self._account = service, account
         for name in (service, account):
             if not name.strip() or not name.isprintable() or len(name.encode()) > 200:
-                raise ConfigError(
-                    "service and account must be printable, and 1 to 200 bytes long"
-                )
+                raise ConfigError("service and account take 1 to 200 printable bytes")
 
     def delete(self) -> bool:
         """Remove the record, readable or not; return whether there was one."""
@@ -2365,52 +2294,41 @@ class _SecretStorage(_RecordStorage):
         self._put(beside, b"x" * len(dump_json(self._read_record())))
         self._call("delete", beside)
 
-    def lock(self, timeout: float) -> FileLock:
+    def lock(self, timeout: float) -> ContextManager[None]:
         """Return the lock of the directory: a file named ``lock`` in it."""
-        return FileLock(self._lock_path, timeout)
+        return file_lock(self._lock_path, timeout, {})
 
     def describe(self) -> str:
         """Say in a few words where the credential is."""
         return f"{self._title} (service {self._service}, account {self._account})"
 
     def _read_record(self) -> dict[str, object]:
-        data = self._call("get", self._service)
-        record = {} if data is None else parse_json_object(data)
-        if record is None:
-            raise StorageCorrupt(
-                f"the record in the {self.describe()} is unreadable;"
-                " `claude-oauth logout` removes it"
-            )
-        return record
+        return self._parse(self._call("get", self._service))
 
     def _write_record(self, record: dict[str, object]) -> None:
         self._put(self._service, dump_json(record).encode("ascii"))
         _quietly(write_private, self._watched, b"")
 
     def _put(self, service: str, data: bytes) -> None:
-        """Write an item, and believe only what a read brings back.
+        # Only a read tells: a success can lie, a refusal can come after the change.
+        problem = StorageError(f"the {self._title} does not keep records; {_USE_FILE}")
+        try:
+            self._call("set", service, data)
+        except StorageError as error:
+            problem = error
+        try:
+            found = self._call("get", service)
+        except StorageError as error:
+            text = f"{error}; whether the new login was stored is not known"
+            raise type(error)(text) from None
+        if found != data:
+            raise problem
 
-        A success can lie, a refusal can come after the change, and a time limit says
-        nothing at all.
-        """
-        for _ in range(2):
-            problem = None
-            try:
-                self._call("set", service, data)
-            except StorageError as error:
-                problem = error
-            try:
-                found = self._call("get", service)
-            except StorageError as error:
-                text = f"{error}; whether the new login was stored is not known"
-                raise type(error)(text) from None
-            if found == data:
-                return
-            if problem:
-                raise problem
-        raise StorageError(
-            f"the {self._title} does not keep what is stored in it; {_USE_FILE}"
-        )
+    def _failure(self, reason: str, *, is_locked: bool = False) -> StorageError:
+        kind, text = StorageError, f"could not be used ({reason}); {self._hint}"
+        if is_locked:
+            kind, text = StorageLocked, f"is locked, or asks a person; {self._unlock}"
+        return kind(f"the {self._title} {text}, or {_USE_FILE}")
 
 
 STORE_TIMEOUT: Final = 10.0
@@ -2419,19 +2337,15 @@ STORE_TIMEOUT: Final = 10.0
 _USE_FILE: Final = "choose a file with `--store file`"
 
 SECURITY: Final = "/usr/bin/security"
-"""The Keychain's own program, by its whole path: whatever comes first on PATH could be
-anybody's.  Tests put their stand-in here."""
+"""The Keychain's program by its whole path: the first on PATH could be anybody's."""
 
 SECURITY_LINE: Final = 4094
 """Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
 that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c."""
 
-_LOCKED_NUMBERS: Final = frozenset(
-    number & 255
-    for number in (-25308, -25315, -25293, -128, -60005, -60008, -67869, -2070, -25299)
-)
-"""What `security` exits with where a person is needed: its number, modulo 256.  With
--U, -25299 is no duplicate: the update was refused.  Source: Apple's SecBase.h."""
+_LOCKED: Final = frozenset({29, 36, 45, 51, 128, 152, 155, 227, 234})
+"""What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
+-U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h."""
 
 
 class KeychainStorage(_SecretStorage):
@@ -2444,6 +2358,11 @@ class KeychainStorage(_SecretStorage):
     """
 
     _title = "macOS Keychain"
+    _hint = "whether the login is there is not known; look at HOME, try again"
+    _unlock = (
+        "unlock it in this session with"
+        " `security unlock-keychain ~/Library/Keychains/login.keychain-db`"
+    )
 
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
         import re
@@ -2463,10 +2382,8 @@ class KeychainStorage(_SecretStorage):
         start = b"%s -a %s -s %s" % (command, account, name)
         fitting = [form for form in forms if len(start + form) < SECURITY_LINE]
         if not fitting:
-            raise StorageError(
-                f"the login is too long for an item of the Keychain; {_USE_FILE}"
-            )
-        output = _run_security(start + fitting[0] + b"\n", self.time_limit)
+            raise StorageError(f"the login is too long for the Keychain; {_USE_FILE}")
+        output = self._run(start + fitting[0] + b"\n")
         if output is None or action != "get":
             return output
         # `-w` prints in hex what is not all printable ASCII.  A record begins with "{",
@@ -2474,52 +2391,41 @@ class KeychainStorage(_SecretStorage):
         is_hex = re.fullmatch(rb"7b([0-9a-f]{2})*\n", output)
         return bytes.fromhex(output.decode()) if is_hex else output[:-1]
 
+    def _run(self, line: bytes) -> bytes | None:
+        """Return a command's output, or None if it is certain that there is no item.
 
-def _run_security(line: bytes, timeout: float) -> bytes | None:
-    """Run one line; return its output, or None if it is certain that there is no item.
+        All that it prints may hold the secret, so it is never part of an error.
+        """
+        import re
+        import subprocess
 
-    Both outputs may hold the secret, so they are never part of an error.
-    """
-    import re
-    import subprocess
-
-    try:
-        # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
-        # meant for us does not end it half-way.
-        done = subprocess.run(
-            [SECURITY, "-i"],
-            input=line,
-            capture_output=True,
-            timeout=timeout,
-            start_new_session=True,
-            check=False,
-        )
-        output, errors = done.stdout, done.stderr
-        # The number that is printed for a failure is whole, the status modulo 256.
-        printed = re.findall(rb"^[^:\n]*: returned (-?\d+)$", errors, re.MULTILINE)
-        number = int((printed or [done.returncode])[0])
-    except subprocess.TimeoutExpired:
-        number, output, errors = -128, b"", b""  # most likely, a dialog nobody sees
-    except OSError as error:
-        text = f"{SECURITY} cannot be run ({_reason(error)}); {_USE_FILE}"
-        raise StorageError(text) from None
-    if number == 0:
-        return output
-    # -25300 stands for any failure of the search.  It is certain if the one line that
-    # `security` printed itself is the one that says so.
-    own = re.findall(rb"^security: (\w*)", errors, re.MULTILINE)
-    if number == -25300 and own == [b"SecKeychainSearchCopyNext"]:
-        return None
-    if number & 255 in _LOCKED_NUMBERS:
-        raise StorageLocked(
-            "the Keychain is locked or asks for a person; unlock it in this session"
-            " with `security unlock-keychain ~/Library/Keychains/login.keychain-db`, or"
-            f" {_USE_FILE}"
-        )
-    raise StorageError(
-        "the Keychain could not be used, or did not say for certain whether the login"
-        f" is there (status {number}); look at HOME, try again, or {_USE_FILE}"
-    )
+        try:
+            # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
+            # meant for us does not end it half-way.
+            done = subprocess.run(
+                [SECURITY, "-i"],
+                input=line,
+                capture_output=True,
+                timeout=self.time_limit,
+                start_new_session=True,
+                check=False,
+            )
+            output, errors = done.stdout, done.stderr
+            # The number that is printed is whole, the exit status modulo 256.
+            printed = re.findall(rb"^[^:\n]*: returned (-?\d+)$", errors, re.MULTILINE)
+            number = int((printed or [done.returncode])[0])
+        except subprocess.TimeoutExpired:
+            number, output, errors = -128, b"", b""  # likely, a dialog nobody sees
+        except OSError as error:
+            raise self._failure(f"{SECURITY}: {_reason(error)}") from None
+        if number == 0:
+            return output
+        # -25300 stands for any failure of the search.  It is certain if the one line
+        # that `security` printed itself is the one that says so.
+        own = re.findall(rb"^security: (\w*)", errors, re.MULTILINE)
+        if number == -25300 and own == [b"SecKeychainSearchCopyNext"]:
+            return None
+        raise self._failure(f"status {number}", is_locked=number & 255 in _LOCKED)
 
 
 class KeyringStorage(_SecretStorage):
@@ -2531,6 +2437,8 @@ class KeyringStorage(_SecretStorage):
     """
 
     _title = "keyring"
+    _hint = "it needs a desktop session (D-Bus) with an unlocked keyring"
+    _unlock = "unlock it, as by signing in to the desktop"
 
     def _call(self, action: str, service: str, *data: bytes) -> bytes | None:
         if action == "delete" and self._call("get", service) is None:
@@ -2539,26 +2447,17 @@ class KeyringStorage(_SecretStorage):
         arguments = (service, self._account, *(each.decode("ascii") for each in data))
         try:
             found = call_with_limit(lambda: call(*arguments), self.time_limit)
+            is_there = found is not None or action != "get"
+            return str(found).encode(errors="surrogatepass") if is_there else None
         except Exception as error:  # each backend has errors of its own
             name, is_missing = type(error).__name__, isinstance(error, ImportError)
             # What a write complains about may have the secret in it.
             reason = name if data else printable(f"{name}: {error}")
-        else:
-            is_there = found is not None or action != "get"
-            return str(found).encode(errors="surrogatepass") if is_there else None
-        # Where a time limit is over, most likely a dialog waits that nobody sees.
-        locked = "TimeoutError KeyringLocked LockedException PromptDismissedException"
-        if name in locked.split():
-            raise StorageLocked(
-                "the keyring is locked or asks for a person; unlock it, as by signing"
-                f" in to the desktop, or {_USE_FILE}"
-            )
         if is_missing:
             raise ConfigError(f"the backend of `keyring` is not there ({reason})")
-        raise StorageError(
-            f"the keyring could not be used ({reason}); it needs a desktop session"
-            f" (D-Bus) with an unlocked keyring, or {_USE_FILE}"
-        )
+        # Where a time limit is over, most likely a dialog waits that nobody sees.
+        locked = "TimeoutError KeyringLocked LockedException PromptDismissedException"
+        raise self._failure(reason, is_locked=name in locked.split())
 
 
 @hides_locals
@@ -2572,9 +2471,9 @@ class FernetCipher:
     _COST = (1 << 15, 8, 3)
     """scrypt's n, r and p: 32 MiB and some 0.2 s."""
 
-    _FORM = rb"scrypt:%d:%d:%d:([0-9a-f]{32}):([0-9a-f]{16}):(.+)" % _COST
-    """What encrypt returns: the cost, the salt, a check of the key, and Fernet's text.
-    No other cost is taken: a planted record could make reading slow."""
+    _START = b"scrypt:%d:%d:%d" % _COST
+    """What the text begins with; the salt and Fernet's own follow.  No other cost is
+    taken: a planted record could make reading slow."""
 
     def __init__(self, passphrase: str | bytes) -> None:
         if isinstance(passphrase, str):
@@ -2584,83 +2483,58 @@ class FernetCipher:
         self._fernet = import_package("cryptography.fernet")
         self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
-        self._keys: dict[bytes, bytes] = {}
-        """Derived keys by salt: deriving one is slow on purpose."""
+        self._boxes: dict[bytes, Any] = {}
+        """What encrypts, by salt: deriving a key is slow on purpose."""
 
     def encrypt(self, data: bytes) -> bytes:
         """Return ASCII text that carries the cost and the salt along."""
-        salt = next(iter(self._keys), None) or os.urandom(16).hex().encode("ascii")
-        box, check = self._derive(salt)
-        start = b"scrypt:%d:%d:%d:%b:%b:" % (*self._COST, salt, check)
-        return start + bytes(box.encrypt(data))
+        salt = next(iter(self._boxes), None) or os.urandom(16).hex().encode("ascii")
+        return b"%b:%b:%b" % (self._START, salt, self._box(salt).encrypt(data))
 
     def decrypt(self, data: bytes) -> bytes:
-        """Return what was encrypted.
-
-        Another passphrase is a StorageError; damage, or another cipher, StorageCorrupt.
-        """
+        """Return what was encrypted; StorageCorrupt if it cannot be."""
         import re
 
-        found = re.fullmatch(self._FORM, data)
-        if found is None:
-            raise _undecryptable()
-        box, check = self._derive(found.group(1))
-        if check != found.group(2):
-            raise StorageError(
-                "the passphrase is not the one that the login was encrypted with"
-            )
+        found = re.fullmatch(rb"%b:([0-9a-f]{32}):(.+)" % self._START, data)
         try:
-            return bytes(box.decrypt(found.group(3)))
+            if found:
+                return bytes(self._box(found.group(1)).decrypt(found.group(2)))
         except self._fernet.InvalidToken:
-            raise _undecryptable() from None
+            pass
+        raise StorageCorrupt(_UNDECRYPTABLE)
 
-    def _derive(self, salt: bytes) -> tuple[Any, bytes]:
-        """Return what encrypts, and a check that tells a wrong passphrase from damage.
-
-        Both come out of scrypt together, so the check is as hard to guess from.
-        """
+    def _box(self, salt: bytes) -> Any:
         import base64
 
-        if salt not in self._keys:
+        if salt not in self._boxes:
             # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
             (n, r, p), raw = self._COST, bytes.fromhex(salt.decode())
-            scrypt = self._kdf.Scrypt(salt=raw, length=40, n=n, r=r, p=p)
-            self._keys[salt] = scrypt.derive(self._passphrase)
-        key = self._keys[salt]
-        box = self._fernet.Fernet(base64.urlsafe_b64encode(key[:32]))
-        return box, key[32:].hex().encode("ascii")
+            scrypt = self._kdf.Scrypt(salt=raw, length=32, n=n, r=r, p=p)
+            key = base64.urlsafe_b64encode(scrypt.derive(self._passphrase))
+            self._boxes[salt] = self._fernet.Fernet(key)
+        return self._boxes[salt]
 
 
 @hides_locals
 class DPAPICipher:
-    """Encrypts for this Windows user on this machine, by the system's own means.
-
-    Source: learn.microsoft.com, dpapi.h and winerror.h.
-    """
+    """Encrypts for this Windows user on this machine.  Source: dpapi.h, winerror.h."""
 
     def encrypt(self, data: bytes) -> bytes:
         """Return what only this user can decrypt."""
         return _DPAPI_MARK + _dpapi("CryptProtectData", data)
 
     def decrypt(self, data: bytes) -> bytes:
-        """Return what was encrypted.
-
-        A session without the user's key is StorageLocked, another user or machine a
-        StorageError; damage, or another cipher, StorageCorrupt.
-        """
+        """Return what was encrypted; a StorageError says why that is impossible."""
         if not data.startswith(_DPAPI_MARK):
-            raise _undecryptable()
+            raise StorageCorrupt(_UNDECRYPTABLE)
         return _dpapi("CryptUnprotectData", data[len(_DPAPI_MARK) :])
 
 
 _DPAPI_MARK: Final = b"dpapi:"
-
-
-def _undecryptable() -> StorageCorrupt:
-    return StorageCorrupt(
-        "the encrypted login cannot be read: it is damaged, or was encrypted in another"
-        " way; move it away and log in again"
-    )
+_UNDECRYPTABLE: Final = (
+    "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
+    " or the passphrase is not the one; set that, or move it away and log in again"
+)
 
 
 def _dpapi(function: str, data: bytes) -> bytes:
@@ -2674,8 +2548,7 @@ def _dpapi(function: str, data: bytes) -> bytes:
         _fields_ = [("size", ctypes.c_uint32), ("data", ctypes.c_void_p)]
 
     crypt32 = ctypes.WinDLL("crypt32", use_last_error=True)
-    buffer = ctypes.create_string_buffer(data, len(data))
-    given = Blob(len(data), ctypes.cast(buffer, ctypes.c_void_p))
+    given = Blob(len(data), ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p))
     taken, no, ui_forbidden = Blob(), None, 0x1
     if not getattr(crypt32, function)(
         ctypes.byref(given), no, no, no, no, ui_forbidden, ctypes.byref(taken)
@@ -2690,11 +2563,10 @@ def _dpapi(function: str, data: bytes) -> bytes:
 def _dpapi_error(number: int) -> StorageError:
     number &= 0xFFFFFFFF
     if number == 13:  # ERROR_INVALID_DATA
-        return _undecryptable()
+        return StorageCorrupt(_UNDECRYPTABLE)
     if number in (2, 5, 1325, 0x80090345):  # no profile, denied, a dialog, delegation
         return StorageLocked(
-            "Windows gives this session no access to the user's key, as over SSH with a"
-            " public key; sign in with a password, or choose another store"
+            "Windows refuses the user's key, as over SSH; sign in with a password"
         )
     return StorageError(
         f"Windows cannot use the user's key (error {number:#x}): another user, another"
@@ -2722,8 +2594,8 @@ def make_storage(
     """
     if kind is None:
         kind = setting("CLAUDE_OAUTH_STORE", environ) or "auto"
-    directory = default_directory(environ) if directory is None else directory
-    directory = absolute_path(directory)
+    chosen = default_directory(environ) if directory is None else directory
+    directory = absolute_path(chosen)
     passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE", environ)
     if kind == "auto":
         kind = "file" if sys.platform != "darwin" or passphrase_file else "keychain"
@@ -2734,16 +2606,11 @@ def make_storage(
     if kind in stores:
         return stores[kind](lock_path=os.path.join(directory, "lock"))
     name = printable(kind, limit=40)
-    raise ConfigError(
-        f"there is no store {name!r}; choose auto, file, keychain or keyring"
-    )
+    raise ConfigError(f"no store is {name!r}; choose auto, file, keychain or keyring")
 
 
 def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
-    """Return the platform's cipher, or one with the passphrase that is in a file.
-
-    The file's owner and mode are not ours to set: systemd or a container made it.
-    """
+    """Return the platform's cipher, or one with the passphrase in anybody's file."""
     if not path:
         return DPAPICipher() if sys.platform == "win32" else None
     path = absolute_path(path)
@@ -3714,7 +3581,7 @@ class AccountFile:
         self._unwritten = {}
         try:
             if self._path is not None and found is not None:
-                write_private(self._path, dump_json(record).encode(), is_cache=True)
+                write_private(self._path, dump_json(record).encode())
                 return
         except StorageError:
             pass

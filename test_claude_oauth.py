@@ -4338,18 +4338,6 @@ def test_a_damaged_file_is_not_taken_for_a_logout_and_stays(folder, data):
     assert "token-" not in chain_text(caught.value)
 
 
-ODD_FIELDS = {
-}
-
-
-@pytest.mark.parametrize("data", ODD_FIELDS.values(), ids=ODD_FIELDS)
-def test_an_odd_field_of_a_file_beside_good_tokens_is_unknown(folder, data):
-    put_bytes(folder / "credentials.json", data)
-    found = claude_oauth.FileStorage().load()
-    assert found.access_token == "token"
-    assert (found.expires_at, found.client_id) == (None, None)
-
-
 LOGGED_OUT = {
     "empty": b"",
     "blank": b" \t\r\n",
@@ -4498,19 +4486,6 @@ def test_a_second_check_that_fails_leaves_a_save_its_own_way(saved, folder):
         signal.signal(signal.SIGXFSZ, ignored)
     assert saved.load() == NEW_LOGIN
     assert sorted(os.listdir(folder)) == ["credentials.json", "lock"]
-
-
-def test_a_thread_does_not_use_what_another_one_reserved(saved, folder):
-    with saved.lock(0):
-        saved.check()
-        reserved = temporaries(folder)
-        with concurrent.futures.ThreadPoolExecutor(1) as other:
-            other.submit(saved.check).result(LIMIT)
-            other.submit(saved.save, NEW_LOGIN).result(LIMIT)
-        assert temporaries(folder) == reserved
-        saved.save(OLD_LOGIN)
-        assert temporaries(folder) == []
-    assert saved.load() == OLD_LOGIN
 
 
 def test_a_read_only_storage_changes_nothing(saved, folder):
@@ -6141,10 +6116,8 @@ WRITE_FAULTS = {
     "killed before": ("add:die", FAILED, OLD),
     "killed after": ("add:die-after", None, NEW),
     "exit 0 without a write": ("add:lie", FAILED, OLD),
-    "exit 0 without a write, once": ("add:liex1", None, NEW),
     "written, then refused": ("add:applied-then:-25299", None, NEW),
     "a dialog that nobody sees": ("add:hang", LOCKED, OLD),
-    "cut once": ("add:truncate:10x1", None, NEW),
     "slow": ("add:slow:50", None, NEW),
     "noise": ("any:noise", None, NEW),
     "read refused": ("find-w:status:-25308", LOCKED, OLD),
@@ -6388,8 +6361,8 @@ def test_a_number_that_nobody_knows_is_named_whole(keychain, keychain_store):
 
 
 NUMBERS = {
-    "asks for a person": "-25308 -25315 -25293 -128 -60005 -60008 -67869 -2070 -25299",
-    "did not say for certain": "-25300",
+    "asks a person": "-25308 -25315 -25293 -128 -60005 -60008 -67869 -2070 -25299",
+    "is not known": "-25300",
     "status -": "-25320 -25291 -67585 -25307 -25294 -25295 -25292 -61 -34 -36"
     " -25302 -50",
     "status 1": "100028 100013 100030 1",
@@ -6406,7 +6379,7 @@ def test_each_number_of_security_says_what_is_wrong(
         put_bytes(tmp_path / "security", text.encode()).chmod(0o700)
         with pytest.raises(claude_oauth.StorageError, match=words) as caught:
             new_store().load()
-        assert (type(caught.value) is LOCKED) == (words == "asks for a person")
+        assert (type(caught.value) is LOCKED) == (words == "asks a person")
 
 
 STATUSES = {
@@ -6887,7 +6860,7 @@ def test_a_cipher_that_reads_and_writes_derives_its_key_once(encrypted):
     store.save(store.load())
     after = sealed(encrypted).split(b":")
 
-    assert before[:6] == after[:6] and before[6] != after[6]
+    assert before[:5] == after[:5] and before[5] != after[5]
 
 
 def test_a_planted_record_does_not_make_encryption_cheap(passphrase_file):
@@ -7006,7 +6979,7 @@ def test_a_file_says_what_is_special_about_it(encrypted):
 
 def test_a_passphrase_is_as_hard_to_guess_as_is_recommended(passphrase_file):
     start = claude_oauth.FernetCipher("x").encrypt(b"").rpartition(b":")[0]
-    assert re.match(rb"scrypt:32768:8:3:[0-9a-f]{32}:[0-9a-f]{16}$", start)
+    assert re.match(rb"scrypt:32768:8:3:[0-9a-f]{32}$", start)
 
 
 def test_an_empty_passphrase_file_is_named(passphrase_file):
