@@ -2791,17 +2791,18 @@ TEXT_BROWSERS: Final = (
 )
 """Browsers that would take the terminal for themselves."""
 
-WSL_BROWSERS: Final = ("wslview", "rundll32.exe url.dll,FileProtocolHandler %s")
-"""Source: wslu's manual; url.dll is what Windows itself opens addresses with."""
+_RUNDLL: Final = "rundll32.exe url.dll,FileProtocolHandler"
 
-OPEN_BROWSER_PROGRAM: Final = """
-import os, sys, webbrowser
-is_open = webbrowser.open(sys.argv[1])
-try:
-    is_open = is_open and os.wait()[1] == 0
-except (AttributeError, OSError):
-    pass  # it has no child that is left to fail
-sys.exit(not is_open)
+DESKTOP_BROWSERS: Final = {
+    "darwin": ["open"],
+    "win32": [_RUNDLL],
+    "wsl": ["wslview", _RUNDLL],
+    "linux": ["xdg-open", "gio open", "x-www-browser", "firefox", "google-chrome"],
+}
+"""Programs that open an address, in the order in which they are tried.
+
+Source: the standard library's `webbrowser`, which would write to our stdout; wslu's
+manual; url.dll is what Windows itself opens addresses with.
 """
 
 
@@ -2970,7 +2971,7 @@ class AuthCodeListener:
         self.on_arrival: Callable[[], object] = lambda: None
         self._state = state
         self._changed = threading.Condition()  # guards what follows; held for moments
-        self._outcome: str | LoginDenied | None = None
+        self._outcome: str | tuple[Any, ...] | None = None  # a code, or a denial
         self._page: str | None = None
         self._pages_owed = 0  # callbacks that have not got the page yet
         self._is_closed = False
@@ -2981,10 +2982,9 @@ class AuthCodeListener:
         import importlib
         import socket
 
-        # What a request needs is loaded now, in a thread: glibc loads a library when
-        # the first one ends, and without a descriptor left it ends the process.
-        names = ("base64", "hashlib", "hmac", "html", "re", "urllib.parse")
-        load = start_thread("load", lambda: list(map(importlib.import_module, names)))
+        # Without a descriptor left, a request could not load what it needs, and glibc,
+        # which loads a library when the first thread ends, would end the process.
+        load = start_thread("load", importlib.import_module, "hashlib")
         if load:
             load.join()
         self._servers = self._bind()
@@ -3011,8 +3011,8 @@ class AuthCodeListener:
         """
         if not self.arrived.wait(timeout):
             raise LoginTimeout(TOO_LATE)
-        if isinstance(self._outcome, LoginDenied):
-            raise LoginDenied(*self._outcome.args)
+        if isinstance(self._outcome, tuple):
+            raise LoginDenied(*self._outcome)
         return str(self._outcome)
 
     def finish(self, page: str) -> None:
@@ -3038,9 +3038,8 @@ class AuthCodeListener:
         self._stopper.send(b"!")
         if self._thread:
             self._thread.join()
-        with self._changed:
-            while self._unread:
-                self._drop_oldest()
+        while self._unread:
+            self._drop_oldest()
         for thread in self._threads:
             thread.join(VISIT_SECONDS + 1)
         for server in self._servers:
@@ -3086,16 +3085,15 @@ class AuthCodeListener:
 
     def _accept(self, server: Any) -> None:
         """Give one connection a thread of its own."""
-        with self._changed:
-            try:
-                sock, address = server.socket.accept()
-            except OSError:  # no descriptor is left for it, or it has gone again
-                self._drop_oldest()
-                self._changed.wait(PASTE_PAUSE)
-                return
-            if len(self._unread) >= MAX_VISITORS:
-                self._drop_oldest()
-            self._unread[sock] = None
+        try:
+            sock, address = server.socket.accept()
+        except OSError:  # no descriptor is left for it, or it has gone again
+            self._drop_oldest()
+            time.sleep(PASTE_PAUSE)
+            return
+        if len(self._unread) >= MAX_VISITORS:
+            self._drop_oldest()
+        self._unread[sock] = None
         thread = start_thread("client", self._serve_client, server, sock, address)
         if thread:
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
@@ -3103,22 +3101,19 @@ class AuthCodeListener:
             self._serve_client(server, sock, address)
 
     def _drop_oldest(self) -> None:
+        import contextlib
         import socket
 
         for sock in list(self._unread)[:1]:
-            del self._unread[sock]
-            try:
+            self._unread.pop(sock, None)
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes
-            except OSError:
-                pass
 
     # What follows runs in a connection's thread.
 
     def _serve_client(self, server: Any, sock: socket.socket, address: Any) -> None:
         server.process_request_thread(sock, address)
-        with self._changed:
-            self._unread.pop(sock, None)
-            self._changed.notify_all()
+        self._unread.pop(sock, None)
 
     def _handle(self, request: Any) -> None:
         """Answer a request.  Source: RFC 9112 section 3.2 (one Host, absolute form)."""
@@ -3129,7 +3124,7 @@ class AuthCodeListener:
         hosts = request.headers.get_all("Host", [])
         path, _, query = request.path.partition("?")
         path = re.sub(f"(?i)^http://{ours}(?=/)", "", path)
-        if len(hosts) != 1 or len(request.requestline.split()) != 3:
+        if len(hosts) != 1:
             respond(request, 400, stray_page("this is no browser's request"))
         elif not re.fullmatch(ours, hosts[0].strip(), re.IGNORECASE):
             # A foreign name that was made to point here (DNS rebinding) learns nothing.
@@ -3146,9 +3141,9 @@ class AuthCodeListener:
 
     def _receive(self, request: Any, query: str) -> None:
         try:
-            outcome: str | LoginDenied = parse_callback(query, state=self._state)
+            outcome: str | tuple[Any, ...] = parse_callback(query, state=self._state)
         except LoginDenied as denied:
-            outcome = LoginDenied(*denied.args)  # without its traceback
+            outcome = denied.args  # not the error: its frames hold the state
         except ValueError as reason:
             respond(request, 400, stray_page(str(reason)))
             return
@@ -3197,68 +3192,55 @@ def python_program() -> str | None:
     return sys.executable if is_python and not is_compiled else None
 
 
-def find_browsers() -> list[str] | None:
-    """Return the commands to open an address, [] for the desktop's own.
-
-    None says that there is no browser, or none that the person would see.
-    """
+def find_browsers() -> list[str]:
+    """Return the commands to try, [] if the person would not see a browser."""
     import re
 
-    named = list(filter(None, setting("BROWSER").split(os.pathsep)))
-    if named:
-        return [b for b in named if not re.search(TEXT_BROWSERS, b)] or None
-    has_screen = any(map(setting, ("DISPLAY", "WAYLAND_DISPLAY")))
+    if named := setting("BROWSER"):
+        commands = filter(None, named.split(os.pathsep))
+        return [c for c in commands if not re.search(TEXT_BROWSERS, c)]
+    is_wsl = bool(setting("WSL_DISTRO_NAME"))
+    is_desktop = sys.platform in ("darwin", "win32") or is_wsl
     # Over SSH it would open where nobody sits.
     is_remote = any(map(setting, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
-    is_desktop = sys.platform in ("darwin", "win32", "cygwin")
-    is_wsl = bool(setting("WSL_DISTRO_NAME"))
-    if has_screen or (not is_remote and (is_desktop or is_wsl)):
-        return list(WSL_BROWSERS) if is_wsl else []
-    return None
+    has_screen = any(map(setting, ("DISPLAY", "WAYLAND_DISPLAY")))
+    if not has_screen and (is_remote or not is_desktop):
+        return []
+    desktop = "wsl" if is_wsl else sys.platform
+    return DESKTOP_BROWSERS.get(desktop, DESKTOP_BROWSERS["linux"])
 
 
 def open_in_browser(url: str, browsers: list[str]) -> bool:
-    """Open an address; tell whether that has worked, as far as one can know.
+    """Run the first command that succeeds; wait for it, in silence.
 
-    `webbrowser` starts browsers with our stdout, and waits for some: a child calls it.
+    A browser gets neither our terminal, nor a frozen program's libraries.
     """
+    import contextlib
     import shlex
-
-    if python := python_program():
-        return _runs([python, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM, url], browsers)
-    openers = {"darwin": "open", "win32": WSL_BROWSERS[1]}
-    for browser in browsers or [openers.get(sys.platform, "xdg-open")]:
-        command = browser if "%s" in browser else browser.rstrip(" &") + " %s"
-        command = command.replace("%s", url)
-        if _runs(shlex.split(command) if os.name == "posix" else command, browsers):
-            return True
-    return False
-
-
-def _runs(command: list[str] | str, browsers: list[str]) -> bool:
-    """Run a command in silence, away from our terminal; tell whether it succeeds."""
     import subprocess
 
-    environ = {**os.environ, "BROWSER": os.pathsep.join(browsers)}
-    environ.pop("TERM", None)  # without it, webbrowser knows no text-mode browser
+    environ = {**os.environ}
+    environ.pop("TERM", None)  # no text-mode browser runs without it
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
-        # A frozen program's libraries are not for others.  Source: PyInstaller's
-        # manual, "LD_LIBRARY_PATH / LIBPATH considerations".
+        # Source: PyInstaller's manual, "LD_LIBRARY_PATH / LIBPATH considerations".
         original = environ.pop(name + "_ORIG", "")
         if original or getattr(sys, "frozen", False):
             environ[name] = original
-    try:
-        return not subprocess.call(
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # neither Ctrl-C nor the terminal is for it
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
-    except OSError:
-        return False
+    for browser in browsers:
+        command = browser if "%s" in browser else browser.rstrip(" &") + " %s"
+        command = command.replace("%s", url)
+        with contextlib.suppress(OSError, ValueError):  # missing, or not well quoted
+            if not subprocess.call(
+                shlex.split(command) if os.name == "posix" else command,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # neither Ctrl-C nor the terminal is for it
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            ):
+                return True
+    return False
 
 
 class _PastePrompt:
