@@ -2799,25 +2799,18 @@ DESKTOP_BROWSERS: Final = {
     "wsl": ["wslview", _RUNDLL],
     "linux": ["xdg-open", "gio open", "x-www-browser", "firefox", "google-chrome"],
 }
-"""Programs that open an address, in the order in which they are tried.
-
-Source: the standard library's `webbrowser`, which would write to our stdout; wslu's
-manual; url.dll is what Windows itself opens addresses with.
-"""
+"""Programs that open an address, in this order.  Source: `webbrowser`; wslu's manual."""
 
 
 def start_thread(
     name: str, function: Callable[..., object], *args: object
 ) -> threading.Thread | None:
-    """Run a function in a daemon thread; return None where no thread can be started.
-
-    What it raises is nobody's to handle, and is not shown.
-    """
+    """Run a function in a daemon thread; return None where no thread can be started."""
     import contextlib
     import threading
 
     def run() -> None:
-        # A caller's function, or a notebook's: it may raise SystemExit as well.
+        # What a caller's function or a notebook's raises is nobody's to handle.
         with contextlib.suppress(BaseException):
             function(*args)
 
@@ -2924,8 +2917,7 @@ def respond(request: Any, status: int, page: str, **headers: str) -> None:
 def _read_head(sock: socket.socket) -> bytes:
     """Return a request's head, once it is whole; b"" if the client hangs up.
 
-    `http.server` alone takes half a request line for HTTP/0.9, headers that end
-    early for complete ones, and waits anew for each byte.
+    `http.server` alone takes half a head for a whole one, and waits anew for each byte.
     """
     import re
 
@@ -2949,8 +2941,7 @@ class AuthCodeListener:
     """Waits on the loopback interface for the browser to bring the code.
 
     Nothing ends the wait but a callback with the right state.  That request is held
-    until `finish` says what became of the login.  One thread accepts connections, and
-    each has a thread of its own for a short time.
+    until `finish` says what became of the login.
 
     Raises:
         OSError: On entry, if it cannot listen; the login can go on by paste.
@@ -3032,17 +3023,15 @@ class AuthCodeListener:
                 return
             self._is_closed = True
             self._changed.notify_all()
-        self._stopper.send(b"!")
+        self._stopper.close()  # the other end is readable then
         if self._thread:
             self._thread.join()
-        while self._unread:
-            self._drop_oldest()
+        self._drop_oldest(MAX_VISITORS)
         for thread in self._threads:
             thread.join(VISIT_SECONDS + 1)
         for server in self._servers:
             server.server_close()
         self._stop.close()
-        self._stopper.close()
 
     def _bind(self, tries: int = 10) -> list[Any]:
         """Listen on 127.0.0.1 and ::1, which browsers try in either order.
@@ -3097,11 +3086,11 @@ class AuthCodeListener:
         else:
             self._serve_client(server, sock, address)
 
-    def _drop_oldest(self) -> None:
+    def _drop_oldest(self, count: int = 1) -> None:
         import contextlib
         import socket
 
-        for sock in list(self._unread)[:1]:
+        for sock in list(self._unread)[:count]:
             self._unread.pop(sock, None)
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes
@@ -3132,7 +3121,9 @@ class AuthCodeListener:
             self._receive(request, query)
         elif path == self._page_path and self._page is not None:
             respond(request, 200, self._page)
-            self._page_is_done()
+            with self._changed:
+                self._pages_owed -= 1
+                self._changed.notify_all()
         else:
             respond(request, 404, stray_page("nothing is at this address"))
 
@@ -3153,16 +3144,8 @@ class AuthCodeListener:
             self._unread.pop(request.connection, None)  # it waits for us now
             self._changed.wait_for(lambda: self._page or self._is_closed, LOGIN_TIMEOUT)
             self._unread[request.connection] = None
-        try:
-            if self._page is not None:
-                respond(request, 303, "", Location=self._page_path)
-        except OSError:  # it is gone
-            self._page_is_done()
-
-    def _page_is_done(self) -> None:
-        with self._changed:
-            self._pages_owed -= 1
-            self._changed.notify_all()
+        if self._page is not None:
+            respond(request, 303, "", Location=self._page_path)
 
 
 def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]:
@@ -3178,8 +3161,7 @@ def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]
 def python_program() -> str | None:
     """Return the Python that may be started as a child, None if there is none.
 
-    A frozen program (PyInstaller, py2exe, cx_Freeze, Nuitka) and one that embeds Python
-    (QGIS, PyOxidizer) would be started a second time.
+    A frozen program (PyInstaller, Nuitka) or one that embeds Python (QGIS) is not one.
     """
     import re
 
@@ -3328,9 +3310,7 @@ class _PastePrompt:
             ready = [key.fileobj for key, _ in waiting.select(seconds)]
         if self._wake_up in ready:
             self._wake_up.recv(4096)
-        has_paste = self._descriptor in ready or bool(self._lines)
-        # It may have been put into the background meanwhile.
-        self._is_whole = not (has_paste and self.is_readable())
+        self._is_whole = not (self._descriptor in ready or self._lines)
         if not self._is_whole:
             self._read()
 
