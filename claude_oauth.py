@@ -2919,11 +2919,8 @@ def _read_head(sock: socket.socket) -> bytes:
 
     `http.server` alone takes half a head for a whole one, and waits anew for each byte.
     """
-    import re
-
     head, deadline = bytearray(), Deadline(VISIT_SECONDS)
-    end = None
-    while not end:
+    while b"\n\n" not in head.replace(b"\r", b""):
         sock.settimeout(deadline.left() + 0.001)
         chunk = sock.recv(65536)
         if not chunk or deadline.passed():
@@ -2931,7 +2928,6 @@ def _read_head(sock: socket.socket) -> bytes:
         head += chunk
         if not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
             return b"?\n"  # noise, TLS or no end: refused as no request line
-        end = re.search(rb"\n\r?\n", head[-len(chunk) - 3 :])
     sock.settimeout(VISIT_SECONDS)
     return bytes(head)
 
@@ -3019,14 +3015,12 @@ class AuthCodeListener:
     def close(self) -> None:
         """Stop listening; nothing of it is left afterwards."""
         with self._changed:
-            if self._is_closed:
-                return
             self._is_closed = True
             self._changed.notify_all()
         self._stopper.close()  # the other end is readable then
         if self._thread:
             self._thread.join()
-        self._drop_oldest(MAX_VISITORS)
+        self._drop_oldest(len(self._unread))
         for thread in self._threads:
             thread.join(VISIT_SECONDS + 1)
         for server in self._servers:
@@ -3108,8 +3102,8 @@ class AuthCodeListener:
         port = "(:80)?" if self.port == 80 else f":{self.port}"
         ours = rf"(localhost|127\.0\.0\.1|\[::1\]){port}"
         hosts = request.headers.get_all("Host", [])
-        path, _, query = request.path.partition("?")
-        path = re.sub(f"(?i)^http://{ours}(?=/)", "", path)
+        target = re.sub(f"(?i)^http://{ours}(?=/)", "", request.path)
+        path, _, query = target.partition("?")
         if len(hosts) != 1:
             request.send_error(400)
         elif not re.fullmatch(ours, hosts[0].strip(), re.IGNORECASE):
@@ -3199,6 +3193,7 @@ def open_in_browser(url: str) -> bool:
     import subprocess
 
     environ = {**os.environ}
+    quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     environ.pop("TERM", None)  # no text-mode browser runs without it
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
         # Source: PyInstaller's manual, "LD_LIBRARY_PATH / LIBPATH considerations".
@@ -3211,10 +3206,8 @@ def open_in_browser(url: str) -> bool:
         with contextlib.suppress(OSError, ValueError):  # missing, or not well quoted
             if not subprocess.call(
                 shlex.split(command) if os.name == "posix" else command,
+                **quiet,
                 env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
                 start_new_session=True,  # neither Ctrl-C nor the terminal is for it
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             ):
@@ -3256,20 +3249,19 @@ class _PastePrompt:
 
     def is_readable(self) -> bool:
         """Tell whether to wait for a paste: in the background a read would stop us."""
-        if sys.platform == "win32" or self._descriptor is None or not self.is_open:
+        if sys.platform == "win32" or self._descriptor is None:
             return self.is_open
         try:
-            return os.tcgetpgrp(self._descriptor) == os.getpgrp()
+            return self.is_open and os.tcgetpgrp(self._descriptor) == os.getpgrp()
         except OSError:  # no terminal, or not ours, stops nobody
             return True
 
     def _request_line(self) -> None:
         """Have a thread read one line; if none can start, read it after asking."""
-        if self._is_reading or self._held or not self.is_open:
-            return
-        self._is_reading = bool(start_thread("paste", self._read_line))
-        if self._is_shown and not self._is_reading:
-            self._read_line()
+        if self.is_open and not (self._is_reading or self._held):
+            self._is_reading = bool(start_thread("paste", self._read_line))
+            if self._is_shown and not self._is_reading:
+                self._read_line()
 
     def _read_line(self) -> None:
         import builtins
