@@ -2799,7 +2799,7 @@ DESKTOP_BROWSERS: Final = {
     "wsl": ["wslview", _RUNDLL],
     "linux": ["xdg-open", "gio open", "x-www-browser", "firefox", "google-chrome"],
 }
-"""Programs that open an address, in this order.  Source: `webbrowser`; wslu's manual."""
+"""What opens an address, in this order.  Source: `webbrowser`, wslu's manual."""
 
 
 def start_thread(

@@ -7833,6 +7833,14 @@ def test_a_desktop_that_cannot_open_the_address_is_noticed(world, listener):
     assert len(world.calls) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a screen is differs")
+def test_on_a_desktop_without_xdg_open_a_browser_is_found(world, listener):
+    world.setenv("DISPLAY", ":99")
+    world.add("firefox", visit(f"{listener.redirect_uri}?{CALLBACK}"))
+
+    assert race(listener, open_browser=True).code == CODE
+
+
 def test_a_browser_that_fails_never_leads_to_one_that_takes_the_terminal(
     world, listener
 ):
@@ -8393,6 +8401,7 @@ def test_what_follows_a_code_with_its_state_is_the_programs(host_program):
 LONG_PASTES = {
     "one-line-that-the-terminal-cuts": "x" * 5000,
     "two-lines": "x" * 3000 + "\n" + "x" * 3000,
+    "four-lines": "\n".join(["x" * 3000] * 4),
 }
 
 
