@@ -2658,32 +2658,26 @@ TEXT_BROWSERS: Final = (
 )
 """Browsers that would take the terminal for themselves."""
 
-WSL_BROWSERS: Final = ("wslview", "rundll32.exe url.dll,FileProtocolHandler %s")
-"""Source: wslu's manual; url.dll is what Windows itself opens addresses with."""
+_RUNDLL: Final = "rundll32.exe url.dll,FileProtocolHandler"
 
-OPEN_BROWSER_PROGRAM: Final = """
-import os, sys, webbrowser
-is_open = webbrowser.open(sys.argv[1])
-try:
-    is_open = is_open and os.wait()[1] == 0
-except (AttributeError, OSError):
-    pass  # it has no child that is left to fail
-sys.exit(not is_open)
-"""
+DESKTOP_BROWSERS: Final = {
+    "darwin": ["open"],
+    "win32": [_RUNDLL],
+    "wsl": ["wslview", _RUNDLL],
+    "linux": ["xdg-open", "gio open", "x-www-browser", "firefox", "google-chrome"],
+}
+"""What opens an address, in this order.  Source: `webbrowser`, wslu's manual."""
 
 
 def start_thread(
     name: str, function: Callable[..., object], *args: object
 ) -> threading.Thread | None:
-    """Run a function in a daemon thread; return None where no thread can be started.
-
-    What it raises is nobody's to handle, and is not shown.
-    """
+    """Run a function in a daemon thread; return None where no thread can be started."""
     import contextlib
     import threading
 
     def run() -> None:
-        # A caller's function, or a notebook's: it may raise SystemExit as well.
+        # What a caller's function or a notebook's raises is nobody's to handle.
         with contextlib.suppress(BaseException):
             function(*args)
 
@@ -2704,8 +2698,7 @@ def make_server(
     """
     import socket
     import socketserver
-    from http import HTTPStatus
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
         timeout = VISIT_SECONDS
@@ -2731,28 +2724,26 @@ def make_server(
         def send_error(
             self, code: int, message: str | None = None, explain: str | None = None
         ) -> None:
-            """Say in our own words what `parse_request` did not understand."""
-            phrase = HTTPStatus(code).phrase.lower()
-            respond(self, code, stray_page(f"this is no browser's request ({phrase})"))
+            """Say in our own words that `parse_request` did not understand it."""
+            respond(self, code, stray_page("this is no browser's request"))
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: the request line may hold a code."""
 
-    class Server(ThreadingHTTPServer):
+    # Not HTTPServer, which asks the resolver for this machine's name.
+    class Server(socketserver.ThreadingTCPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         request_queue_size = 1024  # when it overflows, a browser waits for 1 s
         daemon_threads = True
         # Else the last login's connections would keep a chosen port for a minute.  On
         # Windows it would let another program bind the same port and be served.
         allow_reuse_address = sys.platform != "win32"
-        allow_reuse_port = False
 
         def server_bind(self) -> None:
             if sys.platform == "win32":
                 alone = socket.SO_EXCLUSIVEADDRUSE
                 self.socket.setsockopt(socket.SOL_SOCKET, alone, 1)
-            # HTTPServer's own asks the resolver for this machine's name.
-            socketserver.TCPServer.server_bind(self)
+            super().server_bind()
 
         def handle_error(self, request: object, client_address: object) -> None:
             """Say nothing: a client went away."""
@@ -2793,14 +2784,10 @@ def respond(request: Any, status: int, page: str, **headers: str) -> None:
 def _read_head(sock: socket.socket) -> bytes:
     """Return a request's head, once it is whole; b"" if the client hangs up.
 
-    `http.server` alone takes half a request line for HTTP/0.9, headers that end
-    early for complete ones, and waits anew for each byte.
+    `http.server` alone takes half a head for a whole one, and waits anew for each byte.
     """
-    import re
-
     head, deadline = bytearray(), Deadline(VISIT_SECONDS)
-    end = None
-    while not end:
+    while b"\n\n" not in head.replace(b"\r", b""):
         sock.settimeout(deadline.left() + 0.001)
         chunk = sock.recv(65536)
         if not chunk or deadline.passed():
@@ -2808,7 +2795,6 @@ def _read_head(sock: socket.socket) -> bytes:
         head += chunk
         if not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
             return b"?\n"  # noise, TLS or no end: refused as no request line
-        end = re.search(rb"\n\r?\n", head[-len(chunk) - 3 :])
     sock.settimeout(VISIT_SECONDS)
     return bytes(head)
 
@@ -2818,8 +2804,7 @@ class AuthCodeListener:
     """Waits on the loopback interface for the browser to bring the code.
 
     Nothing ends the wait but a callback with the right state.  That request is held
-    until `finish` says what became of the login.  One thread accepts connections, and
-    each has a thread of its own for a short time.
+    until `finish` says what became of the login.
 
     Raises:
         OSError: On entry, if it cannot listen; the login can go on by paste.
@@ -2837,7 +2822,7 @@ class AuthCodeListener:
         self.on_arrival: Callable[[], object] = lambda: None
         self._state = state
         self._changed = threading.Condition()  # guards what follows; held for moments
-        self._outcome: str | LoginDenied | None = None
+        self._outcome: str | tuple[Any, ...] | None = None  # a code, or a denial
         self._page: str | None = None
         self._pages_owed = 0  # callbacks that have not got the page yet
         self._is_closed = False
@@ -2848,10 +2833,9 @@ class AuthCodeListener:
         import importlib
         import socket
 
-        # What a request needs is loaded now, in a thread: glibc loads a library when
-        # the first one ends, and without a descriptor left it ends the process.
-        names = ("base64", "hashlib", "hmac", "html", "re", "urllib.parse")
-        load = start_thread("load", lambda: list(map(importlib.import_module, names)))
+        # Without a descriptor left, a request could not load what it needs, and glibc,
+        # which loads a library when the first thread ends, would end the process.
+        load = start_thread("load", importlib.import_module, "hashlib")
         if load:
             load.join()
         self._servers = self._bind()
@@ -2878,8 +2862,8 @@ class AuthCodeListener:
         """
         if not self.arrived.wait(timeout):
             raise LoginTimeout(TOO_LATE)
-        if isinstance(self._outcome, LoginDenied):
-            raise LoginDenied(*self._outcome.args)
+        if isinstance(self._outcome, tuple):
+            raise LoginDenied(*self._outcome)
         return str(self._outcome)
 
     def finish(self, page: str) -> None:
@@ -2898,22 +2882,17 @@ class AuthCodeListener:
     def close(self) -> None:
         """Stop listening; nothing of it is left afterwards."""
         with self._changed:
-            if self._is_closed:
-                return
             self._is_closed = True
             self._changed.notify_all()
-        self._stopper.send(b"!")
+        self._stopper.close()  # the other end is readable then
         if self._thread:
             self._thread.join()
-        with self._changed:
-            while self._unread:
-                self._drop_oldest()
+        self._drop_oldest(len(self._unread))
         for thread in self._threads:
             thread.join(VISIT_SECONDS + 1)
         for server in self._servers:
             server.server_close()
         self._stop.close()
-        self._stopper.close()
 
     def _bind(self, tries: int = 10) -> list[Any]:
         """Listen on 127.0.0.1 and ::1, which browsers try in either order.
@@ -2953,39 +2932,35 @@ class AuthCodeListener:
 
     def _accept(self, server: Any) -> None:
         """Give one connection a thread of its own."""
-        with self._changed:
-            try:
-                sock, address = server.socket.accept()
-            except OSError:  # no descriptor is left for it, or it has gone again
-                self._drop_oldest()
-                self._changed.wait(PASTE_PAUSE)
-                return
-            if len(self._unread) >= MAX_VISITORS:
-                self._drop_oldest()
-            self._unread[sock] = None
+        try:
+            sock, address = server.socket.accept()
+        except OSError:  # no descriptor is left for it, or it has gone again
+            self._drop_oldest()
+            time.sleep(PASTE_PAUSE)
+            return
+        if len(self._unread) >= MAX_VISITORS:
+            self._drop_oldest()
+        self._unread[sock] = None
         thread = start_thread("client", self._serve_client, server, sock, address)
         if thread:
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         else:
             self._serve_client(server, sock, address)
 
-    def _drop_oldest(self) -> None:
+    def _drop_oldest(self, count: int = 1) -> None:
+        import contextlib
         import socket
 
-        for sock in list(self._unread)[:1]:
-            del self._unread[sock]
-            try:
+        for sock in list(self._unread)[:count]:
+            self._unread.pop(sock, None)
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes
-            except OSError:
-                pass
 
     # What follows runs in a connection's thread.
 
     def _serve_client(self, server: Any, sock: socket.socket, address: Any) -> None:
         server.process_request_thread(sock, address)
-        with self._changed:
-            self._unread.pop(sock, None)
-            self._changed.notify_all()
+        self._unread.pop(sock, None)
 
     def _handle(self, request: Any) -> None:
         """Answer a request.  Source: RFC 9112 section 3.2 (one Host, absolute form)."""
@@ -2994,10 +2969,10 @@ class AuthCodeListener:
         port = "(:80)?" if self.port == 80 else f":{self.port}"
         ours = rf"(localhost|127\.0\.0\.1|\[::1\]){port}"
         hosts = request.headers.get_all("Host", [])
-        path, _, query = request.path.partition("?")
-        path = re.sub(f"(?i)^http://{ours}(?=/)", "", path)
-        if len(hosts) != 1 or len(request.requestline.split()) != 3:
-            respond(request, 400, stray_page("this is no browser's request"))
+        target = re.sub(f"(?i)^http://{ours}(?=/)", "", request.path)
+        path, _, query = target.partition("?")
+        if len(hosts) != 1:
+            request.send_error(400)
         elif not re.fullmatch(ours, hosts[0].strip(), re.IGNORECASE):
             # A foreign name that was made to point here (DNS rebinding) learns nothing.
             respond(request, 421, stray_page("it is for another host or port"))
@@ -3007,15 +2982,17 @@ class AuthCodeListener:
             self._receive(request, query)
         elif path == self._page_path and self._page is not None:
             respond(request, 200, self._page)
-            self._page_is_done()
+            with self._changed:
+                self._pages_owed -= 1
+                self._changed.notify_all()
         else:
             respond(request, 404, stray_page("nothing is at this address"))
 
     def _receive(self, request: Any, query: str) -> None:
         try:
-            outcome: str | LoginDenied = parse_callback(query, state=self._state)
+            outcome: str | tuple[Any, ...] = parse_callback(query, state=self._state)
         except LoginDenied as denied:
-            outcome = LoginDenied(*denied.args)  # without its traceback
+            outcome = denied.args  # not the error: its frames hold the state
         except ValueError as reason:
             respond(request, 400, stray_page(str(reason)))
             return
@@ -3028,16 +3005,8 @@ class AuthCodeListener:
             self._unread.pop(request.connection, None)  # it waits for us now
             self._changed.wait_for(lambda: self._page or self._is_closed, LOGIN_TIMEOUT)
             self._unread[request.connection] = None
-        try:
-            if self._page is not None:
-                respond(request, 303, "", Location=self._page_path)
-        except OSError:  # it is gone
-            self._page_is_done()
-
-    def _page_is_done(self) -> None:
-        with self._changed:
-            self._pages_owed -= 1
-            self._changed.notify_all()
+        if self._page is not None:
+            respond(request, 303, "", Location=self._page_path)
 
 
 def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]:
@@ -3053,8 +3022,7 @@ def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]
 def python_program() -> str | None:
     """Return the Python that may be started as a child, None if there is none.
 
-    A frozen program (PyInstaller, py2exe, cx_Freeze, Nuitka) and one that embeds Python
-    (QGIS, PyOxidizer) would be started a second time.
+    A frozen program (PyInstaller, Nuitka) or one that embeds Python (QGIS) is not one.
     """
     import re
 
@@ -3064,68 +3032,54 @@ def python_program() -> str | None:
     return sys.executable if is_python and not is_compiled else None
 
 
-def find_browsers() -> list[str] | None:
-    """Return the commands to open an address, [] for the desktop's own.
-
-    None says that there is no browser, or none that the person would see.
-    """
+def find_browsers() -> list[str]:
+    """Return the commands to try, [] if the person would not see a browser."""
     import re
 
-    named = list(filter(None, setting("BROWSER").split(os.pathsep)))
-    if named:
-        return [b for b in named if not re.search(TEXT_BROWSERS, b)] or None
-    has_screen = any(map(setting, ("DISPLAY", "WAYLAND_DISPLAY")))
+    if named := setting("BROWSER"):
+        commands = filter(None, named.split(os.pathsep))
+        return [c for c in commands if not re.search(TEXT_BROWSERS, c)]
+    is_wsl = bool(setting("WSL_DISTRO_NAME"))
+    is_desktop = sys.platform in ("darwin", "win32") or is_wsl
     # Over SSH it would open where nobody sits.
     is_remote = any(map(setting, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
-    is_desktop = sys.platform in ("darwin", "win32", "cygwin")
-    is_wsl = bool(setting("WSL_DISTRO_NAME"))
-    if has_screen or (not is_remote and (is_desktop or is_wsl)):
-        return list(WSL_BROWSERS) if is_wsl else []
-    return None
+    has_screen = any(map(setting, ("DISPLAY", "WAYLAND_DISPLAY")))
+    if not has_screen and (is_remote or not is_desktop):
+        return []
+    desktop = "wsl" if is_wsl else sys.platform
+    return DESKTOP_BROWSERS.get(desktop, DESKTOP_BROWSERS["linux"])
 
 
-def open_in_browser(url: str, browsers: list[str]) -> bool:
-    """Open an address; tell whether that has worked, as far as one can know.
+def open_in_browser(url: str) -> bool:
+    """Run the first command that succeeds; wait for it, in silence.
 
-    `webbrowser` starts browsers with our stdout, and waits for some: a child calls it.
+    A browser gets neither our terminal, nor a frozen program's libraries.
     """
+    import contextlib
     import shlex
-
-    if python := python_program():
-        return _runs([python, "-I", "-S", "-c", OPEN_BROWSER_PROGRAM, url], browsers)
-    openers = {"darwin": "open", "win32": WSL_BROWSERS[1]}
-    for browser in browsers or [openers.get(sys.platform, "xdg-open")]:
-        command = browser if "%s" in browser else browser.rstrip(" &") + " %s"
-        command = command.replace("%s", url)
-        if _runs(shlex.split(command) if os.name == "posix" else command, browsers):
-            return True
-    return False
-
-
-def _runs(command: list[str] | str, browsers: list[str]) -> bool:
-    """Run a command in silence, away from our terminal; tell whether it succeeds."""
     import subprocess
 
-    environ = {**os.environ, "BROWSER": os.pathsep.join(browsers)}
-    environ.pop("TERM", None)  # without it, webbrowser knows no text-mode browser
+    environ = {**os.environ}
+    quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    environ.pop("TERM", None)  # no text-mode browser runs without it
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
-        # A frozen program's libraries are not for others.  Source: PyInstaller's
-        # manual, "LD_LIBRARY_PATH / LIBPATH considerations".
+        # Source: PyInstaller's manual, "LD_LIBRARY_PATH / LIBPATH considerations".
         original = environ.pop(name + "_ORIG", "")
         if original or getattr(sys, "frozen", False):
             environ[name] = original
-    try:
-        return not subprocess.call(
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # neither Ctrl-C nor the terminal is for it
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
-    except OSError:
-        return False
+    for browser in find_browsers():
+        command = browser if "%s" in browser else browser.rstrip(" &") + " %s"
+        command = command.replace("%s", url)
+        with contextlib.suppress(OSError, ValueError):  # missing, or not well quoted
+            if not subprocess.call(
+                shlex.split(command) if os.name == "posix" else command,
+                **quiet,
+                env=environ,
+                start_new_session=True,  # neither Ctrl-C nor the terminal is for it
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            ):
+                return True
+    return False
 
 
 class _PastePrompt:
@@ -3137,6 +3091,7 @@ class _PastePrompt:
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
+        import contextlib
         import socket
 
         self.is_open = is_open
@@ -3144,60 +3099,66 @@ class _PastePrompt:
         self._manual_uri = manual_uri
         self._wake_up, self._waker = socket.socketpair()
         self._descriptor: int | None = None  # None: a thread reads
-        self._lines: list[bytes] = []  # from the thread
+        self._is_reading = False  # a thread does
+        self._lines: list[bytes] = []  # that it has read
         self._is_terminal = self._is_shown = False
         self._held = b""  # of a paste that may go on
-        self._is_silent = False  # nothing has come for a moment
-        self._is_last = False  # nothing can follow what is held
+        self._is_whole = False  # nothing follows what is held, for a moment or at all
         self._earlier = ""  # what was refused: a paste may come in two
         self._refusals = 0
         self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
-        try:
-            self._is_terminal = sys.stdin.isatty()
+        with contextlib.suppress(Exception):  # no stdin, or an object that is no file
+            descriptor = sys.stdin.fileno()
+            os.fstat(descriptor)
+            self._is_terminal = os.isatty(descriptor)
             if os.name == "posix" and not self._is_notebook:
-                self._descriptor = sys.stdin.fileno()
-        except (AttributeError, OSError, ValueError):  # no stdin, or an object
-            pass
-        self._request_line()
+                self._descriptor = descriptor
 
     def is_readable(self) -> bool:
         """Tell whether to wait for a paste: in the background a read would stop us."""
-        if sys.platform == "win32" or self._descriptor is None or not self.is_open:
+        if sys.platform == "win32" or self._descriptor is None:
             return self.is_open
         try:
-            return os.tcgetpgrp(self._descriptor) == os.getpgrp()
+            return self.is_open and os.tcgetpgrp(self._descriptor) == os.getpgrp()
         except OSError:  # no terminal, or not ours, stops nobody
             return True
 
     def _request_line(self) -> None:
-        """Have a thread read one line, where no descriptor can be waited on."""
-        is_ours = self.is_open and self._descriptor is None
-        if is_ours and not start_thread("paste", self._read_line):
-            self._read_line()
+        """Have a thread read one line; if none can start, read it after asking."""
+        if self.is_open and not (self._is_reading or self._held):
+            self._is_reading = bool(start_thread("paste", self._read_line))
+            if self._is_shown and not self._is_reading:
+                self._read_line()
 
     def _read_line(self) -> None:
         import builtins
         import contextlib
 
-        line = ""
-        with contextlib.suppress(Exception):  # no stdin, a closed one, no front end
-            # Python's own input() in a daemon thread can abort the process at its end.
-            line = builtins.input() if self._is_notebook else sys.stdin.readline()
-            line = line.rstrip("\n") + "\n" if line or self._is_notebook else ""
-        self._lines.append(line[-2 * MAX_PASTE_CHARS :].encode("utf-8", "replace"))
-        self.wake()
+        data = b""
+        try:
+            with contextlib.suppress(Exception):  # closed, no front end, no text
+                # Python's own input() in a daemon thread can abort the process.
+                read = builtins.input if self._is_notebook else sys.stdin.readline
+                if line := read() + "\n" * self._is_notebook:
+                    data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
+                    data += b"\n"
+        finally:
+            self._lines.append(data)
+            self.wake()
 
     def wake(self) -> None:
         """End the wait: there is news."""
-        try:
+        import contextlib
+
+        with contextlib.suppress(OSError):  # the race is over
             self._waker.send(b"!")
-        except OSError:  # the race is over
-            pass
 
     def wait(self, seconds: float) -> None:
         """Wait for news, or that much silence; read what is pasted."""
         import selectors
 
+        if self._descriptor is None:
+            self._request_line()
         # epoll refuses files, macOS's poll terminals, and select descriptors over 1023.
         has_poll = sys.platform not in ("darwin", "win32")
         selector = getattr(selectors, "PollSelector" if has_poll else "SelectSelector")
@@ -3208,27 +3169,26 @@ class _PastePrompt:
             ready = [key.fileobj for key, _ in waiting.select(seconds)]
         if self._wake_up in ready:
             self._wake_up.recv(4096)
-        has_paste = self._descriptor in ready or bool(self._lines)
-        # It may have been put into the background meanwhile.
-        self._is_silent = not (has_paste and self.is_readable())
-        if not self._is_silent:
+        self._is_whole = not (self._descriptor in ready or self._lines)
+        if not self._is_whole:
             self._read()
 
     def _read(self) -> None:
         """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
+        import contextlib
+
         chunk = b""
-        try:
-            if self._descriptor is None:
-                chunk = self._lines.pop()
-            else:
-                size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
+        if self._descriptor is None:
+            chunk = self._lines.pop()
+            self._is_reading = False
+        else:
+            size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
+            with contextlib.suppress(OSError):  # it was closed, or the terminal is gone
                 chunk = os.read(self._descriptor, size)
-        except OSError:  # it was closed beneath the object, or the terminal is gone
-            pass
-        self._held += chunk
-        self._is_last = not chunk or len(self._held) > 2 * MAX_PASTE_CHARS
-        if not self._held:
+        if not (chunk or self._held):
             self._stop()
+        self._is_whole = not chunk
+        self._held += chunk or b"\n"
 
     def show(self, seconds_left: float) -> None:
         """Ask, unless that has been done."""
@@ -3240,141 +3200,101 @@ class _PastePrompt:
         self._is_shown = True
 
     def has_line(self) -> bool:
-        """Tell whether a line is whole."""
-        return self._held.endswith((b"\n", b"\r")) or self._is_last
+        """Tell whether a line is whole, or longer than any is."""
+        is_line = self._held.endswith((b"\n", b"\r"))
+        return self.is_open and (is_line or len(self._held) > 2 * MAX_PASTE_CHARS)
 
     def take(self) -> GrantedCode | None:
         """Return the code in what was pasted, once it is known to be whole.
 
         With its state it is.  Anything else may go on, until a moment of silence.
         """
-        if not self.is_open or not self.has_line():
+        if not self.has_line():
             return None
         text = self._held.decode("utf-8", "replace")
-        found = self._find_code(text)
-        is_whole = self._is_silent or self._is_last
-        if isinstance(found, str):
-            if is_whole or self._descriptor is None or not self._is_terminal:
-                self._refuse(text, found)
+        try:
+            found = self._find_code(text)
+        except ValueError as reason:
+            if self._is_whole or not self._is_terminal:
+                self._refuse(text, reason)
             return None
         behind = "".join((self._earlier + text).split()).partition(found.code)[2]
-        if not is_whole and self._state not in behind:
+        if not self._is_whole and self._state not in behind:
             return None
         self._is_shown = False  # the person's Enter has ended the line
         return found
 
-    def _find_code(self, text: str) -> GrantedCode | str:
-        """Return the code, or why there is none."""
+    def _find_code(self, text: str) -> GrantedCode:
         longest = max(map(len, self._held.splitlines()))
         if self._is_terminal and longest >= MAX_TERMINAL_LINE:
             limit = f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more"
-            return f"the terminal has cut it. {limit}"
-        reason = ""
-        uri = self._manual_uri
-        for whole in (self._earlier + text, text):
-            try:
-                return parse_paste(whole, state=self._state, manual_redirect_uri=uri)
-            except ValueError as refusal:
-                reason = str(refusal)
-        return reason
+            raise ValueError(f"the terminal has cut it. {limit}")
+        expected = {"state": self._state, "manual_redirect_uri": self._manual_uri}
+        try:
+            return parse_paste(self._earlier + text, **expected)
+        except ValueError:
+            return parse_paste(text, **expected)
 
-    def _refuse(self, text: str, reason: str) -> None:
+    def _refuse(self, text: str, reason: ValueError) -> None:
         say(f"Not taken: {reason}. Copy the whole code that the page shows.")
         # A state that began here vouches that the next line belongs to it.  The two are
         # tried first: a state vouches for the second half of a code as well.
         self._earlier = text if "#" in text or "://" in text else ""
-        self._held, self._is_shown = b"", False
         self._refusals += 1
-        is_impatient = not self._is_terminal and self._refusals >= MAX_PIPED_REFUSALS
-        if self._is_last or is_impatient:
+        is_long = len(text) > 2 * MAX_PASTE_CHARS
+        if (is_long or self._refusals >= MAX_PIPED_REFUSALS) and not self._is_terminal:
             self._stop()
-        self._request_line()
+        self._held, self._is_shown = b"", False
 
-    def _stop(self) -> None:
-        self.is_open = False
-        self._end_line("\nNothing will be pasted, then. Ctrl-C gives up.")
-
-    def _end_line(self, text: str = "") -> None:
-        """Leave the line on which the person is asked."""
+    def _stop(self, text: str = "\nNothing will be pasted, then.") -> None:
+        """Ask no more, and leave the line on which the person is asked."""
         if self._is_shown and self._is_terminal:
             say(text)
-        self._is_shown = False
+        self.is_open = self._is_shown = False
 
     def close(self) -> None:
         """Ask no more, and take no more news."""
-        self._end_line()
+        self._stop("")
         self._wake_up.close()
         self._waker.close()
 
 
-class _Race:
-    """One sign-in: the browser's callback against the paste, until the time is over."""
+class _Browser:
+    """Opens an address in a thread: that may fail, hang or never return."""
 
     def __init__(
-        self, listener: AuthCodeListener | None, opener: Any, port: int, problem: str
+        self, opener: bool | Callable[[str], object], wake: Callable[[], object]
     ) -> None:
-        self._listener = listener
-        self._opener = opener
-        self._port = port if listener else 0
-        self._problem = problem
+        self._opener: Any = open_in_browser if opener is True else opener
+        self._wake = wake
+        self.is_open = bool(find_browsers() if opener is True else opener)
 
-    def run(self, prompt: _PastePrompt, seconds: float, *urls: str) -> GrantedCode:
-        """Return the code that comes first.
-
-        The first of the URLs comes back to the listener; it is "" if there is none.
-        """
-        self._prompt, self._deadline = prompt, Deadline(seconds)
-        prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
-        self._check_that_a_way_is_left()
-        self._announce(*urls)
-        if self._listener:
-            self._listener.on_arrival = prompt.wake
-        if self._opener and not start_thread("browser", self._open, urls[0] or urls[1]):
-            self._opener = None
-        while True:
-            if granted := prompt.take():
-                return granted
-            if self._listener and self._listener.arrived.is_set():
-                return GrantedCode(self._listener.wait(0), self._listener.redirect_uri)
-            self._check_that_a_way_is_left()
-            left = self._deadline.left()
-            prompt.show(left)
-            pause = PASTE_PAUSE if prompt.has_line() else FOREGROUND_INTERVAL
-            prompt.wait(min(pause, left))
-
-    def _announce(self, automatic_url: str, manual_url: str) -> None:
-        has_paste = self._prompt.is_open
-        if self._problem:
-            say(f"{self._problem[0].upper()}{self._problem[1:]}: paste the code, then.")
-        where = ", on any machine" if has_paste else " on this machine"
-        say(f"To sign in, open this address in a browser{where}:")
-        say(manual_url if has_paste else automatic_url)
-        if self._port and has_paste:
-            say("Where this machine's port is forwarded, this one needs no paste:")
-            say(automatic_url)
-        if self._port:
-            say(f"  (forwarded by: ssh -L {self._port}:localhost:{self._port} HOST)")
-
-    def _check_that_a_way_is_left(self) -> None:
-        if self._deadline.passed():
-            raise LoginTimeout(TOO_LATE)
-        by_browser = self._listener and (self._port or self._opener)
-        if not (self._prompt.is_open or by_browser):
-            cause = self._problem or "no browser could be opened"
-            raise LoginCancelled(
-                f"{cause} and nothing can be pasted here; log in from a terminal, or "
-                "give a port that your browser can reach"
-            )
+    def start(self, url: str) -> None:
+        if self.is_open and not start_thread("browser", self._open, url):
+            self.is_open = False
 
     def _open(self, url: str) -> None:
-        """Open the browser, in a thread: it may fail, hang or never return."""
-        is_open = False
+        result: object = False
         try:
-            is_open = self._opener(url) if self._opener else False
+            result = self._opener(url)
         finally:
-            if is_open is False:
-                self._opener = None
-                self._prompt.wake()
+            if result is False:
+                self.is_open = False
+                self._wake()
+
+
+def _announce(automatic_url: str, manual_url: str, port: int, problem: str) -> None:
+    """Show what to open; the manual URL is "" where nothing can be pasted."""
+    if problem:
+        say(f"{problem[0].upper()}{problem[1:]}: paste the code, then.")
+    where = ", on any machine" if manual_url else " on this machine"
+    say(f"To sign in, open this address in a browser{where}:")
+    say(manual_url or automatic_url)
+    if port and manual_url:
+        say("Where this machine's port is forwarded, this one needs no paste:")
+        say(automatic_url)
+    if port:
+        say(f"  (forwarded by: ssh -L {port}:localhost:{port} HOST)")
 
 
 @hides_locals
@@ -3402,18 +3322,37 @@ def obtain_code(
         LoginTimeout: Nobody finished within `timeout` seconds.
         LoginCancelled: Neither a browser nor a paste can bring a code.
     """
-    import functools
-
-    opener = open_browser if callable(open_browser) else None
-    browsers = find_browsers() if open_browser is True else None
-    if browsers is not None:
-        opener = functools.partial(open_in_browser, browsers=browsers)
+    deadline = Deadline(timeout)
     automatic_url = url_for(listener.redirect_uri) if listener else ""
     manual_url = url_for(manual_redirect_uri)
+    port = port if listener else 0
     prompt = _PastePrompt(state, manual_redirect_uri, is_open=paste)
+    browser = _Browser(open_browser, prompt.wake)
+
+    def check_that_a_way_is_left() -> None:
+        if deadline.passed():
+            raise LoginTimeout(TOO_LATE)
+        if not prompt.is_open and not (listener and (port or browser.is_open)):
+            raise LoginCancelled(
+                f"{problem or 'no browser could be opened'} and nothing can be pasted "
+                "here; log in from a terminal, or give a port that your browser reaches"
+            )
+
     try:
-        race = _Race(listener, opener, port, problem)
-        return race.run(prompt, timeout, automatic_url, manual_url)
+        prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
+        check_that_a_way_is_left()
+        _announce(automatic_url, manual_url if prompt.is_open else "", port, problem)
+        browser.start(automatic_url or manual_url)
+        if listener:
+            listener.on_arrival = prompt.wake
+        while not (granted := prompt.take()):
+            if listener and listener.arrived.is_set():
+                return GrantedCode(listener.wait(0), listener.redirect_uri)
+            check_that_a_way_is_left()
+            prompt.show(deadline.left())
+            pause = PASTE_PAUSE if prompt.has_line() else FOREGROUND_INTERVAL
+            prompt.wait(min(pause, deadline.left()))
+        return granted
     finally:
         prompt.close()
 
