@@ -1792,9 +1792,12 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror or type(error).__name__}".lower()
 
 
-def write_private(path: str, data: bytes) -> None:
-    """Replace a private file whole, or raise StorageError.  Hold the lock."""
-    _AtomicFile(path).commit(data)
+def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
+    """Replace a private file whole, or raise StorageError.  Hold the lock.
+
+    It is on the disk when this returns; a cache is not worth the wait.
+    """
+    _AtomicFile(path).commit(data, sync=not is_cache)
 
 
 class _AtomicFile:
@@ -1820,16 +1823,18 @@ class _AtomicFile:
             self.discard()
             raise StorageError(f"cannot write {path}: {_reason(error)}") from None
 
-    def commit(self, data: bytes) -> None:
+    def commit(self, data: bytes, *, sync: bool = True) -> None:
         """Put the data in the file's place, through the descriptor that has room."""
         try:
             self._file.seek(0)
             self._file.write(data)
             self._file.truncate()
-            _sync(self._file, self._directory)
+            if sync:
+                _sync(self._file, self._directory)
             self._file.close()
             self._replace(data)
-            _sync_directory(self._directory)
+            if sync:
+                _sync_directory(self._directory)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {_reason(error)}") from None
         finally:
@@ -2495,7 +2500,9 @@ class FernetCipher:
         """Return what was encrypted; StorageCorrupt if it cannot be."""
         import re
 
-        found = re.fullmatch(rb"%b:([0-9a-f]{32}):(.+)" % self._START, data)
+        # 0.1.0 wrote a digest of the key before Fernet's own, which has one.
+        form = rb"%b:([0-9a-f]{32}):(?:[0-9a-f]{16}:)?(.+)" % self._START
+        found = re.fullmatch(form, data)
         try:
             if found:
                 return bytes(self._box(found.group(1)).decrypt(found.group(2)))
@@ -3520,7 +3527,7 @@ class AccountFile:
         self._unwritten = {}
         try:
             if self._path is not None and found is not None:
-                write_private(self._path, dump_json(record).encode())
+                write_private(self._path, dump_json(record).encode(), is_cache=True)
                 return
         except StorageError:
             pass

@@ -6873,6 +6873,14 @@ def test_a_planted_record_does_not_make_encryption_cheap(passphrase_file):
     assert reader.encrypt(b"x").startswith(b"scrypt:32768:8:3:")
 
 
+def test_what_0_1_0_encrypted_is_read(passphrase_file):
+    sealed = claude_oauth.FernetCipher("open sesame").encrypt(b"x")
+    start, token = sealed.rsplit(b":", 1)
+    theirs = start + b":0123456789abcdef:" + token
+
+    assert claude_oauth.FernetCipher("open sesame").decrypt(theirs) == b"x"
+
+
 def test_two_files_of_one_passphrase_have_salts_of_their_own(passphrase_file):
     ciphers = [claude_oauth.FernetCipher("same") for _ in range(2)]
     salts = {cipher.encrypt(b"x").split(b":")[4] for cipher in ciphers}
