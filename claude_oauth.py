@@ -119,25 +119,19 @@ SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
 SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
-ALLOWED_SCOPE_EXPANSIONS: Final = (
-    SCOPE_USER_SESSIONS_CLAUDE_CODE,
-    SCOPE_USER_MCP_SERVERS,
-    SCOPE_USER_FILE_UPLOAD,
+ALL_SCOPES: Final = (
+    *(SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE, SCOPE_USER_INFERENCE),
+    *(SCOPE_USER_SESSIONS_CLAUDE_CODE, SCOPE_USER_MCP_SERVERS, SCOPE_USER_FILE_UPLOAD),
 )
-"""Scopes that a refresh may add to an older login, without a new login."""
-
-CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
-ALL_SCOPES: Final = (*CONSOLE_SCOPES, SCOPE_USER_INFERENCE, *ALLOWED_SCOPE_EXPANSIONS)
 """Both paths ask for these; the server grants those that fit the account."""
-
+CONSOLE_SCOPES: Final = ALL_SCOPES[:2]
 CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
 """A Claude.ai subscriber's: all but the one for Console API keys."""
+ALLOWED_SCOPE_EXPANSIONS: Final = ALL_SCOPES[3:]
+"""Scopes that a refresh may add to an older login, without a new login."""
 
 SUBSCRIPTION_TYPES: Final = {
-    "claude_max": "max",
-    "claude_pro": "pro",
-    "claude_team": "team",
-    "claude_enterprise": "enterprise",
+    "claude_" + plan: plan for plan in ("max", "pro", "team", "enterprise")
 }
 """The credential's subscription type for each organization_type of the profile."""
 
@@ -1053,19 +1047,20 @@ PASTE_REFUSALS: Final = (
 
 # Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
 _CODE: Final = f"[!-~]{{1,{MAX_PASTE_CHARS}}}"
-# A terminal breaks a code into long pieces.  A word of a sentence is none of them.
-_PROSE: Final = (
-    r"(?<!\S)(?=\S*[aeiouyAEIOUY\x80-\uffff])"
-    r"(?:[^\W\d_][^\W\d_A-Z]{0,14}|[A-Z]{1,15})(?!\S)"
+# A terminal breaks a code into long pieces.  None of them looks like a word, a number,
+# a date or a path, or has a character of prompts, times and addresses in it.
+_WORD: Final = (
+    r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
+    r"(?:[^\W\d_][^\W\d_A-Z]{0,14}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
 )
-_LABEL: Final = rf"(?::|{_PROSE}) "
+_NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w.~+/=-]\S*|{_WORD})"
 _VOUCHED_CODE: Final = (
-    rf"(?:.*{_LABEL})?((?:(?!{_PROSE})[^#&? ]{{8,}}(?<!:) )*[^#&? ]+(?<!:))"
+    rf"(?s:.*{_NO_PIECE}\s)?((?:(?!{_NO_PIECE})\S{{8,}}\s)*[^#&?:=\s]+=*)"
 )
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (
-    rf"(?:.*(?i:code)(?: |.*{_LABEL}))?"
-    rf"([^#&?/:@ ]{{16,}}(?: (?!{_PROSE})[^#&?/:@ ]+){{0,2}})"
+    rf"(?s:.*(?i:code):?\s(?:.*{_NO_PIECE}\s)?)?"
+    rf"((?!{_WORD})[^#&?/:@\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@\s]+){{0,2}})"
 )
 
 
@@ -1122,64 +1117,71 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
 
     if len(text) > MAX_PASTE_CHARS:
         raise ValueError(f"that is longer than any code ({MAX_PASTE_CHARS} characters)")
-    cleaned = _without_paste_noise(text, state)
+    cleaned = _clean_paste(text, state)
     for pattern, reason in PASTE_REFUSALS:
-        if re.search(pattern, cleaned.replace(" ", "")):
+        if re.search(pattern, re.sub("[ \n]", "", cleaned)):
             raise ValueError(reason)
     # A terminal that marks the begin of a paste, but not its end, will send more.
     if "\x1b[200~" in text and "\x1b[201~" not in text and state not in cleaned:
         raise ValueError("that is not a code")
-    # The whole screen may have been copied: the code stands below the address then.
-    cleaned, is_screen = re.subn(r"\S*code_challenge=\S*", "", cleaned)
-    if is_screen and "#" + state not in cleaned:
-        raise ValueError("that is the address to open, not what comes after signing in")
-    if re.search(r"://|[?&]\w+=", cleaned):
-        return _parse_pasted_address(cleaned, state, manual_redirect_uri)
+    # The whole screen may have been copied: then the state stands behind the code.
+    if "#" + state not in cleaned:
+        if "code_challenge=" in cleaned:
+            reason = "that is the address to open, not what comes after signing in"
+            raise ValueError(reason)
+        if re.search(r"://|[?&]\w+=", cleaned):
+            return _parse_pasted_address(cleaned, state, manual_redirect_uri)
     return GrantedCode(_parse_pasted_code(cleaned, state), manual_redirect_uri)
 
 
-def _without_paste_noise(text: str, state: str) -> str:
-    """Return a paste as words with one blank between; the state is in one piece."""
+def _clean_paste(text: str, state: str) -> str:
+    """Return a paste as words with one blank or line end between.
+
+    The state is in one piece, and behind a ``#`` where it is not a parameter.
+    """
+    import html
     import re
+    import unicodedata
     from urllib.parse import unquote
 
+    text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))
     # Bracketed paste, a shell's escapes, zero-width characters and direction marks.
     invisible = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     text = re.sub(rf"\x1b\[20[01]~|[\\{invisible}]", "", text)
-    text = re.sub("&(amp;)+", "&", text)
     if "=" not in text and "%3d" in text.lower():
         text = unquote(text)
-    # Quotes and brackets stand around an address or a code; separators are blanks too.
+    # Quotes and brackets stand around an address or a code.
     quotes = "\"'`<>(){}\u2018-\u201f\xab\xbb\u2039\u203a"
-    text = re.sub(rf"[{quotes}]|[^\S\x0b\x0c\x1c-\x1f]", " ", text)
-    text = re.sub(" *".join(map(re.escape, state)), state, text)
-    text = re.sub(f" *(#|%23) *{re.escape(state)}", f"#{state}", text)
+    text = re.sub(rf"[{quotes}]|[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]", " ", text)
+    text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
     text = re.sub(r"(?<!\S)[*\[]+|[.,;!*\]]+(?!\S)", "", text)
-    text = re.sub(" +", " ", text).strip(" ")
+    text = re.sub(" +", " ", text).strip(" \n")
+    text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
+    label = "[ \n]*(?:#|%23)|(?<![=:?&,; \n])[ \n,;]+(?i:state\\b *[:=]?)?"
+    text = re.sub(f"(?:{label})[ \n]*{re.escape(state)}", f"#{state}", text)
     # The same once more: Ctrl-V was pressed twice.
-    copies = re.fullmatch(r"(.{16,}?)(?: *\1)+", text)
-    return copies[1] if copies and len(set(copies[1])) > 1 else text
+    return re.sub(r"(?<!\S)(?!(\S)\1*(?!\S))(\S{16,}?)(?:\s*\2)+(?!\S)", r"\2", text)
 
 
 def _parse_pasted_code(text: str, state: str) -> str:
     import re
 
-    text = re.sub(r"(?i)\b(code) ?[:=] ?", r"\1: ", text)
-    label = r"(?:#|(?:^|[ &,;]+)(?i:state) ?[:=]? ?| )"
-    found = re.search(rf"{label}{re.escape(state)}(?![\w#-])", text)
+    text = re.sub(r"[:=]+ ?(?=[\w.~+/-]{8})", ": ", text.replace("%23", "#"))
+    text = re.sub(rf"^(?i:state)\W+{re.escape(state)}\W*", "", text)
+    pattern, mark = _BARE_CODE, text.find("#")
+    found = re.search(rf"#{re.escape(state)}(?![\w#-])", text)
     if found:
-        # Where the state comes first, it has its label, and the code comes after it.
-        text = text[: found.start()].strip() or text[found.end() :].strip()
-    else:
-        mark = re.search(r"#(.*)", text.replace("%23", "#"))
-        if mark and state.startswith(mark[1].replace(" ", "")):
-            raise ValueError("the end of the code is missing")
-        if re.search(r"(?i)#|%23|\bstate ?[:=]", text):
-            raise ValueError("that code belongs to another sign-in (its state differs)")
-    code = re.fullmatch(_VOUCHED_CODE if found else _BARE_CODE, text)
-    pieces = code[1].split() if code else []
-    joined = pieces[0] if len(set(pieces)) == 1 else "".join(pieces)
-    if not re.fullmatch(_CODE, joined.replace(state, " ")):  # nor is the state one
+        pattern, text = _VOUCHED_CODE, text[: found.start()]
+    elif mark >= 0 and state.startswith("".join(text[mark + 1 :].split())):
+        raise ValueError("the end of the code is missing")
+    elif mark >= 0 or re.search(r"(?i)\bstate ?[:=]", text):
+        raise ValueError("that code belongs to another sign-in (its state differs)")
+    code = re.fullmatch(pattern, text)
+    pieces = code[1].split() if code else [""]
+    joined = "".join(pieces)
+    # The last piece of a broken code is hardly ever as long as the first.
+    is_two = pieces[1:] and len(pieces[0]) == len(pieces[-1]) >= 32
+    if is_two or state in joined or not re.fullmatch(_CODE, joined):
         raise ValueError("that is not a code")
     return joined
 
@@ -1188,16 +1190,12 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     import re
 
     text = re.sub("(?=https?://)", " ", text)
-    near = "(?:(?!://).)*?"  # a line break may be in it, before the state
-    shapes = (
-        rf"((?:https?://{near}|\S*)\b(?:code|error)={near}\bstate=\S*)(.*)",
-        r"(\S*\bstate=\S*\b(?:code|error)=\S*)(.*)",
-        r"(\S*[/?=].*)()",
-    )
-    found = next(filter(None, (re.search(shape, text) for shape in shapes)))
-    address = found[1].replace(" ", "")
-    behind = (found[1] + found[2]).partition("code=")[2]
-    if re.search("[?&]code=[^&]*$", address) and " " in behind:
+    near = "(?:(?!://).)*?"  # a line break may be in it
+    name = r"\b(?:code|error|state)="
+    found = re.search(rf"(?s)(?:https?://{near}|\S*){name}{near}{name}\S*", text)
+    address = "".join((found[0] if found else text).split())
+    behind = text[found.start() if found else 0 :].partition("code=")[2]
+    if re.search("[?&]code=[^&]*$", address) and re.search(r"\s", behind):
         raise ValueError("the code in that address is cut: copy the address alone")
     page, _, query = address.partition("?")
     if re.match(r"&?\w+=", page):  # what follows the question mark, alone

@@ -2501,6 +2501,26 @@ GOOD_PASTES = {
     "two-labels-the-state-first": f"State: {STATE}\nCode: {CODE}",
     "two-parameters-on-two-lines": f"code={CODE}\nstate={STATE}",
     "json": json.dumps({"code": CODE, "state": STATE}),
+    "label-of-a-program": f"auth_code={CODE}#{STATE}",
+    "label-and-dash": f"Code - {CODE}#{STATE}",
+    "date-in-front": f"2026-11-27 {CODE}#{STATE}",
+    "time-in-front": f"[2026-11-27T10:15:23Z] {CODE}#{STATE}",
+    "prompt-in-front": f"user@host:~$ {CODE}#{STATE}",
+    "prompt-of-root-in-front": f"root@host:~# {CODE}#{STATE}",
+    "date-on-its-own-line": f"2026-11-27\n{CODE}#{STATE}",
+    "path-in-front": f"/home/person {CODE}#{STATE}",
+    "words-with-hyphens-in-front": f"authorization-code {CODE}#{STATE}",
+    "list-item": f"- {CODE}#{STATE}",
+    "numbered-item": f"1. {CODE}#{STATE}",
+    "step": f"Step 2 {CODE}#{STATE}",
+    "full-width-colon": f"Code\uff1a{CODE}#{STATE}",
+    "full-width-mark": f"{CODE}\uff03{STATE}",
+    "mark-for-html": f"{CODE}&#35;{STATE}",
+    "mark-for-html-twice": f"{CODE}&amp;#35;{STATE}",
+    "address-with-the-mark": f"{MANUAL_URI}?code={CODE}#{STATE}",
+    "prompt-and-broken-code": f"user@host:~$ {CODE[:20]}\n{CODE[20:]}#{STATE}",
+    "label-and-broken-code": f"auth_code={CODE[:20]}\n{CODE[20:]}#{STATE}",
+    "json-the-state-first": json.dumps({"state": STATE, "code": CODE}),
     "the-whole-screen": "https://claude.com/cai/oauth/authorize?code=true"
     f"&state={STATE}&code_challenge=x\nPaste the code here: {CODE}#{STATE}",
 }
@@ -2580,7 +2600,12 @@ BAD_PASTES = {
     "query-with-wrong-state": (f"code={CODE}&state={CODE}", "state differs"),
     "query-without-state": (f"code={CODE}&scope=x", "state differs"),
     "cut-with-a-full-stop": (f"Code: {CODE}#{STATE[:9]}.", "end of the code is miss"),
-    "something-before-the-code": (f"Step 2 {CODE}#{STATE}", "not a code"),
+    "something-before-the-code": (f"xQ3 {CODE}#{STATE}", "not a code"),
+    "two-codes": (f"{CODE} {CODE[::-1]}", "not a code"),
+    "two-codes-of-any-length": (f"{CODE} {CODE[:20]}", "not a code"),
+    "two-codes-and-one-state": (f"{CODE} {CODE[::-1]}#{STATE}", "not a code"),
+    "two-codes-on-two-lines": (f"{CODE}\n{CODE[::-1]}", "not a code"),
+    "words-behind-a-labelled-code": (f"State: {STATE} Code: {CODE} thx", "not a code"),
     "word-after-a-bare-code": (f"{CODE} please", "not a code"),
     "word-before-a-bare-code": (f"hello {CODE}", "not a code"),
     "code-cut-behind-its-state": (
@@ -2702,18 +2727,18 @@ def test_what_is_no_code_is_called_what_it_is(reason):
 
 @pytest.mark.parametrize(
     "paste",
-    ["c" * 16, "c" * 16 + " c c", "!~" * 8, "X" * 16, "\u2029" + "c" * 16, "c" * 4096],
+    ["c" * 16, "c" * 16 + "\nc\nc", "!~" * 8, "X" * 16, "\u2029" + "c" * 16, "c" * 4096],
     ids=["shortest", "three-pieces", "ends-of-ascii", "X", "separator", "longest"],
 )
 def test_a_bare_code_at_the_edge_of_what_is_allowed_is_a_code(paste):
     found = claude_oauth.parse_paste(
         paste, state="STATE", manual_redirect_uri="https://m/"
     )
-    assert found.code == re.sub("[ \u2029]", "", paste)
+    assert found.code == re.sub("[\n\u2029]", "", paste)
 
 
 @pytest.mark.parametrize(
-    "paste", ["c" * 16 + " c c c", "é" * 16], ids=["a-sentence", "other-letters"]
+    "paste", ["c" * 16 + "\nc\nc\nc", "é" * 16], ids=["a-sentence", "other-letters"]
 )
 def test_a_bare_text_beyond_what_is_allowed_is_no_code(paste):
     with pytest.raises(ValueError, match="^that is not a code$"):
