@@ -106,11 +106,10 @@ CONSOLE_AUTHORIZE_URL: Final = "https://platform.claude.com/oauth/authorize"
 TOKEN_URL: Final = "https://platform.claude.com/v1/oauth/token"
 PROFILE_URL: Final = "https://api.anthropic.com/api/oauth/profile"
 API_KEY_URL: Final = "https://api.anthropic.com/api/oauth/claude_cli/create_api_key"
+# Seen at logout.  Source: six independent public programs.
 REVOKE_URL: Final = "https://platform.claude.com/v1/oauth/token/revoke"
-"""Seen at logout.  Source: six independent public programs."""
-
+# Shows ``code#state`` to copy, where the browser cannot reach the loopback.
 MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
-"""Shows ``code#state`` to copy, where the browser cannot reach the loopback."""
 
 SCOPE_ORG_CREATE_API_KEY: Final = "org:create_api_key"
 SCOPE_USER_PROFILE: Final = "user:profile"
@@ -135,52 +134,32 @@ SUBSCRIPTION_TYPES: Final = {
 }
 """The credential's subscription type for each organization_type of the profile."""
 
+# The anthropic-beta header that the API requires with an OAuth token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
-"""The anthropic-beta header that the API requires with an OAuth token."""
-
-REFRESH_BUFFER: Final = 300
-"""Seconds before expiry from which a token is refreshed while it is still served."""
-DEFAULT_LIFETIME: Final = 3600.0
-"""Seconds that a token lives if the answer has no usable expires_in."""
-MAX_LIFETIME: Final = 366 * 86400.0
-"""Seconds; a longer lifetime in an answer is a mistake, and counts as malformed."""
-LOGIN_END_WARNING: Final = 3 * 86400.0
-"""Seconds before the end of the login itself (30 days) from which `status` warns."""
-
-LOGIN_TIMEOUT: Final = 300.0
-"""Seconds for a person to sign in."""
-REQUEST_TIMEOUT: Final = 30.0
-"""Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
-MAX_REQUEST_TIMEOUT: Final = 86400.0
-"""Seconds; far longer ones exceed the system's own limits."""
-LOOK_INTERVAL: Final = 0.5
-"""Seconds for which a token is handed out before the store is looked at again."""
-SLOW_FAILURE: Final = 0.1
-"""Seconds; a store that took longer to fail is not asked again for some time."""
-LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
-"""Seconds to wait for a refresh elsewhere: as long as one request may take there."""
-PUT_OFF: Final = 30.0
-"""Seconds until the next try when a refresh failed and the token is still alive."""
-SHORT_WAIT: Final = 2.0
-"""Seconds; when the token has expired, a pause up to this is waited out."""
-WAIT_FLOOR: Final = 1.0
-"""Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
-RATE_LIMIT_FLOOR: Final = 30.0
-"""Seconds to pause after a 429 that names none or 0; asking sooner prolongs it."""
-WAIT_CEILING: Final = 3600.0
-"""Seconds; a longer Retry-After counts as this."""
-FLUSH_TIMEOUT: Final = 5.0
-"""Seconds that a logout gives to telemetry, and then to revocation."""
-
-MAX_ANSWER_BYTES: Final = 1 << 20
-"""Far more than any answer of the service; the rest is not read."""
-MAX_FILE_BYTES: Final = 1 << 20
-"""No credential file is larger."""
-MAX_PASTE_CHARS: Final = 4096
-"""No code or address is longer."""
-
+# The edge refuses an empty one, and those of scripting libraries.
 USER_AGENT: Final = "claude-oauth-py/" + __version__
-"""The edge refuses an empty one, and those of scripting libraries."""
+
+# Seconds.
+REFRESH_BUFFER: Final = 300  # before expiry: a token is refreshed, and still served
+DEFAULT_LIFETIME: Final = 3600.0  # of a token, if the answer has no usable expires_in
+MAX_LIFETIME: Final = 366 * 86400.0  # a longer one in an answer counts as malformed
+LOGIN_END_WARNING: Final = 3 * 86400.0  # before the login itself ends: `status` warns
+LOGIN_TIMEOUT: Final = 300.0  # for a person to sign in
+REQUEST_TIMEOUT: Final = 30.0  # to connect, and to answer; under 15, slow proxies fail
+MAX_REQUEST_TIMEOUT: Final = 86400.0  # far longer ones exceed the system's own limits
+LOOK_INTERVAL: Final = 0.5  # a token is served so long without a look at the store
+SLOW_FAILURE: Final = 0.1  # a store that takes longer to fail is left alone for a time
+LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT  # as long as one request may take elsewhere
+PUT_OFF: Final = 30.0  # to the next try, if a refresh fails while the token is alive
+SHORT_WAIT: Final = 2.0  # once the token has expired, a pause up to this is waited out
+WAIT_FLOOR: Final = 1.0  # after a 5xx at least; without Retry-After it doubles
+RATE_LIMIT_FLOOR: Final = 30.0  # after a 429 that names none; asking sooner prolongs it
+WAIT_CEILING: Final = 3600.0  # a longer Retry-After counts as this
+FLUSH_TIMEOUT: Final = 5.0  # that a logout gives to telemetry, and then to revocation
+
+MAX_ANSWER_BYTES: Final = 1 << 20  # far more than any answer; the rest is not read
+MAX_FILE_BYTES: Final = 1 << 20  # no credential file is larger
+MAX_PASTE_CHARS: Final = 4096  # no code or address is longer
 
 
 # -- Errors ----------------------------------------------------------------------------
@@ -201,9 +180,7 @@ class ConfigError(ClaudeOAuthError):
 class NotLoggedIn(ClaudeOAuthError):
     """There is no credential: log in."""
 
-    def __init__(
-        self, message: str = "not logged in; run `claude-oauth login`"
-    ) -> None:
+    def __init__(self, message: str = "not logged in; run `claude-oauth login`"):
         super().__init__(message)
 
 
@@ -220,8 +197,7 @@ class LoginDenied(LoginError):
 
     def __init__(self, code: str, description: str | None = None) -> None:
         super().__init__(code, description)
-        self.code = code
-        self.description = description
+        self.code, self.description = code, description
 
     def __str__(self) -> str:
         reason = ": ".join(filter(None, (self.code, self.description)))
@@ -247,9 +223,7 @@ class TokenRefused(ClaudeOAuthError):
         self, code: str, description: str | None = None, status: int | None = None
     ) -> None:
         super().__init__(code, description, status)
-        self.code = code
-        self.description = description
-        self.status = status
+        self.code, self.description, self.status = code, description, status
 
     def __str__(self) -> str:
         reason = ": ".join(filter(None, (self.code, self.description)))
@@ -268,8 +242,7 @@ class Unavailable(ClaudeOAuthError):
         self, message: str, retry_after: float | None = None, status: int | None = None
     ) -> None:
         super().__init__(message, retry_after, status)
-        self.retry_after = retry_after
-        self.status = status
+        self.retry_after, self.status = retry_after, status
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -393,22 +366,21 @@ class _Value:
     A small dataclass: importing `dataclasses` takes longer than starting Python.
     """
 
-    _secret: ClassVar[tuple[str, ...]] = ()
-    """Fields that repr does not show."""
+    _secret: ClassVar[tuple[str, ...]] = ()  # the fields that repr does not show
 
     def __init__(self, *values: Any, **named: Any) -> None:
         cls = type(self)
         names = cls.__annotations__
         given = {**dict(zip(names, values)), **named}
-        needed = {name for name in names if not hasattr(cls, name)}
-        is_clear = len(given) == len(values) + len(named)
-        if not (is_clear and needed <= given.keys() <= names.keys()):
+        fields = {name: getattr(cls, name) for name in names if hasattr(cls, name)}
+        fields.update(given)
+        if len(given) < len(values) + len(named) or fields.keys() != names.keys():
             raise TypeError(
                 f"{cls.__name__} takes {', '.join(names)};"
                 f" it got {len(values)} values and {sorted(named)}"
             )
         for name in names:
-            value = given.get(name, getattr(cls, name, None))
+            value = fields[name]
             self.__dict__[name] = tuple(value) if isinstance(value, list) else value
         self._validate()
 
@@ -442,13 +414,17 @@ class _Value:
 class OAuthConfig(_Value):
     """Who asks, and where: the client id, the endpoints, the scopes.
 
+    ``client_id`` is the one that the program was issued; only a login needs it.
+    ``revoke_url`` may be None: then a logout revokes nothing.  A program may put its
+    own name into ``user_agent``; this module's stays.  ``timeout`` is the number of
+    seconds to connect, and to answer.
+
     Raises:
         ConfigError: The User-Agent or the time limit is unusable, or an endpoint is not
             https; plain http is for loopback hosts alone.
     """
 
     client_id: str
-    """The one that the program was issued; may be empty except for a login."""
     claude_ai_authorize_url: str = CLAUDE_AI_AUTHORIZE_URL
     console_authorize_url: str = CONSOLE_AUTHORIZE_URL
     token_url: str = TOKEN_URL
@@ -456,12 +432,9 @@ class OAuthConfig(_Value):
     api_key_url: str = API_KEY_URL
     manual_redirect_uri: str = MANUAL_REDIRECT_URI
     revoke_url: str | None = REVOKE_URL
-    """None: nothing is revoked at logout."""
     scopes: tuple[str, ...] = ALL_SCOPES
     user_agent: str = USER_AGENT
-    """A program may put its own name in front; this module's name is kept."""
     timeout: float = REQUEST_TIMEOUT
-    """Seconds to connect, and to answer."""
 
     @classmethod
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
@@ -492,27 +465,30 @@ class OAuthConfig(_Value):
         return cls.for_server(server, client_id=client_id) if server else cls(client_id)
 
     def _validate(self) -> None:
-        if isinstance(self.scopes, str):
-            raise ConfigError("scopes must be a list of strings, not one string")
-        if not 0 < self.timeout <= MAX_REQUEST_TIMEOUT:
+        agent, timeout = self.user_agent, self.timeout
+        if not isinstance(self.scopes, tuple):
+            raise ConfigError("scopes must be a list of strings")
+        is_number = isinstance(timeout, (int, float))
+        if not is_number or not 0 < timeout <= MAX_REQUEST_TIMEOUT:
             raise ConfigError("timeout must be above 0 seconds and at most a day")
-        if not self.user_agent.isprintable() or not self.user_agent.isascii():
+        is_text = isinstance(agent, str) and agent.isascii() and agent.isprintable()
+        if not is_text:
             raise ConfigError("user_agent must be printable ASCII")
-        for name, url in self.__dict__.items():
-            # The defaults are known to be good, and urllib is slow to import.
-            if name.endswith(("_url", "_uri")) and url != getattr(type(self), name):
-                self._check_endpoint(name, url)
-        own = "" if USER_AGENT in self.user_agent else USER_AGENT
-        self.__dict__["user_agent"] = f"{self.user_agent} {own}".strip()
+        own = "" if USER_AGENT in agent else USER_AGENT
+        self.__dict__["user_agent"] = f"{agent} {own}".strip()
         self.__dict__["client_id"] = (self.client_id or "").strip()
+        self._check_endpoints()
 
-    def _check_endpoint(self, name: str, url: str) -> None:
-        is_left_out = name == "revoke_url" and not url
-        if not is_left_out and (not may_carry_token(url) or "@" in url):
-            raise ConfigError(
-                f"{name} must be a URL like https://host/path, without a password"
-                " (plain http is for loopback alone)"
-            )
+    def _check_endpoints(self) -> None:
+        for name, url in self.__dict__.items():
+            if not name.endswith(("_url", "_uri")) or url == getattr(type(self), name):
+                continue  # a default is known to be good, and urllib slow to import
+            is_left_out = name == "revoke_url" and not url
+            if not is_left_out and (not may_carry_token(url) or "@" in url):
+                raise ConfigError(
+                    f"{name} must be a URL like https://host/path, without a password"
+                    " (plain http is for loopback alone)"
+                )
 
 
 def may_carry_token(url: str) -> bool:
@@ -554,6 +530,10 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
+def _text_or_flag(value: object) -> str | bool | None:
+    return value if isinstance(value, bool) else _text(value)
+
+
 def _header_text(value: object) -> str | None:
     return value if isinstance(value, str) and is_header_safe(value) else None
 
@@ -587,9 +567,10 @@ def _scopes(value: object) -> tuple[str, ...]:
     return tuple(filter(_text, value)) if isinstance(value, (list, tuple)) else ()
 
 
+# The keys of a stored record that are this module's.
 RECORD_KEYS: Final = ("claudeAiOauth", "consoleApiKey")
-"""The keys of a stored record that are this module's."""
 
+# The credential's fields: the key in the stored record, and its reader.
 _RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any]]]] = {
     "access_token": ("accessToken", _header_text),
     "refresh_token": ("refreshToken", _text),
@@ -601,56 +582,49 @@ _RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any]]]] = {
     "rate_limit_tier": ("rateLimitTier", _text),
     "client_id": ("clientId", _text),
 }
-"""The credential's fields: the key in the stored record, and its reader."""
 
-_PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]]]] = {
-    "account_uuid": ("account", "uuid", "accountUuid", _text),
-    "email": ("account", "email", "emailAddress", _text),
-    "display_name": ("account", "display_name", "displayName", _text),
-    "account_created_at": ("account", "created_at", "accountCreatedAt", _text),
-    "organization_uuid": ("organization", "uuid", "organizationUuid", _text),
-    "organization_name": ("organization", "name", "organizationName", _text),
-    "subscription_type": ("organization", "organization_type", "", _text),
-    "rate_limit_tier": ("organization", "rate_limit_tier", "", _text),
-    "billing_type": ("organization", "billing_type", "billingType", _text),
-    "subscription_created_at": (
-        "organization",
-        "subscription_created_at",
-        "subscriptionCreatedAt",
-        _text,
-    ),
-    "has_extra_usage_enabled": (
-        "organization",
-        "has_extra_usage_enabled",
-        "hasExtraUsageEnabled",
-        lambda value: value if isinstance(value, bool) else None,
-    ),
+# The profile's fields: the key in the server's answer, and the one in account.json: ""
+# for what stays with the credential.
+_ACCOUNT_FIELDS: Final = {
+    "account_uuid": ("uuid", "accountUuid"),
+    "email": ("email", "emailAddress"),
+    "display_name": ("display_name", "displayName"),
+    "account_created_at": ("created_at", "accountCreatedAt"),
 }
-"""The profile's fields: part and key in the server's answer, the key in account.json
-("" for what stays with the credential), and the reader."""
+_PROFILE_FIELDS: Final = {
+    **_ACCOUNT_FIELDS,
+    "organization_uuid": ("uuid", "organizationUuid"),
+    "organization_name": ("name", "organizationName"),
+    "subscription_type": ("organization_type", ""),
+    "rate_limit_tier": ("rate_limit_tier", ""),
+    "billing_type": ("billing_type", "billingType"),
+    "subscription_created_at": ("subscription_created_at", "subscriptionCreatedAt"),
+    "has_extra_usage_enabled": ("has_extra_usage_enabled", "hasExtraUsageEnabled"),
+}
 
 
 @hides_locals
 class Credentials(_Value):
-    """The result of a login; lifetimes are moments of this machine's clock."""
+    """The result of a login, and the ``scopes`` that were granted.
+
+    ``refresh_token`` works once: the answer to a refresh brings its successor.
+    ``expires_at`` is in seconds since the epoch by this machine's clock, or None if
+    unknown; so is ``refresh_token_expires_at``, when the login itself ends, refreshed
+    or not.  ``client_id`` is the program that the tokens were issued to, and that must
+    refresh them; ``api_key``, on the Console path, a permanent key of the organization.
+    """
 
     _secret = ("access_token", "refresh_token", "api_key")
 
     access_token: str
     refresh_token: str | None = None
-    """Works once: the answer to a refresh brings its successor."""
     expires_at: float | None = None
-    """Seconds since the epoch, or None if unknown."""
     scopes: tuple[str, ...] = ()
-    """As granted."""
     subscription_type: str | None = None
     rate_limit_tier: str | None = None
     refresh_token_expires_at: float | None = None
-    """Seconds since the epoch: the login itself ends then, refreshed or not."""
     client_id: str | None = None
-    """The program that the tokens were issued to, and that must refresh them."""
     api_key: str | None = None
-    """On the Console path: a permanent key of the organization."""
 
     @property
     def is_claude_ai(self) -> bool:
@@ -725,7 +699,10 @@ class Credentials(_Value):
 
 @hides_locals
 class Profile(_Value):
-    """The account and organization of a login.  Times are ISO 8601, as received."""
+    """The account and organization of a login.  Times are ISO 8601, as received.
+
+    ``subscription_type`` is None for a kind of organization that is not known here.
+    """
 
     account_uuid: str
     email: str | None = None
@@ -734,7 +711,6 @@ class Profile(_Value):
     organization_uuid: str | None = None
     organization_name: str | None = None
     subscription_type: str | None = None
-    """max, pro, team, enterprise; None for a kind of organization not known here."""
     rate_limit_tier: str | None = None
     billing_type: str | None = None
     subscription_created_at: str | None = None
@@ -747,19 +723,19 @@ class Profile(_Value):
         Raises:
             BadAnswer: It names no account.
         """
-        found: dict[str, Any] = {
-            name: read(_object(answer.get(part)).get(key))
-            for name, (part, key, _stored, read) in _PROFILE_FIELDS.items()
-        }
-        if not found["account_uuid"]:
+        found: dict[str, Any] = {}
+        for name, (key, _stored) in _PROFILE_FIELDS.items():
+            part = "account" if name in _ACCOUNT_FIELDS else "organization"
+            found[name] = _text_or_flag(_object(answer.get(part)).get(key))
+        if not _text(found["account_uuid"]):
             raise BadAnswer("account.uuid")
         plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
         return cls(**{**found, "subscription_type": plan})
 
     def to_record(self) -> dict[str, object]:
         """Return the part for account.json; plan and tier stay with the credential."""
-        fields = ((name, row[2]) for name, row in _PROFILE_FIELDS.items())
-        return {key: getattr(self, name) for name, key in fields if key}
+        fields = _PROFILE_FIELDS.items()
+        return {key: getattr(self, name) for name, (_, key) in fields if key}
 
     @classmethod
     def from_record(
@@ -767,9 +743,11 @@ class Profile(_Value):
     ) -> Profile | None:
         """Read the part from account.json, with plan and tier from the credential."""
         found: dict[str, Any] = {
-            name: read(record.get(key)) if key else getattr(credentials, name, None)
-            for name, (_part, _key, key, read) in _PROFILE_FIELDS.items()
+            name: _text_or_flag(record[key]) if key in record else None
+            for name, (_, key) in _PROFILE_FIELDS.items()
         }
+        for name in ("subscription_type", "rate_limit_tier"):
+            found[name] = getattr(credentials, name, None)
         return cls(**found) if found["account_uuid"] else None
 
 
@@ -960,9 +938,7 @@ def error_of_answer(
         text = "the server is limiting requests"
     elif status >= 500:
         text = f"the server is out of order ({status})"
-    elif 300 <= status < 400:
-        text = f"the server redirects the request ({status}), which is not followed"
-    elif code in _PASSING_CODES:
+    elif status < 400 or code in _PASSING_CODES:
         text = f"the answer ({status}) is not the service's; a proxy may stand between"
     else:
         return TokenRefused(code, details or None, status)
@@ -970,11 +946,11 @@ def error_of_answer(
     return Unavailable(f"{text}; try again later", retry_after, status)
 
 
+# Error codes that say nothing about the grant, whatever the status.
 _PASSING_CODES: Final = (
     *("", "temporarily_unavailable", "server_error", "rate_limit_error"),
     *("overloaded_error", "api_error", "timeout_error"),
 )
-"""Error codes that say nothing about the grant, whatever the status."""
 
 
 @hides_locals
@@ -1036,9 +1012,8 @@ def describe_moment(moment: float | None) -> str | None:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(known))
 
 
+# The loopback redirect's path; the server takes any port, but no other path.
 CALLBACK_PATH: Final = "/callback"
-"""The loopback redirect's path; the server takes any port, but no other path."""
-
 PASTE_REFUSALS: Final = (
     ("^$", "nothing was pasted"),
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
@@ -1264,9 +1239,6 @@ main { background: Canvas; font: 1.0625rem/1.55 system-ui; text-align: center;
   max-width: 30rem; margin: 25vh auto; }
 p { white-space: pre-line; overflow-wrap: anywhere; }
 .mark { font-size: 2.5rem; margin: 0; }
-.success { color: light-dark(#17663a, #6fd39b); }
-.failure { color: light-dark(#a3261b, #ff9b8f); }
-.denied { color: light-dark(#7a4b00, #f0bd6a); }
 """
 
 
