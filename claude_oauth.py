@@ -375,10 +375,8 @@ class _Value:
         fields = {name: getattr(cls, name) for name in names if hasattr(cls, name)}
         fields.update(given)
         if len(given) < len(values) + len(named) or fields.keys() != names.keys():
-            raise TypeError(
-                f"{cls.__name__} takes {', '.join(names)};"
-                f" it got {len(values)} values and {sorted(named)}"
-            )
+            got = f"it got {len(values)} values and {sorted(named)}"
+            raise TypeError(f"{cls.__name__} takes {', '.join(names)}; {got}")
         for name in names:
             value = fields[name]
             self.__dict__[name] = tuple(value) if isinstance(value, list) else value
@@ -420,8 +418,7 @@ class OAuthConfig(_Value):
     seconds to connect, and to answer.
 
     Raises:
-        ConfigError: The User-Agent or the time limit is unusable, or an endpoint is not
-            https; plain http is for loopback hosts alone.
+        ConfigError: A setting is unusable, or an endpoint not https (or loopback).
     """
 
     client_id: str
@@ -438,11 +435,7 @@ class OAuthConfig(_Value):
 
     @classmethod
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
-        """Return the settings for a server that has every endpoint at one origin.
-
-        Raises:
-            ConfigError: The origin is not ``https://host:port`` (or loopback http).
-        """
+        """Return the settings for a server that has every endpoint at one origin."""
         origin = origin.rstrip("/")
         if origin.count("/") != 2 or "?" in origin or "#" in origin:
             raise ConfigError("a server is given as https://host:port, without a path")
@@ -456,10 +449,7 @@ class OAuthConfig(_Value):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> OAuthConfig:
-        """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say.
-
-        Raises what `for_server` does.
-        """
+        """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say."""
         client_id = setting("CLAUDE_OAUTH_CLIENT_ID", environ)
         server = setting("CLAUDE_OAUTH_SERVER", environ)
         return cls.for_server(server, client_id=client_id) if server else cls(client_id)
@@ -506,13 +496,10 @@ def may_carry_token(url: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address can only mean this machine.
-
-    Not ``localhost.``: the resolver may send a name with a final dot elsewhere.
-    """
+    """Tell whether a host name or address can only mean this machine."""
     import ipaddress
 
-    try:
+    try:  # not ``localhost.``: a resolver may send a name with a final dot elsewhere
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
@@ -521,9 +508,6 @@ def is_loopback(host: str) -> bool:
 def is_header_safe(token: str) -> bool:
     """Tell whether a token can stand in a header: printable ASCII without a blank."""
     return bool(token) and token.isascii() and token.isprintable() and " " not in token
-
-
-# Readers of one field; a value that is malformed counts as unknown: None.
 
 
 def _text(value: object) -> str | None:
@@ -644,21 +628,18 @@ class Credentials(_Value):
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> Credentials:
-        """Read a stored JSON object.  Fields other than the tokens may have any type.
+        """Read a stored JSON object.  Malformed fields beside the tokens are unknown.
 
         Raises:
-            StorageCorrupt: A token has the wrong type, or no header can carry it; the
-                text names the field.
+            StorageCorrupt: A token has the wrong type, or no header can carry it.
         """
-        tokens = _object(record.get("claudeAiOauth"))
-        stored = {**tokens, "consoleApiKey": record.get("consoleApiKey")}
-        found: dict[str, Any] = {
-            name: read(stored.get(key)) for name, (key, read) in _RECORD_FIELDS.items()
-        }
-        for name in cls._secret:
-            key = _RECORD_FIELDS[name][0]
+        key = record.get("consoleApiKey")
+        stored = {**_object(record.get("claudeAiOauth")), "consoleApiKey": key}
+        found: dict[str, Any] = {}
+        for name, (key, read) in _RECORD_FIELDS.items():
+            found[name] = read(stored.get(key))
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
-            if is_needed and found[name] is None:
+            if name in cls._secret and is_needed and found[name] is None:
                 raise StorageCorrupt(
                     f"the stored record is damaged: {key} is missing or malformed (in"
                     " claudeAiOauth or beside it); move it away and log in again"
@@ -686,14 +667,14 @@ class Credentials(_Value):
             raise BadAnswer("token_type", "is not bearer")
         base = previous or cls(access_token)
         lifetime = _lifetime(answer.get("expires_in")) or DEFAULT_LIFETIME
-        login_lifetime = _lifetime(answer.get("refresh_token_expires_in"))
-        if login_lifetime:
-            base = base.replace(refresh_token_expires_at=received_at + login_lifetime)
+        left = _lifetime(answer.get("refresh_token_expires_in"))
+        ends_at = received_at + left if left else base.refresh_token_expires_at
         return base.replace(
             access_token=access_token,
             refresh_token=_text(answer.get("refresh_token")) or base.refresh_token,
             expires_at=received_at + lifetime,
             scopes=_scopes(answer.get("scope")) or base.scopes,
+            refresh_token_expires_at=ends_at,
         )
 
 
@@ -779,7 +760,6 @@ def generate_state() -> str:
 
 
 # -- Messages --------------------------------------------------------------------------
-# Pure functions that build and parse messages, without I/O.
 
 
 def parse_json_object(
@@ -809,11 +789,7 @@ def dump_json(obj: object) -> str:
 
 
 def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) -> str:
-    """Return untrusted text as one line that is safe to print.
-
-    Control, direction and zero-width characters are removed; ``secrets``, and anything
-    that looks like one of the service's tokens, are replaced.
-    """
+    """Return untrusted text as one printable line, without ``secrets`` and tokens."""
     import re
 
     line = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
@@ -829,7 +805,7 @@ def read_answer(
 ) -> dict[str, object]:
     """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    The grant is spent already, so a defect elsewhere must not lose the tokens.
+    The grant is spent already: a defect elsewhere must not lose the tokens.
 
     Raises:
         BadAnswer: It is JSON, but not an object.
@@ -864,13 +840,10 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
-    """Return the granted scopes, and the wanted ones that a refresh may add.
-
-    Empty if the granted scopes are unknown: a guess could narrow the token.
-    """
+    """Return the granted scopes, and the wanted ones that a refresh may add."""
     granted = tuple(granted)
     added = (s for s in wanted if s in ALLOWED_SCOPE_EXPANSIONS and s not in granted)
-    return (*granted, *added) if granted else ()
+    return (*granted, *added) if granted else ()  # a guess could narrow the token
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
@@ -894,10 +867,9 @@ def parse_retry_after(value: str | None, *, now: float) -> float | None:
 def seconds_to_wait(
     status: int, asked_for: float | None, *, failures: int, chance: float
 ) -> float:
-    """Return the seconds to pause after a 429 or a 5xx.
+    """Return the seconds to pause after a 429 or a 5xx; each failure doubles them.
 
-    Without the server's own number they double with each failure in a row.  ``chance``
-    is random, 0 to 1: it keeps many machines from returning at once.
+    ``chance`` is random, 0 to 1: it keeps many machines from returning at once.
     """
     floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
     seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
@@ -923,17 +895,14 @@ def error_of_answer(
         )
     answer = _object(parse_json_object(body, lenient=True))
     error = _object(answer.get("error"))
-
-    def first_text(*found: object, limit: int) -> str:
-        return printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
-
     codes = (answer.get("error"), error.get("type"), error.get("code"))
-    code = first_text(*codes, limit=60)
-    texts = (answer.get("error_description"), error.get("message"))
-    details = first_text(*texts, answer.get("message"), limit=200)
-    if request_id:
-        details += f"; request {first_text(request_id, limit=80)}"
-    details = details.lstrip("; ")
+    told = answer.get("error_description"), error.get("message")
+    texts = (*told, answer.get("message"))
+    code, details, request = (
+        printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
+        for found, limit in ((codes, 60), (texts, 200), ((request_id,), 80))
+    )
+    details = "; ".join(filter(None, (details, request and f"request {request}")))
     if status == 429:
         text = "the server is limiting requests"
     elif status >= 500:
@@ -955,10 +924,7 @@ _PASSING_CODES: Final = (
 
 @hides_locals
 def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored record with our part replaced.
-
-    The keys of other programs stay, at the top and inside.
-    """
+    """Return a stored record with our part replaced; keys of other programs stay."""
     own_keys = {key for key, _read in _RECORD_FIELDS.values()}
     tokens = _object(stored.get("claudeAiOauth"))
     foreign = {key: tokens[key] for key in tokens if key not in own_keys}
@@ -971,8 +937,7 @@ def clean_token(value: str) -> str:
     """Return a token from the environment without the blanks around it.
 
     Raises:
-        ConfigError: It is not a ``b64token`` (RFC 6750 section 2.1) but a quoted one,
-            an assignment, JSON or a placeholder.
+        ConfigError: It is no ``b64token``.  Source: RFC 6750 section 2.1.
     """
     import re
 
@@ -983,12 +948,10 @@ def clean_token(value: str) -> str:
 
 
 def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
-    """Return a hash that identifies a token or key without revealing it.
-
-    Another client or server may judge the token differently, so they are included.
-    """
+    """Return a hash that identifies a token or key without revealing it."""
     import hashlib
 
+    # Another client or server may judge the token differently.
     data = "\0".join(("claude-oauth refused", token_url, client_id, refresh_token))
     return hashlib.sha256(data.encode(errors="backslashreplace")).hexdigest()
 
@@ -996,12 +959,11 @@ def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
 def describe_seconds(seconds: float) -> str:
     """Return a duration as text: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
     whole = max(int(min(seconds, 1e15)), 0)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min" if minutes else f"{whole} s"
+    if whole >= 86400:
+        return f"{whole // 86400} d {whole // 3600 % 24} h"
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole // 60 % 60} min"
+    return f"{whole // 60} min" if whole >= 60 else f"{whole} s"
 
 
 def describe_moment(moment: float | None) -> str | None:
@@ -1081,12 +1043,12 @@ def parse_callback(query: str, *, state: str) -> str:
 def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
     """Return the code in what a person pasted: `code#state`, a code, or the address.
 
-    Terminals, mail programs and people add to it.  Where the state is there it vouches
-    for the code beside it; a code without a state has to look like one.
+    Terminals, mail programs and people add to it.  The state vouches for the code
+    beside it; a code without a state has to look like one.
 
     Raises:
         LoginDenied: The address says ``error=``, with the right state.
-        ValueError: It is none of these; says what it is, for a person.
+        ValueError: It is none of these; says why, for a person.
     """
     import re
 
@@ -1190,8 +1152,9 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
 def success_page(account: str | None) -> str:
     """Return the page after a login; `account` is a name for the person, or None."""
     known = printable(account or "")
-    who = f"You are signed in as {known}." if known else "You are signed in."
-    return result_page("success", "Signed in", f"{who}\nYou can close this window.")
+    who = f" as {known}" if known else ""
+    text = f"You are signed in{who}.\nYou can close this window."
+    return result_page("\u2713", "Signed in", text)
 
 
 def failure_page(reason: str) -> str:
@@ -1199,35 +1162,34 @@ def failure_page(reason: str) -> str:
     reason = printable(reason, limit=400)
     reason = reason[:1].upper() + reason[1:]
     text = f"{reason}.\nClose this window and see the terminal."
-    return result_page("failure", "Sign-in failed", text)
+    return result_page("!", "Sign-in failed", text)
 
 
 def denied_page() -> str:
     """Return the page after the server's, or the person's, no."""
     hint = "If that was a mistake, close this window and try again."
     text = f"Nothing was stored.\n{hint}"
-    return result_page("denied", "Access was not granted", text)
+    return result_page("\u2715", "Access was not granted", text)
 
 
 def stray_page(reason: str) -> str:
     """Return the page for a request that is not what the login waits for, and why."""
     text = f"A sign-in is waiting here for something else: {reason}.\n"
     text += "Go back to the terminal, and open the address that it shows."
-    return result_page("failure", "Nothing to see here", text)
+    return result_page("!", "Nothing to see here", text)
 
 
-def result_page(kind: str, title: str, text: str) -> str:
+def result_page(mark: str, title: str, text: str) -> str:
     """Return a whole HTML page without script or outside resource; text is escaped."""
     import html
 
-    mark = {"success": "\u2713", "failure": "!", "denied": "\u2715"}[kind]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
-<main><p class="mark {kind}" aria-hidden="true">{mark}</p>
+<main><p class="mark" aria-hidden="true">{mark}</p>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(text)}</p></main>
 """
