@@ -168,8 +168,7 @@ MAX_PASTE_CHARS: Final = 4096  # no code or address is longer
 class ClaudeOAuthError(Exception):
     """Any error of this module; ``str()`` says what is wrong and what to do.
 
-    No secret, request or response is in an error or in its chain.  The arguments are
-    the facts, in order, so that an error survives pickle and copy.
+    No secret, request or response is in it or its chain; it survives pickle and copy.
     """
 
 
@@ -274,18 +273,16 @@ class StorageCorrupt(StorageError):
 def hides_locals(subject: _T) -> _T:
     """Keep secrets out of tracebacks: of a function, or a class's public methods.
 
-    Error trackers record the local variables of each frame.  When an exception leaves
-    the function, those of the frames below are cleared, in its causes and contexts too;
-    function names and line numbers stay.
+    Error trackers record the local variables of each frame.  Those of the frames below
+    are cleared when an exception leaves, in its causes and contexts too.
     """
     function: Any = subject
     if isinstance(function, type):
         for name, member in list(vars(function).items()):
-            if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
-                continue
-            if isinstance(member, types.FunctionType):
+            is_open = name[0] != "_" or name in ("__init__", "__call__", "__enter__")
+            if is_open and isinstance(member, types.FunctionType):
                 setattr(function, name, hides_locals(member))
-            elif isinstance(member, classmethod):
+            elif is_open and isinstance(member, classmethod):
                 setattr(function, name, classmethod(hides_locals(member.__func__)))
         return subject
 
@@ -338,11 +335,7 @@ def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def import_package(name: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        ConfigError: The package is missing, or it is there and cannot be imported.
-    """
+    """Import a module of an optional package; ConfigError if it cannot be."""
     from importlib import import_module
 
     package = name.partition(".")[0]
@@ -361,11 +354,9 @@ def import_package(name: str) -> Any:
 @hides_locals
 @dataclass_transform(frozen_default=True)
 class _Value:
-    """A frozen record whose annotations are its fields, in order.
+    """A frozen record with its annotations as fields, in order: a small dataclass."""
 
-    A small dataclass: importing `dataclasses` takes longer than starting Python.
-    """
-
+    # Importing `dataclasses` takes longer than starting Python.
     _secret: ClassVar[tuple[str, ...]] = ()  # the fields that repr does not show
 
     def __init__(self, *values: Any, **named: Any) -> None:
@@ -591,11 +582,9 @@ _PROFILE_FIELDS: Final = {
 class Credentials(_Value):
     """The result of a login, and the ``scopes`` that were granted.
 
-    ``refresh_token`` works once: the answer to a refresh brings its successor.
-    ``expires_at`` is in seconds since the epoch by this machine's clock, or None if
-    unknown; so is ``refresh_token_expires_at``, when the login itself ends, refreshed
-    or not.  ``client_id`` is the program that the tokens were issued to, and that must
-    refresh them; ``api_key``, on the Console path, a permanent key of the organization.
+    Times are seconds since the epoch by this machine's clock, None if unknown; at
+    ``refresh_token_expires_at`` the login itself ends.  ``refresh_token`` works once,
+    for the program ``client_id``; ``api_key`` is the organization's permanent one.
     """
 
     _secret = ("access_token", "refresh_token", "api_key")
@@ -652,8 +641,8 @@ class Credentials(_Value):
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        A field that is missing keeps its value, and an unusable lifetime counts as
-        3600 s: the refresh token is spent already.  Source: RFC 6749 section 5.1.
+        Beside the access token anything may be missing or malformed: the refresh token
+        is spent already.  Source: RFC 6749 section 5.1.
 
         Raises:
             BadAnswer: It has no usable access token.
@@ -699,11 +688,7 @@ class Profile(_Value):
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, object]) -> Profile:
-        """Read the profile endpoint's answer.
-
-        Raises:
-            BadAnswer: It names no account.
-        """
+        """Read the profile endpoint's answer; BadAnswer if it names no account."""
         found: dict[str, Any] = {}
         for name, (key, _stored) in _PROFILE_FIELDS.items():
             part = "account" if name in _ACCOUNT_FIELDS else "organization"
@@ -736,10 +721,7 @@ class Profile(_Value):
 
 
 def generate_code_verifier() -> str:
-    """Return a new code verifier: 32 random bytes, 43 characters.
-
-    Use it for one login, and never store it.  Source: RFC 7636 section 4.1.
-    """
+    """Return a code verifier for one login: 43 characters.  Source: RFC 7636, 4.1."""
     import secrets
 
     return secrets.token_urlsafe(32)
@@ -771,8 +753,7 @@ def parse_json_object(
     """
     import json
 
-    # A JSONDecodeError carries the whole text, tokens included, so it is caught here.
-    try:
+    try:  # a JSONDecodeError carries the whole text, tokens included
         encoding = json.detect_encoding(data)
         text = data.decode(encoding, "replace" if lenient else "surrogatepass")
         found = json.loads(text, strict=not lenient)
@@ -847,10 +828,7 @@ def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[st
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
-    """Return a Retry-After header in seconds, None if malformed or not in the future.
-
-    Source: RFC 9110 section 10.2.3.
-    """
+    """Return the seconds that a Retry-After header asks for, None if there are none."""
     from email.utils import parsedate_to_datetime
 
     text = (value or "").strip()
@@ -886,8 +864,7 @@ def error_of_answer(
 ) -> ClaudeOAuthError:
     """Return the error for an answer, without the secrets that it may quote.
 
-    Both envelopes are read: RFC 6749 section 5.2's, and the API's
-    ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
+    RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
     """
     if status == 403 and b"error code: 1010" in body:
         return ConfigError(
@@ -1015,7 +992,7 @@ def parse_callback(query: str, *, state: str) -> str:
 
     Raises:
         LoginDenied: The server says ``error=``, with the right state.
-        ValueError: It is not the answer that is waited for; says why, for a person.
+        ValueError: It is another answer; says why, for a person.
 
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
@@ -1072,10 +1049,7 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
 
 
 def _clean_paste(text: str, state: str) -> str:
-    """Return a paste as words with one blank or line end between.
-
-    The state is in one piece, and behind a ``#`` where it is not a parameter.
-    """
+    """Return the words of a paste, and the state behind a ``#`` or as a parameter."""
     import html
     import re
     import unicodedata
@@ -1130,13 +1104,12 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     near = "(?:(?!://).)*?"  # a line break may be in it
     name = r"\b(?:code|error|state)="
     found = re.search(rf"(?s)(?:https?://{near}|\S*){name}{near}{name}\S*", text)
-    address = "".join((found[0] if found else text).split())
-    behind = text[found.start() if found else 0 :].partition("code=")[2]
+    start, end = found.span() if found else (0, len(text))
+    address = "".join(text[start:end].split())
+    behind = text[start:].partition("code=")[2]
     if re.search("[?&]code=[^&]*$", address) and re.search(r"\s", behind):
         raise ValueError("the code in that address is cut: copy the address alone")
-    page, _, query = address.partition("?")
-    if re.match(r"&?\w+=", page):  # what follows the question mark, alone
-        page, query = "", page.lstrip("&")
+    page, _, query = address.rpartition("?")
     # Browsers hide the scheme; some leave it out of what is copied.
     manual = re.escape(re.sub("(?i)^https?://", "", manual_uri))
     loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\]):(\d{{1,5}}){CALLBACK_PATH}"
