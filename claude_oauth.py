@@ -786,12 +786,8 @@ def read_answer(
 ) -> dict[str, object]:
     """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    The grant is spent already: a defect elsewhere must not lose the tokens.
-
-    Raises:
-        BadAnswer: It is JSON, but not an object.
-        Unavailable: It is not the service's.
-        TokenRefused: It has an ``error`` instead of the field.
+    The grant is spent already: a defect elsewhere must not lose the tokens.  Without
+    the field, an ``error`` in it counts as it does with another status.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
@@ -866,10 +862,9 @@ def error_of_answer(
 
     RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
     """
-    if status == 403 and b"error code: 1010" in body:
-        return ConfigError(
-            "the edge refuses this User-Agent; set user_agent to name your program"
-        )
+    if b"error code: 1010" in body:
+        problem = "the edge refuses this User-Agent"
+        return ConfigError(f"{problem}; set user_agent to name your program")
     answer = _object(parse_json_object(body, lenient=True))
     error = _object(answer.get("error"))
     codes = (answer.get("error"), error.get("type"), error.get("code"))
@@ -884,7 +879,7 @@ def error_of_answer(
         text = "the server is limiting requests"
     elif status >= 500:
         text = f"the server is out of order ({status})"
-    elif status < 400 or code in _PASSING_CODES:
+    elif code in _PASSING_CODES:
         text = f"the answer ({status}) is not the service's; a proxy may stand between"
     else:
         return TokenRefused(code, details or None, status)
@@ -911,14 +906,10 @@ def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str
 
 @hides_locals
 def clean_token(value: str) -> str:
-    """Return a token from the environment without the blanks around it.
-
-    Raises:
-        ConfigError: It is no ``b64token``.  Source: RFC 6750 section 2.1.
-    """
+    """Return a token without the blanks around it; ConfigError if it is none."""
     import re
 
-    token = value.strip()
+    token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
     if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
         raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
@@ -988,12 +979,9 @@ class GrantedCode(_Value):
 
 
 def parse_callback(query: str, *, state: str) -> str:
-    """Return the code of a callback's query.
+    """Return the code of a callback's query; LoginDenied if it says ``error=``.
 
-    Raises:
-        LoginDenied: The server says ``error=``, with the right state.
-        ValueError: It is another answer; says why, for a person.
-
+    Any other answer is a ValueError, which says why, for a person.
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
     import hmac
@@ -1021,11 +1009,8 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
     """Return the code in what a person pasted: `code#state`, a code, or the address.
 
     Terminals, mail programs and people add to it.  The state vouches for the code
-    beside it; a code without a state has to look like one.
-
-    Raises:
-        LoginDenied: The address says ``error=``, with the right state.
-        ValueError: It is none of these; says why, for a person.
+    beside it; a code without a state has to look like one.  Raises what
+    `parse_callback` does.
     """
     import re
 
@@ -1090,8 +1075,8 @@ def _parse_pasted_code(text: str, state: str) -> str:
     code = re.fullmatch(pattern, text)
     pieces = code[1].split() if code else [""]
     joined = "".join(pieces)
-    # The last piece of a broken code is hardly ever as long as the first.
-    is_two = pieces[1:] and len(pieces[0]) == len(pieces[-1]) >= 32
+    # Codes are as long as each other; the halves of a broken one hardly ever are.
+    is_two = len(joined) == 2 * len(pieces[0]) >= 64
     if is_two or state in joined or not re.fullmatch(_CODE, joined):
         raise ValueError("that is not a code")
     return joined
