@@ -714,7 +714,7 @@ class Profile(_Value):
         }
         for name in ("subscription_type", "rate_limit_tier"):
             found[name] = getattr(credentials, name, None)
-        return cls(**found) if found["account_uuid"] else None
+        return cls(**found) if _text(found["account_uuid"]) else None
 
 
 # -- PKCE ------------------------------------------------------------------------------
