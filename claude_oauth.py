@@ -107,11 +107,10 @@ CONSOLE_AUTHORIZE_URL: Final = "https://platform.claude.com/oauth/authorize"
 TOKEN_URL: Final = "https://platform.claude.com/v1/oauth/token"
 PROFILE_URL: Final = "https://api.anthropic.com/api/oauth/profile"
 API_KEY_URL: Final = "https://api.anthropic.com/api/oauth/claude_cli/create_api_key"
+# Seen at logout.  Source: six independent public programs.
 REVOKE_URL: Final = "https://platform.claude.com/v1/oauth/token/revoke"
-"""Seen at logout.  Source: six independent public programs."""
-
+# Shows ``code#state`` to copy, where the browser cannot reach the loopback.
 MANUAL_REDIRECT_URI: Final = "https://platform.claude.com/oauth/code/callback"
-"""Shows ``code#state`` to copy, where the browser cannot reach the loopback."""
 
 SCOPE_ORG_CREATE_API_KEY: Final = "org:create_api_key"
 SCOPE_USER_PROFILE: Final = "user:profile"
@@ -120,74 +119,48 @@ SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
 SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
-ALLOWED_SCOPE_EXPANSIONS: Final = (
-    SCOPE_USER_SESSIONS_CLAUDE_CODE,
-    SCOPE_USER_MCP_SERVERS,
-    SCOPE_USER_FILE_UPLOAD,
+ALL_SCOPES: Final = (
+    *(SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE, SCOPE_USER_INFERENCE),
+    *(SCOPE_USER_SESSIONS_CLAUDE_CODE, SCOPE_USER_MCP_SERVERS, SCOPE_USER_FILE_UPLOAD),
 )
-"""Scopes that a refresh may add to an older login, without a new login."""
-
-CONSOLE_SCOPES: Final = (SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE)
-ALL_SCOPES: Final = (*CONSOLE_SCOPES, SCOPE_USER_INFERENCE, *ALLOWED_SCOPE_EXPANSIONS)
 """Both paths ask for these; the server grants those that fit the account."""
-
+CONSOLE_SCOPES: Final = ALL_SCOPES[:2]
 CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
 """A Claude.ai subscriber's: all but the one for Console API keys."""
+ALLOWED_SCOPE_EXPANSIONS: Final = ALL_SCOPES[3:]
+"""Scopes that a refresh may add to an older login, without a new login."""
 
 SUBSCRIPTION_TYPES: Final = {
-    "claude_max": "max",
-    "claude_pro": "pro",
-    "claude_team": "team",
-    "claude_enterprise": "enterprise",
+    "claude_" + plan: plan for plan in ("max", "pro", "team", "enterprise")
 }
 """The credential's subscription type for each organization_type of the profile."""
 
+# The anthropic-beta header that the API requires with an OAuth token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
-"""The anthropic-beta header that the API requires with an OAuth token."""
-
-REFRESH_BUFFER: Final = 300
-"""Seconds before expiry from which a token is refreshed while it is still served."""
-DEFAULT_LIFETIME: Final = 3600.0
-"""Seconds that a token lives if the answer has no usable expires_in."""
-MAX_LIFETIME: Final = 366 * 86400.0
-"""Seconds; a longer lifetime in an answer is a mistake, and counts as malformed."""
-LOGIN_END_WARNING: Final = 3 * 86400.0
-"""Seconds before the end of the login itself (30 days) from which `status` warns."""
-
-LOGIN_TIMEOUT: Final = 300.0
-"""Seconds for a person to sign in."""
-REQUEST_TIMEOUT: Final = 30.0
-"""Seconds to connect, and to answer.  Under 15 s, slow proxies fail."""
-MAX_REQUEST_TIMEOUT: Final = 86400.0
-"""Seconds; far longer ones exceed the system's own limits."""
-LOOK_INTERVAL: Final = 0.5
-"""Seconds for which a token is handed out before the store is looked at again."""
-SLOW_FAILURE: Final = 0.1
-"""Seconds; a store that took longer to fail is not asked again for some time."""
-LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT
-"""Seconds to wait for a refresh elsewhere: as long as one request may take there."""
-PUT_OFF: Final = 30.0
-"""Seconds until the next try when a refresh failed and the token is still alive."""
-SHORT_WAIT: Final = 2.0
-"""Seconds; when the token has expired, a pause up to this is waited out."""
-WAIT_FLOOR: Final = 1.0
-"""Seconds; no pause after a 5xx is shorter, and without Retry-After it doubles."""
-RATE_LIMIT_FLOOR: Final = 30.0
-"""Seconds to pause after a 429 that names none or 0; asking sooner prolongs it."""
-WAIT_CEILING: Final = 3600.0
-"""Seconds; a longer Retry-After counts as this."""
-FLUSH_TIMEOUT: Final = 5.0
-"""Seconds that a logout gives to telemetry, and then to revocation."""
-
-MAX_ANSWER_BYTES: Final = 1 << 20
-"""Far more than any answer of the service; the rest is not read."""
-MAX_FILE_BYTES: Final = 1 << 20
-"""No credential file is larger."""
-MAX_PASTE_CHARS: Final = 4096
-"""No code or address is longer."""
-
+# The edge refuses an empty one, and those of scripting libraries.
 USER_AGENT: Final = "claude-oauth-py/" + __version__
-"""The edge refuses an empty one, and those of scripting libraries."""
+
+# Seconds.
+REFRESH_BUFFER: Final = 300  # before expiry: a token is refreshed, and still served
+DEFAULT_LIFETIME: Final = 3600.0  # of a token, if the answer has no usable expires_in
+MAX_LIFETIME: Final = 366 * 86400.0  # a longer one in an answer counts as malformed
+LOGIN_END_WARNING: Final = 3 * 86400.0  # before the login itself ends: `status` warns
+LOGIN_TIMEOUT: Final = 300.0  # for a person to sign in
+REQUEST_TIMEOUT: Final = 30.0  # to connect, and to answer; under 15, slow proxies fail
+MAX_REQUEST_TIMEOUT: Final = 86400.0  # far longer ones exceed the system's own limits
+LOOK_INTERVAL: Final = 0.5  # a token is served so long without a look at the store
+SLOW_FAILURE: Final = 0.1  # a store that takes longer to fail is left alone for a time
+LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT  # as long as one request may take elsewhere
+PUT_OFF: Final = 30.0  # to the next try, if a refresh fails while the token is alive
+SHORT_WAIT: Final = 2.0  # once the token has expired, a pause up to this is waited out
+WAIT_FLOOR: Final = 1.0  # after a 5xx at least; without Retry-After it doubles
+RATE_LIMIT_FLOOR: Final = 30.0  # after a 429 that names none; asking sooner prolongs it
+WAIT_CEILING: Final = 3600.0  # a longer Retry-After counts as this
+FLUSH_TIMEOUT: Final = 5.0  # that a logout gives to telemetry, and then to revocation
+
+MAX_ANSWER_BYTES: Final = 1 << 20  # far more than any answer; the rest is not read
+MAX_FILE_BYTES: Final = 1 << 20  # no credential file is larger
+MAX_PASTE_CHARS: Final = 4096  # no code or address is longer
 
 
 # -- Errors ----------------------------------------------------------------------------
@@ -196,8 +169,7 @@ USER_AGENT: Final = "claude-oauth-py/" + __version__
 class ClaudeOAuthError(Exception):
     """Any error of this module; ``str()`` says what is wrong and what to do.
 
-    No secret, request or response is in an error or in its chain.  The arguments are
-    the facts, in order, so that an error survives pickle and copy.
+    No secret, request or response is in it or its chain; it survives pickle and copy.
     """
 
 
@@ -208,9 +180,7 @@ class ConfigError(ClaudeOAuthError):
 class NotLoggedIn(ClaudeOAuthError):
     """There is no credential: log in."""
 
-    def __init__(
-        self, message: str = "not logged in; run `claude-oauth login`"
-    ) -> None:
+    def __init__(self, message: str = "not logged in; run `claude-oauth login`"):
         super().__init__(message)
 
 
@@ -227,8 +197,7 @@ class LoginDenied(LoginError):
 
     def __init__(self, code: str, description: str | None = None) -> None:
         super().__init__(code, description)
-        self.code = code
-        self.description = description
+        self.code, self.description = code, description
 
     def __str__(self) -> str:
         reason = ": ".join(filter(None, (self.code, self.description)))
@@ -254,9 +223,7 @@ class TokenRefused(ClaudeOAuthError):
         self, code: str, description: str | None = None, status: int | None = None
     ) -> None:
         super().__init__(code, description, status)
-        self.code = code
-        self.description = description
-        self.status = status
+        self.code, self.description, self.status = code, description, status
 
     def __str__(self) -> str:
         reason = ": ".join(filter(None, (self.code, self.description)))
@@ -275,8 +242,7 @@ class Unavailable(ClaudeOAuthError):
         self, message: str, retry_after: float | None = None, status: int | None = None
     ) -> None:
         super().__init__(message, retry_after, status)
-        self.retry_after = retry_after
-        self.status = status
+        self.retry_after, self.status = retry_after, status
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -308,18 +274,16 @@ class StorageCorrupt(StorageError):
 def hides_locals(subject: _T) -> _T:
     """Keep secrets out of tracebacks: of a function, or a class's public methods.
 
-    Error trackers record the local variables of each frame.  When an exception leaves
-    the function, those of the frames below are cleared, in its causes and contexts too;
-    function names and line numbers stay.
+    Error trackers record the local variables of each frame.  Those of the frames below
+    are cleared when an exception leaves, in its causes and contexts too.
     """
     function: Any = subject
     if isinstance(function, type):
         for name, member in list(vars(function).items()):
-            if name[0] == "_" and name not in ("__init__", "__call__", "__enter__"):
-                continue
-            if isinstance(member, types.FunctionType):
+            is_open = name[0] != "_" or name in ("__init__", "__call__", "__enter__")
+            if is_open and isinstance(member, types.FunctionType):
                 setattr(function, name, hides_locals(member))
-            elif isinstance(member, classmethod):
+            elif is_open and isinstance(member, classmethod):
                 setattr(function, name, classmethod(hides_locals(member.__func__)))
         return subject
 
@@ -372,11 +336,7 @@ def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def import_package(name: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        ConfigError: The package is missing, or it is there and cannot be imported.
-    """
+    """Import a module of an optional package; ConfigError if it cannot be."""
     from importlib import import_module
 
     package = name.partition(".")[0]
@@ -395,27 +355,22 @@ def import_package(name: str) -> Any:
 @hides_locals
 @dataclass_transform(frozen_default=True)
 class _Value:
-    """A frozen record whose annotations are its fields, in order.
+    """A frozen record with its annotations as fields, in order: a small dataclass."""
 
-    A small dataclass: importing `dataclasses` takes longer than starting Python.
-    """
-
-    _secret: ClassVar[tuple[str, ...]] = ()
-    """Fields that repr does not show."""
+    # Importing `dataclasses` takes longer than starting Python.
+    _secret: ClassVar[tuple[str, ...]] = ()  # the fields that repr does not show
 
     def __init__(self, *values: Any, **named: Any) -> None:
         cls = type(self)
         names = cls.__annotations__
         given = {**dict(zip(names, values)), **named}
-        needed = {name for name in names if not hasattr(cls, name)}
-        is_clear = len(given) == len(values) + len(named)
-        if not (is_clear and needed <= given.keys() <= names.keys()):
-            raise TypeError(
-                f"{cls.__name__} takes {', '.join(names)};"
-                f" it got {len(values)} values and {sorted(named)}"
-            )
+        fields = {name: getattr(cls, name) for name in names if hasattr(cls, name)}
+        fields.update(given)
+        if len(given) < len(values) + len(named) or fields.keys() != names.keys():
+            got = f"it got {len(values)} values and {sorted(named)}"
+            raise TypeError(f"{cls.__name__} takes {', '.join(names)}; {got}")
         for name in names:
-            value = given.get(name, getattr(cls, name, None))
+            value = fields[name]
             self.__dict__[name] = tuple(value) if isinstance(value, list) else value
         self._validate()
 
@@ -449,13 +404,16 @@ class _Value:
 class OAuthConfig(_Value):
     """Who asks, and where: the client id, the endpoints, the scopes.
 
+    ``client_id`` is the one that the program was issued; only a login needs it.
+    ``revoke_url`` may be None: then a logout revokes nothing.  A program may put its
+    own name into ``user_agent``; this module's stays.  ``timeout`` is the number of
+    seconds to connect, and to answer.
+
     Raises:
-        ConfigError: The User-Agent or the time limit is unusable, or an endpoint is not
-            https; plain http is for loopback hosts alone.
+        ConfigError: A setting is unusable, or an endpoint not https (or loopback).
     """
 
     client_id: str
-    """The one that the program was issued; may be empty except for a login."""
     claude_ai_authorize_url: str = CLAUDE_AI_AUTHORIZE_URL
     console_authorize_url: str = CONSOLE_AUTHORIZE_URL
     token_url: str = TOKEN_URL
@@ -463,20 +421,13 @@ class OAuthConfig(_Value):
     api_key_url: str = API_KEY_URL
     manual_redirect_uri: str = MANUAL_REDIRECT_URI
     revoke_url: str | None = REVOKE_URL
-    """None: nothing is revoked at logout."""
     scopes: tuple[str, ...] = ALL_SCOPES
     user_agent: str = USER_AGENT
-    """A program may put its own name in front; this module's name is kept."""
     timeout: float = REQUEST_TIMEOUT
-    """Seconds to connect, and to answer."""
 
     @classmethod
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
-        """Return the settings for a server that has every endpoint at one origin.
-
-        Raises:
-            ConfigError: The origin is not ``https://host:port`` (or loopback http).
-        """
+        """Return the settings for a server that has every endpoint at one origin."""
         origin = origin.rstrip("/")
         if origin.count("/") != 2 or "?" in origin or "#" in origin:
             raise ConfigError("a server is given as https://host:port, without a path")
@@ -490,36 +441,36 @@ class OAuthConfig(_Value):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> OAuthConfig:
-        """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say.
-
-        Raises what `for_server` does.
-        """
+        """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say."""
         client_id = setting("CLAUDE_OAUTH_CLIENT_ID", environ)
         server = setting("CLAUDE_OAUTH_SERVER", environ)
         return cls.for_server(server, client_id=client_id) if server else cls(client_id)
 
     def _validate(self) -> None:
-        if isinstance(self.scopes, str):
-            raise ConfigError("scopes must be a list of strings, not one string")
-        if not 0 < self.timeout <= MAX_REQUEST_TIMEOUT:
+        agent, timeout = self.user_agent, self.timeout
+        if not isinstance(self.scopes, tuple):
+            raise ConfigError("scopes must be a list of strings")
+        is_number = isinstance(timeout, (int, float))
+        if not is_number or not 0 < timeout <= MAX_REQUEST_TIMEOUT:
             raise ConfigError("timeout must be above 0 seconds and at most a day")
-        if not self.user_agent.isprintable() or not self.user_agent.isascii():
+        is_text = isinstance(agent, str) and agent.isascii() and agent.isprintable()
+        if not is_text:
             raise ConfigError("user_agent must be printable ASCII")
-        for name, url in self.__dict__.items():
-            # The defaults are known to be good, and urllib is slow to import.
-            if name.endswith(("_url", "_uri")) and url != getattr(type(self), name):
-                self._check_endpoint(name, url)
-        own = "" if USER_AGENT in self.user_agent else USER_AGENT
-        self.__dict__["user_agent"] = f"{self.user_agent} {own}".strip()
+        own = "" if USER_AGENT in agent else USER_AGENT
+        self.__dict__["user_agent"] = f"{agent} {own}".strip()
         self.__dict__["client_id"] = (self.client_id or "").strip()
+        self._check_endpoints()
 
-    def _check_endpoint(self, name: str, url: str) -> None:
-        is_left_out = name == "revoke_url" and not url
-        if not is_left_out and (not may_carry_token(url) or "@" in url):
-            raise ConfigError(
-                f"{name} must be a URL like https://host/path, without a password"
-                " (plain http is for loopback alone)"
-            )
+    def _check_endpoints(self) -> None:
+        for name, url in self.__dict__.items():
+            if not name.endswith(("_url", "_uri")) or url == getattr(type(self), name):
+                continue  # a default is known to be good, and urllib slow to import
+            is_left_out = name == "revoke_url" and not url
+            if not is_left_out and (not may_carry_token(url) or "@" in url):
+                raise ConfigError(
+                    f"{name} must be a URL like https://host/path, without a password"
+                    " (plain http is for loopback alone)"
+                )
 
 
 def may_carry_token(url: str) -> bool:
@@ -537,13 +488,10 @@ def may_carry_token(url: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address can only mean this machine.
-
-    Not ``localhost.``: the resolver may send a name with a final dot elsewhere.
-    """
+    """Tell whether a host name or address can only mean this machine."""
     import ipaddress
 
-    try:
+    try:  # not ``localhost.``: a resolver may send a name with a final dot elsewhere
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
@@ -554,11 +502,12 @@ def is_header_safe(token: str) -> bool:
     return bool(token) and token.isascii() and token.isprintable() and " " not in token
 
 
-# Readers of one field; a value that is malformed counts as unknown: None.
-
-
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
+
+
+def _text_or_flag(value: object) -> str | bool | None:
+    return value if isinstance(value, bool) else _text(value)
 
 
 def _header_text(value: object) -> str | None:
@@ -594,9 +543,10 @@ def _scopes(value: object) -> tuple[str, ...]:
     return tuple(filter(_text, value)) if isinstance(value, (list, tuple)) else ()
 
 
+# The keys of a stored record that are this module's.
 RECORD_KEYS: Final = ("claudeAiOauth", "consoleApiKey")
-"""The keys of a stored record that are this module's."""
 
+# The credential's fields: the key in the stored record, and its reader.
 _RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any]]]] = {
     "access_token": ("accessToken", _header_text),
     "refresh_token": ("refreshToken", _text),
@@ -608,56 +558,47 @@ _RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any]]]] = {
     "rate_limit_tier": ("rateLimitTier", _text),
     "client_id": ("clientId", _text),
 }
-"""The credential's fields: the key in the stored record, and its reader."""
 
-_PROFILE_FIELDS: Final[Mapping[str, tuple[str, str, str, Callable[[object], Any]]]] = {
-    "account_uuid": ("account", "uuid", "accountUuid", _text),
-    "email": ("account", "email", "emailAddress", _text),
-    "display_name": ("account", "display_name", "displayName", _text),
-    "account_created_at": ("account", "created_at", "accountCreatedAt", _text),
-    "organization_uuid": ("organization", "uuid", "organizationUuid", _text),
-    "organization_name": ("organization", "name", "organizationName", _text),
-    "subscription_type": ("organization", "organization_type", "", _text),
-    "rate_limit_tier": ("organization", "rate_limit_tier", "", _text),
-    "billing_type": ("organization", "billing_type", "billingType", _text),
-    "subscription_created_at": (
-        "organization",
-        "subscription_created_at",
-        "subscriptionCreatedAt",
-        _text,
-    ),
-    "has_extra_usage_enabled": (
-        "organization",
-        "has_extra_usage_enabled",
-        "hasExtraUsageEnabled",
-        lambda value: value if isinstance(value, bool) else None,
-    ),
+# The profile's fields: the key in the server's answer, and the one in account.json: ""
+# for what stays with the credential.
+_ACCOUNT_FIELDS: Final = {
+    "account_uuid": ("uuid", "accountUuid"),
+    "email": ("email", "emailAddress"),
+    "display_name": ("display_name", "displayName"),
+    "account_created_at": ("created_at", "accountCreatedAt"),
 }
-"""The profile's fields: part and key in the server's answer, the key in account.json
-("" for what stays with the credential), and the reader."""
+_PROFILE_FIELDS: Final = {
+    **_ACCOUNT_FIELDS,
+    "organization_uuid": ("uuid", "organizationUuid"),
+    "organization_name": ("name", "organizationName"),
+    "subscription_type": ("organization_type", ""),
+    "rate_limit_tier": ("rate_limit_tier", ""),
+    "billing_type": ("billing_type", "billingType"),
+    "subscription_created_at": ("subscription_created_at", "subscriptionCreatedAt"),
+    "has_extra_usage_enabled": ("has_extra_usage_enabled", "hasExtraUsageEnabled"),
+}
 
 
 @hides_locals
 class Credentials(_Value):
-    """The result of a login; lifetimes are moments of this machine's clock."""
+    """The result of a login, and the ``scopes`` that were granted.
+
+    Times are seconds since the epoch by this machine's clock, None if unknown; at
+    ``refresh_token_expires_at`` the login itself ends.  ``refresh_token`` works once,
+    for the program ``client_id``; ``api_key`` is the organization's permanent one.
+    """
 
     _secret = ("access_token", "refresh_token", "api_key")
 
     access_token: str
     refresh_token: str | None = None
-    """Works once: the answer to a refresh brings its successor."""
     expires_at: float | None = None
-    """Seconds since the epoch, or None if unknown."""
     scopes: tuple[str, ...] = ()
-    """As granted."""
     subscription_type: str | None = None
     rate_limit_tier: str | None = None
     refresh_token_expires_at: float | None = None
-    """Seconds since the epoch: the login itself ends then, refreshed or not."""
     client_id: str | None = None
-    """The program that the tokens were issued to, and that must refresh them."""
     api_key: str | None = None
-    """On the Console path: a permanent key of the organization."""
 
     @property
     def is_claude_ai(self) -> bool:
@@ -677,21 +618,18 @@ class Credentials(_Value):
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> Credentials:
-        """Read a stored JSON object.  Fields other than the tokens may have any type.
+        """Read a stored JSON object.  Malformed fields beside the tokens are unknown.
 
         Raises:
-            StorageCorrupt: A token has the wrong type, or no header can carry it; the
-                text names the field.
+            StorageCorrupt: A token has the wrong type, or no header can carry it.
         """
-        tokens = _object(record.get("claudeAiOauth"))
-        stored = {**tokens, "consoleApiKey": record.get("consoleApiKey")}
-        found: dict[str, Any] = {
-            name: read(stored.get(key)) for name, (key, read) in _RECORD_FIELDS.items()
-        }
-        for name in cls._secret:
-            key = _RECORD_FIELDS[name][0]
+        key = record.get("consoleApiKey")
+        stored = {**_object(record.get("claudeAiOauth")), "consoleApiKey": key}
+        found: dict[str, Any] = {}
+        for name, (key, read) in _RECORD_FIELDS.items():
+            found[name] = read(stored.get(key))
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
-            if is_needed and found[name] is None:
+            if name in cls._secret and is_needed and found[name] is None:
                 raise StorageCorrupt(
                     f"the stored record is damaged: {key} is missing or malformed (in"
                     " claudeAiOauth or beside it); move it away and log in again"
@@ -704,8 +642,8 @@ class Credentials(_Value):
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        A field that is missing keeps its value, and an unusable lifetime counts as
-        3600 s: the refresh token is spent already.  Source: RFC 6749 section 5.1.
+        Beside the access token anything may be missing or malformed: the refresh token
+        is spent already.  Source: RFC 6749 section 5.1.
 
         Raises:
             BadAnswer: It has no usable access token.
@@ -719,20 +657,23 @@ class Credentials(_Value):
             raise BadAnswer("token_type", "is not bearer")
         base = previous or cls(access_token)
         lifetime = _lifetime(answer.get("expires_in")) or DEFAULT_LIFETIME
-        login_lifetime = _lifetime(answer.get("refresh_token_expires_in"))
-        if login_lifetime:
-            base = base.replace(refresh_token_expires_at=received_at + login_lifetime)
+        left = _lifetime(answer.get("refresh_token_expires_in"))
+        ends_at = received_at + left if left else base.refresh_token_expires_at
         return base.replace(
             access_token=access_token,
             refresh_token=_text(answer.get("refresh_token")) or base.refresh_token,
             expires_at=received_at + lifetime,
             scopes=_scopes(answer.get("scope")) or base.scopes,
+            refresh_token_expires_at=ends_at,
         )
 
 
 @hides_locals
 class Profile(_Value):
-    """The account and organization of a login.  Times are ISO 8601, as received."""
+    """The account and organization of a login.  Times are ISO 8601, as received.
+
+    ``subscription_type`` is None for a kind of organization that is not known here.
+    """
 
     account_uuid: str
     email: str | None = None
@@ -741,7 +682,6 @@ class Profile(_Value):
     organization_uuid: str | None = None
     organization_name: str | None = None
     subscription_type: str | None = None
-    """max, pro, team, enterprise; None for a kind of organization not known here."""
     rate_limit_tier: str | None = None
     billing_type: str | None = None
     subscription_created_at: str | None = None
@@ -749,24 +689,20 @@ class Profile(_Value):
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, object]) -> Profile:
-        """Read the profile endpoint's answer.
-
-        Raises:
-            BadAnswer: It names no account.
-        """
-        found: dict[str, Any] = {
-            name: read(_object(answer.get(part)).get(key))
-            for name, (part, key, _stored, read) in _PROFILE_FIELDS.items()
-        }
-        if not found["account_uuid"]:
+        """Read the profile endpoint's answer; BadAnswer if it names no account."""
+        found: dict[str, Any] = {}
+        for name, (key, _stored) in _PROFILE_FIELDS.items():
+            part = "account" if name in _ACCOUNT_FIELDS else "organization"
+            found[name] = _text_or_flag(_object(answer.get(part)).get(key))
+        if not _text(found["account_uuid"]):
             raise BadAnswer("account.uuid")
         plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
         return cls(**{**found, "subscription_type": plan})
 
     def to_record(self) -> dict[str, object]:
         """Return the part for account.json; plan and tier stay with the credential."""
-        fields = ((name, row[2]) for name, row in _PROFILE_FIELDS.items())
-        return {key: getattr(self, name) for name, key in fields if key}
+        fields = _PROFILE_FIELDS.items()
+        return {key: getattr(self, name) for name, (_, key) in fields if key}
 
     @classmethod
     def from_record(
@@ -774,20 +710,19 @@ class Profile(_Value):
     ) -> Profile | None:
         """Read the part from account.json, with plan and tier from the credential."""
         found: dict[str, Any] = {
-            name: read(record.get(key)) if key else getattr(credentials, name, None)
-            for name, (_part, _key, key, read) in _PROFILE_FIELDS.items()
+            name: _text_or_flag(record[key]) if key in record else None
+            for name, (_, key) in _PROFILE_FIELDS.items()
         }
-        return cls(**found) if found["account_uuid"] else None
+        for name in ("subscription_type", "rate_limit_tier"):
+            found[name] = getattr(credentials, name, None)
+        return cls(**found) if _text(found["account_uuid"]) else None
 
 
 # -- PKCE ------------------------------------------------------------------------------
 
 
 def generate_code_verifier() -> str:
-    """Return a new code verifier: 32 random bytes, 43 characters.
-
-    Use it for one login, and never store it.  Source: RFC 7636 section 4.1.
-    """
+    """Return a code verifier for one login: 43 characters.  Source: RFC 7636, 4.1."""
     import secrets
 
     return secrets.token_urlsafe(32)
@@ -808,7 +743,6 @@ def generate_state() -> str:
 
 
 # -- Messages --------------------------------------------------------------------------
-# Pure functions that build and parse messages, without I/O.
 
 
 def parse_json_object(
@@ -820,8 +754,7 @@ def parse_json_object(
     """
     import json
 
-    # A JSONDecodeError carries the whole text, tokens included, so it is caught here.
-    try:
+    try:  # a JSONDecodeError carries the whole text, tokens included
         encoding = json.detect_encoding(data)
         text = data.decode(encoding, "replace" if lenient else "surrogatepass")
         found = json.loads(text, strict=not lenient)
@@ -838,11 +771,7 @@ def dump_json(obj: object) -> str:
 
 
 def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) -> str:
-    """Return untrusted text as one line that is safe to print.
-
-    Control, direction and zero-width characters are removed; ``secrets``, and anything
-    that looks like one of the service's tokens, are replaced.
-    """
+    """Return untrusted text as one printable line, without ``secrets`` and tokens."""
     import re
 
     line = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
@@ -858,12 +787,8 @@ def read_answer(
 ) -> dict[str, object]:
     """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    The grant is spent already, so a defect elsewhere must not lose the tokens.
-
-    Raises:
-        BadAnswer: It is JSON, but not an object.
-        Unavailable: It is not the service's.
-        TokenRefused: It has an ``error`` instead of the field.
+    The grant is spent already: a defect elsewhere must not lose the tokens.  Without
+    the field, an ``error`` in it counts as it does with another status.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
@@ -893,20 +818,14 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
-    """Return the granted scopes, and the wanted ones that a refresh may add.
-
-    Empty if the granted scopes are unknown: a guess could narrow the token.
-    """
+    """Return the granted scopes, and the wanted ones that a refresh may add."""
     granted = tuple(granted)
     added = (s for s in wanted if s in ALLOWED_SCOPE_EXPANSIONS and s not in granted)
-    return (*granted, *added) if granted else ()
+    return (*granted, *added) if granted else ()  # a guess could narrow the token
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
-    """Return a Retry-After header in seconds, None if malformed or not in the future.
-
-    Source: RFC 9110 section 10.2.3.
-    """
+    """Return the seconds that a Retry-After header asks for, None if there are none."""
     from email.utils import parsedate_to_datetime
 
     text = (value or "").strip()
@@ -923,10 +842,9 @@ def parse_retry_after(value: str | None, *, now: float) -> float | None:
 def seconds_to_wait(
     status: int, asked_for: float | None, *, failures: int, chance: float
 ) -> float:
-    """Return the seconds to pause after a 429 or a 5xx.
+    """Return the seconds to pause after a 429 or a 5xx; each failure doubles them.
 
-    Without the server's own number they double with each failure in a row.  ``chance``
-    is random, 0 to 1: it keeps many machines from returning at once.
+    ``chance`` is random, 0 to 1: it keeps many machines from returning at once.
     """
     floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
     seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
@@ -943,32 +861,25 @@ def error_of_answer(
 ) -> ClaudeOAuthError:
     """Return the error for an answer, without the secrets that it may quote.
 
-    Both envelopes are read: RFC 6749 section 5.2's, and the API's
-    ``{"type": "error", "error": {"type", "message"}}``; some answers mix them.
+    RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
     """
-    if status == 403 and b"error code: 1010" in body:
-        return ConfigError(
-            "the edge refuses this User-Agent; set user_agent to name your program"
-        )
+    if b"error code: 1010" in body:
+        problem = "the edge refuses this User-Agent"
+        return ConfigError(f"{problem}; set user_agent to name your program")
     answer = _object(parse_json_object(body, lenient=True))
     error = _object(answer.get("error"))
-
-    def first_text(*found: object, limit: int) -> str:
-        return printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
-
     codes = (answer.get("error"), error.get("type"), error.get("code"))
-    code = first_text(*codes, limit=60)
-    texts = (answer.get("error_description"), error.get("message"))
-    details = first_text(*texts, answer.get("message"), limit=200)
-    if request_id:
-        details += f"; request {first_text(request_id, limit=80)}"
-    details = details.lstrip("; ")
+    told = answer.get("error_description"), error.get("message")
+    texts = (*told, answer.get("message"))
+    code, details, request = (
+        printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
+        for found, limit in ((codes, 60), (texts, 200), ((request_id,), 80))
+    )
+    details = "; ".join(filter(None, (details, request and f"request {request}")))
     if status == 429:
         text = "the server is limiting requests"
     elif status >= 500:
         text = f"the server is out of order ({status})"
-    elif 300 <= status < 400:
-        text = f"the server redirects the request ({status}), which is not followed"
     elif code in _PASSING_CODES:
         text = f"the answer ({status}) is not the service's; a proxy may stand between"
     else:
@@ -977,19 +888,16 @@ def error_of_answer(
     return Unavailable(f"{text}; try again later", retry_after, status)
 
 
+# Error codes that say nothing about the grant, whatever the status.
 _PASSING_CODES: Final = (
     *("", "temporarily_unavailable", "server_error", "rate_limit_error"),
     *("overloaded_error", "api_error", "timeout_error"),
 )
-"""Error codes that say nothing about the grant, whatever the status."""
 
 
 @hides_locals
 def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored record with our part replaced.
-
-    The keys of other programs stay, at the top and inside.
-    """
+    """Return a stored record with our part replaced; keys of other programs stay."""
     own_keys = {key for key, _read in _RECORD_FIELDS.values()}
     tokens = _object(stored.get("claudeAiOauth"))
     foreign = {key: tokens[key] for key in tokens if key not in own_keys}
@@ -999,27 +907,20 @@ def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str
 
 @hides_locals
 def clean_token(value: str) -> str:
-    """Return a token from the environment without the blanks around it.
-
-    Raises:
-        ConfigError: It is not a ``b64token`` (RFC 6750 section 2.1) but a quoted one,
-            an assignment, JSON or a placeholder.
-    """
+    """Return a token without the blanks around it; ConfigError if it is none."""
     import re
 
-    token = value.strip()
+    token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
     if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
         raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
 
 
 def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
-    """Return a hash that identifies a token or key without revealing it.
-
-    Another client or server may judge the token differently, so they are included.
-    """
+    """Return a hash that identifies a token or key without revealing it."""
     import hashlib
 
+    # Another client or server may judge the token differently.
     data = "\0".join(("claude-oauth refused", token_url, client_id, refresh_token))
     return hashlib.sha256(data.encode(errors="backslashreplace")).hexdigest()
 
@@ -1027,12 +928,11 @@ def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
 def describe_seconds(seconds: float) -> str:
     """Return a duration as text: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
     whole = max(int(min(seconds, 1e15)), 0)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min" if minutes else f"{whole} s"
+    if whole >= 86400:
+        return f"{whole // 86400} d {whole // 3600 % 24} h"
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole // 60 % 60} min"
+    return f"{whole // 60} min" if whole >= 60 else f"{whole} s"
 
 
 def describe_moment(moment: float | None) -> str | None:
@@ -1043,9 +943,8 @@ def describe_moment(moment: float | None) -> str | None:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(known))
 
 
+# The loopback redirect's path; the server takes any port, but no other path.
 CALLBACK_PATH: Final = "/callback"
-"""The loopback redirect's path; the server takes any port, but no other path."""
-
 PASTE_REFUSALS: Final = (
     ("^$", "nothing was pasted"),
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
@@ -1054,19 +953,20 @@ PASTE_REFUSALS: Final = (
 
 # Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
 _CODE: Final = f"[!-~]{{1,{MAX_PASTE_CHARS}}}"
-# A terminal breaks a code into long pieces.  A word of a sentence is none of them.
-_PROSE: Final = (
-    r"(?<!\S)(?=\S*[aeiouyAEIOUY\x80-\uffff])"
-    r"(?:[^\W\d_][^\W\d_A-Z]{0,14}|[A-Z]{1,15})(?!\S)"
+# A terminal breaks a code into long pieces.  None of them looks like a word, a number,
+# a date or a path, or has a character of prompts, times and addresses in it.
+_WORD: Final = (
+    r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
+    r"(?:[^\W\d_][^\W\d_A-Z]{0,14}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
 )
-_LABEL: Final = rf"(?::|{_PROSE}) "
+_NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w.~+/=-]\S*|{_WORD})"
 _VOUCHED_CODE: Final = (
-    rf"(?:.*{_LABEL})?((?:(?!{_PROSE})[^#&? ]{{8,}}(?<!:) )*[^#&? ]+(?<!:))"
+    rf"(?s:.*{_NO_PIECE}\s)?((?:(?!{_NO_PIECE})\S{{8,}}\s)*[^#&?:=\s]+=*)"
 )
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (
-    rf"(?:.*(?i:code)(?: |.*{_LABEL}))?"
-    rf"([^#&?/:@ ]{{16,}}(?: (?!{_PROSE})[^#&?/:@ ]+){{0,2}})"
+    rf"(?s:.*(?i:code):?\s(?:.*{_NO_PIECE}\s)?)?"
+    rf"((?!{_WORD})[^#&?/:@\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@\s]+){{0,2}})"
 )
 
 
@@ -1080,12 +980,9 @@ class GrantedCode(_Value):
 
 
 def parse_callback(query: str, *, state: str) -> str:
-    """Return the code of a callback's query.
+    """Return the code of a callback's query; LoginDenied if it says ``error=``.
 
-    Raises:
-        LoginDenied: The server says ``error=``, with the right state.
-        ValueError: It is not the answer that is waited for; says why, for a person.
-
+    Any other answer is a ValueError, which says why, for a person.
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
     import hmac
@@ -1112,75 +1009,76 @@ def parse_callback(query: str, *, state: str) -> str:
 def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
     """Return the code in what a person pasted: `code#state`, a code, or the address.
 
-    Terminals, mail programs and people add to it.  Where the state is there it vouches
-    for the code beside it; a code without a state has to look like one.
-
-    Raises:
-        LoginDenied: The address says ``error=``, with the right state.
-        ValueError: It is none of these; says what it is, for a person.
+    Terminals, mail programs and people add to it.  The state vouches for the code
+    beside it; a code without a state has to look like one.  Raises what
+    `parse_callback` does.
     """
     import re
 
     if len(text) > MAX_PASTE_CHARS:
         raise ValueError(f"that is longer than any code ({MAX_PASTE_CHARS} characters)")
-    cleaned = _without_paste_noise(text, state)
+    cleaned = _clean_paste(text, state)
     for pattern, reason in PASTE_REFUSALS:
-        if re.search(pattern, cleaned.replace(" ", "")):
+        if re.search(pattern, re.sub("[ \n]", "", cleaned)):
             raise ValueError(reason)
     # A terminal that marks the begin of a paste, but not its end, will send more.
     if "\x1b[200~" in text and "\x1b[201~" not in text and state not in cleaned:
         raise ValueError("that is not a code")
-    # The whole screen may have been copied: the code stands below the address then.
-    cleaned, is_screen = re.subn(r"\S*code_challenge=\S*", "", cleaned)
-    if is_screen and "#" + state not in cleaned:
-        raise ValueError("that is the address to open, not what comes after signing in")
-    if re.search(r"://|[?&]\w+=", cleaned):
-        return _parse_pasted_address(cleaned, state, manual_redirect_uri)
+    # The whole screen may have been copied: then the state stands behind the code.
+    if "#" + state not in cleaned:
+        if "code_challenge=" in cleaned:
+            reason = "that is the address to open, not what comes after signing in"
+            raise ValueError(reason)
+        if re.search(r"://|[?&]\w+=", cleaned):
+            return _parse_pasted_address(cleaned, state, manual_redirect_uri)
     return GrantedCode(_parse_pasted_code(cleaned, state), manual_redirect_uri)
 
 
-def _without_paste_noise(text: str, state: str) -> str:
-    """Return a paste as words with one blank between; the state is in one piece."""
+def _clean_paste(text: str, state: str) -> str:
+    """Return the words of a paste, and the state behind a ``#`` or as a parameter."""
+    import html
     import re
+    import unicodedata
     from urllib.parse import unquote
 
+    text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))
     # Bracketed paste, a shell's escapes, zero-width characters and direction marks.
     invisible = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     text = re.sub(rf"\x1b\[20[01]~|[\\{invisible}]", "", text)
-    text = re.sub("&(amp;)+", "&", text)
     if "=" not in text and "%3d" in text.lower():
         text = unquote(text)
-    # Quotes and brackets stand around an address or a code; separators are blanks too.
+    # Quotes and brackets stand around an address or a code.
     quotes = "\"'`<>(){}\u2018-\u201f\xab\xbb\u2039\u203a"
-    text = re.sub(rf"[{quotes}]|[^\S\x0b\x0c\x1c-\x1f]", " ", text)
-    text = re.sub(" *".join(map(re.escape, state)), state, text)
-    text = re.sub(f" *(#|%23) *{re.escape(state)}", f"#{state}", text)
+    text = re.sub(rf"[{quotes}]|[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]", " ", text)
+    text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
     text = re.sub(r"(?<!\S)[*\[]+|[.,;!*\]]+(?!\S)", "", text)
-    text = re.sub(" +", " ", text).strip(" ")
+    text = re.sub(" +", " ", text).strip(" \n")
+    text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
+    label = "[ \n]*(?:#|%23)|(?<![=:?&,; \n])[ \n,;]+(?i:state\\b *[:=]?)?"
+    text = re.sub(f"(?:{label})[ \n]*{re.escape(state)}", f"#{state}", text)
     # The same once more: Ctrl-V was pressed twice.
-    copies = re.fullmatch(r"(.{16,}?)(?: *\1)+", text)
-    return copies[1] if copies and len(set(copies[1])) > 1 else text
+    return re.sub(r"(?<!\S)(?!(\S)\1*(?!\S))(\S{16,}?)(?:\s*\2)+(?!\S)", r"\2", text)
 
 
 def _parse_pasted_code(text: str, state: str) -> str:
     import re
 
-    text = re.sub(r"(?i)\b(code) ?[:=] ?", r"\1: ", text)
-    label = r"(?:#|(?:^|[ &,;]+)(?i:state) ?[:=]? ?| )"
-    found = re.search(rf"{label}{re.escape(state)}(?![\w#-])", text)
+    text = re.sub(r"[:=]+ ?(?=[\w.~+/-]{8})", ": ", text.replace("%23", "#"))
+    text = re.sub(rf"^(?i:state)\W+{re.escape(state)}\W*", "", text)
+    pattern, mark = _BARE_CODE, text.find("#")
+    found = re.search(rf"#{re.escape(state)}(?![\w#-])", text)
     if found:
-        # Where the state comes first, it has its label, and the code comes after it.
-        text = text[: found.start()].strip() or text[found.end() :].strip()
-    else:
-        mark = re.search(r"#(.*)", text.replace("%23", "#"))
-        if mark and state.startswith(mark[1].replace(" ", "")):
-            raise ValueError("the end of the code is missing")
-        if re.search(r"(?i)#|%23|\bstate ?[:=]", text):
-            raise ValueError("that code belongs to another sign-in (its state differs)")
-    code = re.fullmatch(_VOUCHED_CODE if found else _BARE_CODE, text)
-    pieces = code[1].split() if code else []
-    joined = pieces[0] if len(set(pieces)) == 1 else "".join(pieces)
-    if not re.fullmatch(_CODE, joined.replace(state, " ")):  # nor is the state one
+        pattern, text = _VOUCHED_CODE, text[: found.start()]
+    elif mark >= 0 and state.startswith("".join(text[mark + 1 :].split())):
+        raise ValueError("the end of the code is missing")
+    elif mark >= 0 or re.search(r"(?i)\bstate ?[:=]", text):
+        raise ValueError("that code belongs to another sign-in (its state differs)")
+    code = re.fullmatch(pattern, text)
+    pieces = code[1].split() if code else [""]
+    joined = "".join(pieces)
+    # Codes are as long as each other; the halves of a broken one hardly ever are.
+    is_two = len(joined) == 2 * len(pieces[0]) >= 64
+    if is_two or state in joined or not re.fullmatch(_CODE, joined):
         raise ValueError("that is not a code")
     return joined
 
@@ -1189,20 +1087,15 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     import re
 
     text = re.sub("(?=https?://)", " ", text)
-    near = "(?:(?!://).)*?"  # a line break may be in it, before the state
-    shapes = (
-        rf"((?:https?://{near}|\S*)\b(?:code|error)={near}\bstate=\S*)(.*)",
-        r"(\S*\bstate=\S*\b(?:code|error)=\S*)(.*)",
-        r"(\S*[/?=].*)()",
-    )
-    found = next(filter(None, (re.search(shape, text) for shape in shapes)))
-    address = found[1].replace(" ", "")
-    behind = (found[1] + found[2]).partition("code=")[2]
-    if re.search("[?&]code=[^&]*$", address) and " " in behind:
+    near = "(?:(?!://).)*?"  # a line break may be in it
+    name = r"\b(?:code|error|state)="
+    found = re.search(rf"(?s)(?:https?://{near}|\S*){name}{near}{name}\S*", text)
+    start, end = found.span() if found else (0, len(text))
+    address = "".join(text[start:end].split())
+    behind = text[start:].partition("code=")[2]
+    if re.search("[?&]code=[^&]*$", address) and re.search(r"\s", behind):
         raise ValueError("the code in that address is cut: copy the address alone")
-    page, _, query = address.partition("?")
-    if re.match(r"&?\w+=", page):  # what follows the question mark, alone
-        page, query = "", page.lstrip("&")
+    page, _, query = address.rpartition("?")
     # Browsers hide the scheme; some leave it out of what is copied.
     manual = re.escape(re.sub("(?i)^https?://", "", manual_uri))
     loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\]):(\d{{1,5}}){CALLBACK_PATH}"
@@ -1218,8 +1111,9 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
 def success_page(account: str | None) -> str:
     """Return the page after a login; `account` is a name for the person, or None."""
     known = printable(account or "")
-    who = f"You are signed in as {known}." if known else "You are signed in."
-    return result_page("success", "Signed in", f"{who}\nYou can close this window.")
+    who = f" as {known}" if known else ""
+    text = f"You are signed in{who}.\nYou can close this window."
+    return result_page("\u2713", "Signed in", text)
 
 
 def failure_page(reason: str) -> str:
@@ -1227,35 +1121,34 @@ def failure_page(reason: str) -> str:
     reason = printable(reason, limit=400)
     reason = reason[:1].upper() + reason[1:]
     text = f"{reason}.\nClose this window and see the terminal."
-    return result_page("failure", "Sign-in failed", text)
+    return result_page("!", "Sign-in failed", text)
 
 
 def denied_page() -> str:
     """Return the page after the server's, or the person's, no."""
     hint = "If that was a mistake, close this window and try again."
     text = f"Nothing was stored.\n{hint}"
-    return result_page("denied", "Access was not granted", text)
+    return result_page("\u2715", "Access was not granted", text)
 
 
 def stray_page(reason: str) -> str:
     """Return the page for a request that is not what the login waits for, and why."""
     text = f"A sign-in is waiting here for something else: {reason}.\n"
     text += "Go back to the terminal, and open the address that it shows."
-    return result_page("failure", "Nothing to see here", text)
+    return result_page("!", "Nothing to see here", text)
 
 
-def result_page(kind: str, title: str, text: str) -> str:
+def result_page(mark: str, title: str, text: str) -> str:
     """Return a whole HTML page without script or outside resource; text is escaped."""
     import html
 
-    mark = {"success": "\u2713", "failure": "!", "denied": "\u2715"}[kind]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
-<main><p class="mark {kind}" aria-hidden="true">{mark}</p>
+<main><p class="mark" aria-hidden="true">{mark}</p>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(text)}</p></main>
 """
@@ -1267,9 +1160,6 @@ main { background: Canvas; font: 1.0625rem/1.55 system-ui; text-align: center;
   max-width: 30rem; margin: 25vh auto; }
 p { white-space: pre-line; overflow-wrap: anywhere; }
 .mark { font-size: 2.5rem; margin: 0; }
-.success { color: light-dark(#17663a, #6fd39b); }
-.failure { color: light-dark(#a3261b, #ff9b8f); }
-.denied { color: light-dark(#7a4b00, #f0bd6a); }
 """
 
 
