@@ -1290,21 +1290,22 @@ class Deadline:
         return self.left() == 0
 
 
-def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
-    """Return what a function returns, or raise TimeoutError after so many seconds.
+def call_with_limit(
+    function: Callable[[], _T], seconds: float
+) -> tuple[_T | None, BaseException | None]:
+    """Return what a function returns, and what it raises: TimeoutError if it is late.
 
     It goes on in a daemon thread then.  Where none can start, there is no limit.
     """
     import threading
 
-    results: list[_T] = []
-    errors: list[BaseException] = []
+    outcome: list[tuple[_T | None, BaseException | None]] = []
 
     def run() -> None:
         try:
-            results.append(function())
+            outcome.append((function(), None))
         except BaseException as error:  # whatever it is, the caller gets it
-            errors.append(error)
+            outcome.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True, name="claude-oauth-call")
     try:
@@ -1312,11 +1313,7 @@ def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
         thread.join(seconds)
     except RuntimeError:
         run()
-    if errors:
-        raise errors.pop()
-    if not results:
-        raise TimeoutError
-    return results.pop()
+    return outcome.pop() if outcome else (None, TimeoutError())
 
 
 @hides_locals
@@ -1483,14 +1480,7 @@ class OAuthClient:
         tries: int = 1,
     ) -> dict[str, object]:
         """Send a request; return the answer's JSON object, {} without a field."""
-        # `requests` limits the wait for each packet only: slow headers, or a resolver
-        # that hangs, would hold the lock for ever.
-        try:
-            status, headers, content = call_with_limit(
-                lambda: self._attempt(url, body, bearer, tries), 3 * self.config.timeout
-            )
-        except TimeoutError:
-            raise Unavailable("no whole answer in time; try again later") from None
+        status, headers, content = self._answer(url, body, bearer, tries)
         sent = {"bearer": bearer, **(body or {})}
         names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
         secrets = [sent.get(name, "") for name in names]
@@ -1504,7 +1494,7 @@ class OAuthClient:
             return {}
         return read_answer(status, content, field=field, secrets=secrets)
 
-    def _attempt(
+    def _answer(
         self, url: str, body: Mapping[str, str] | None, bearer: str, tries: int
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Return status, headers and content of any answer."""
@@ -1514,11 +1504,16 @@ class OAuthClient:
         if bearer:
             headers["Authorization"] = f"Bearer {bearer}"
             headers["anthropic-beta"] = OAUTH_BETA
-        content, response = b"", None
+        answers: list[requests.Response] = []
+        content = bytearray()
+        # `requests` limits the wait for each packet only: slow headers, or a resolver
+        # that hangs, would hold the lock for ever.
+        deadline = Deadline(3 * self.config.timeout)
         with ExitStack() as stack:
             session = self._session or stack.enter_context(import_requests().Session())
             way, proxies = check_way(url, session)
-            try:
+
+            def request() -> None:
                 response = session.request(
                     ("POST", "GET")[body is None],
                     url,
@@ -1532,25 +1527,27 @@ class OAuthClient:
                     allow_redirects=False,
                     stream=True,
                 )
-                tries = 1  # an answer has begun: the token is spent
-                pieces = stack.enter_context(response).iter_content(8192)
-                while len(content) <= MAX_ANSWER_BYTES and (piece := next(pieces, b"")):
-                    content += piece
-                is_cut = getattr(response.raw, "length_remaining", 0)  # for urllib3 1
-                if is_cut or len(content) > MAX_ANSWER_BYTES:
-                    raise BufferError
-                return response.status_code, response.headers, content
-            except Exception as failure:
-                error = failure
-                # The tokens may be whole, whatever comes behind them.
-                if response is not None and _fields_of(content):
-                    return response.status_code, response.headers, content
-        # An exception of the session may hold the request, and so the tokens: raise a
-        # text alone, and outside the except block, so that no chain leads to it.
-        failed = _error_of_failure(error, way)
-        if tries > 1 and str(failed) == _DROPPED.format(way=way):
-            return self._attempt(url, body, bearer, tries - 1)
-        raise failed
+                answers.append(response)
+                with response:
+                    # By one byte: urllib3 2 drops a larger piece that is cut.
+                    for piece in response.iter_content(1):
+                        content.extend(piece)
+                        if len(content) >= MAX_ANSWER_BYTES:
+                            break
+
+            error = None
+            for _ in range(tries):
+                _nothing, failure = call_with_limit(request, deadline.left())
+                error = failure and _error_of_failure(failure, way)
+                # Once an answer has begun, the token is spent.
+                if answers or str(error) != _DROPPED.format(way=way):
+                    break
+        data = bytes(content[:MAX_ANSWER_BYTES])
+        # An exception of the session may hold the request, and so the tokens: what is
+        # raised has a text alone.  Whole tokens count, whatever comes behind them.
+        if error and not (answers and _fields_of(data)):
+            raise error
+        return answers[0].status_code, answers[0].headers, data
 
 
 def _without_redirect(request: Any) -> Any:
@@ -1576,7 +1573,9 @@ _FAILURES: Final = {
 """The text for an exception of a class, or with one inside; the first match counts."""
 
 
-def _error_of_failure(error: Exception, way: str) -> ClaudeOAuthError:
+def _error_of_failure(error: BaseException, way: str) -> BaseException:
+    if isinstance(error, ClaudeOAuthError) or not isinstance(error, Exception):
+        return error
     # `requests` wraps urllib3's error, and that the socket's; they nest by args.
     causes: list[object] = [error]
     for cause in causes:
@@ -1600,8 +1599,8 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
     """Return a text that names the host and its proxy, and the proxies to use.
 
     Raises:
-        ConfigError: The proxy's URL, or the file of certificates, is unusable.  No URL
-            of a proxy is shown: a password may be in it.
+        ConfigError: The proxy's URL, or a file that TLS needs, is unusable.  No URL of
+            a proxy is shown: a password may be in it.
     """
     import re
     from urllib.parse import urlsplit
@@ -1614,48 +1613,66 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
     if parts.scheme == "http" or not merge:  # not a session of `requests`
         return parts.netloc, proxies
     settings = merge(url, proxies, True, None, None)
-    variables = sorted(os.environ.items())
-    names = {value: name for name, value in variables if name.upper() in _VARIABLES}
-    bundle = settings["verify"]
-    try:
-        if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
-            import ssl
-
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
-    except (ImportError, OSError, ValueError):
-        name = names.get(str(bundle), "the session's verify")
-        raise ConfigError(
-            f"{name} names {printable(bundle)}, which is no readable file of"
-            " certificates; correct or unset it"
-        ) from None
+    _check_tls_files(settings["verify"], settings["cert"])
     proxy = requests.utils.select_proxy(url, settings["proxies"])
     if not proxy:
         return parts.netloc, proxies
+    match, kind = re.fullmatch(_PROXY_URL, proxy), ""
     try:
-        (address,) = re.findall(_PROXY_URL, proxy)
-        address.split(":")[0].encode("idna")  # fails for an empty or a long label
-        proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
-        requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
-        return f"{parts.netloc} through the proxy {address}", proxies
+        if match:
+            proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
+            requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
+            return f"{parts.netloc} through the proxy {match[1]}", proxies
     except (ValueError, AssertionError) as error:
         kind = type(error).__name__
-    name = names.get(proxy, "the proxy of the session or the system")
-    raise ConfigError(f"{name} {_PROXY_PROBLEMS.get(kind, _PROXY_PROBLEMS[''])}")
+    problem = (
+        "names a SOCKS proxy; get PySocks: pip install PySocks"
+        if kind == "InvalidSchema"
+        else "is no usable proxy URL; give it as http://host:port, and write characters"
+        " like # ? / [ @ of a password as %23 %3F %2F %5B %40"
+    )
+    name = _variable(proxy, "HTTPS_PROXY", "ALL_PROXY")
+    raise ConfigError(f"{name or 'the proxy of the session or the system'} {problem}")
 
-
-_VARIABLES: Final = ("HTTPS_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 _PROXY_URL: Final = (
-    r"^(?:[A-Za-z0-9]+://)?(?:[^\s/?#\[\]]*@)?"
-    r"((?:[^\s/?#@:\[\]]+|\[[^\s/?#@\]]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
+    r"(?i)(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?"
+    r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?"
 )
-"""A proxy's URL as `requests` takes it; the group is its host and port."""
+"""A proxy's URL that every `requests` takes; the group is its host and port."""
 
-_PROXY_PROBLEMS: Final = {
-    "": "is no usable proxy URL; give it as http://host:port, and write characters like"
-    " # ? / [ @ of a password as %23 %3F %2F %5B %40",
-    "InvalidSchema": "names a SOCKS proxy; get PySocks: pip install PySocks",
-}
+
+def _check_tls_files(bundle: object, cert: Any) -> None:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name = path = ""
+    try:
+        if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
+            path = str(bundle)
+            name = _variable(path, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+            name = name or "the session's verify"
+            context.load_verify_locations(path)
+        if cert:
+            files = (cert,) if isinstance(cert, str) else cert
+            name, path = "the session's cert", " and ".join(map(str, files))
+            context.load_cert_chain(*files)
+        if key_log := os.environ.get("SSLKEYLOGFILE"):
+            name = "SSLKEYLOGFILE"
+            path = context.keylog_filename = key_log
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or type(error).__name__
+    raise ConfigError(
+        f"{name} names {printable(path)}, which cannot be used"
+        f" ({printable(reason).lower()}); correct or unset it"
+    )
+
+
+def _variable(value: str, *names: str) -> str:
+    """Return the variable of the environment that has this value, if one has."""
+    found = (n for n, v in sorted(os.environ.items()) if v == value)
+    return next((name for name in found if name.upper() in names), "")
 
 
 # -- Storage ---------------------------------------------------------------------------
@@ -2537,15 +2554,13 @@ class KeyringStorage(_SecretStorage):
             return None
         call = getattr(import_package("keyring"), f"{action}_password")
         arguments = (service, self._account, *(each.decode("ascii") for each in data))
-        try:
-            found = call_with_limit(lambda: call(*arguments), self.time_limit)
-        except Exception as error:  # each backend has errors of its own
-            name, is_missing = type(error).__name__, isinstance(error, ImportError)
-            # What a write complains about may have the secret in it.
-            reason = name if data else printable(f"{name}: {error}")
-        else:
+        found, error = call_with_limit(lambda: call(*arguments), self.time_limit)
+        if error is None:
             is_there = found is not None or action != "get"
             return str(found).encode(errors="surrogatepass") if is_there else None
+        name, is_missing = type(error).__name__, isinstance(error, ImportError)
+        # What a write complains about may have the secret in it.
+        reason = name if data else printable(f"{name}: {error}")
         # Where a time limit is over, most likely a dialog waits that nobody sees.
         locked = "TimeoutError KeyringLocked LockedException PromptDismissedException"
         if name in locked.split():
@@ -4873,17 +4888,9 @@ def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
 
 def _try_within_limit(name: str, call: Callable[[], object]) -> None:
     """Call for FLUSH_TIMEOUT at most, and go on whatever it raises."""
-
-    def attempt() -> str:
-        try:
-            call()
-        except BaseException as error:  # somebody else's code, SystemExit included
-            return safe_text(error)
-        return ""
-
-    try:
-        problem = call_with_limit(attempt, FLUSH_TIMEOUT)
-    except TimeoutError:
+    _, error = call_with_limit(call, FLUSH_TIMEOUT)
+    problem = error and safe_text(error)
+    if isinstance(error, TimeoutError):
         problem = f"no end after {FLUSH_TIMEOUT:g} s"
     if problem:
         warn(f"logging out goes on without {name} ({problem})")
