@@ -1391,12 +1391,11 @@ class OAuthClient:
         the answer is not usable, and the code may be spent all the same.  Source: RFC
         6749 section 4.1.3; the service refuses a request without ``state``.
         """
-        client_id = self.client_id_for(None)
         body = {
             "grant_type": "authorization_code",
             "code": code,
             "redirect_uri": redirect_uri,
-            "client_id": client_id,
+            "client_id": self.client_id_for(None),
             "code_verifier": verifier,
             "state": state,
         }
@@ -1404,7 +1403,7 @@ class OAuthClient:
         granted = Credentials.from_answer(answer, received_at=self._clock())
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
         scopes = granted.scopes or self.config.scopes
-        return granted.replace(scopes=scopes, client_id=client_id)
+        return granted.replace(scopes=scopes, client_id=body["client_id"])
 
     def refresh(
         self, credentials: Credentials, *, scopes: Iterable[str] | None = None
@@ -1436,10 +1435,9 @@ class OAuthClient:
             "grant_type": "refresh_token",
             "refresh_token": credentials.refresh_token,
             "client_id": self.client_id_for(credentials),
-            "scope": " ".join(scopes),
         }
-        if not body["scope"]:
-            del body["scope"]
+        if scopes := tuple(scopes):
+            body["scope"] = " ".join(scopes)
         # Repeated if the connection is dropped: if the server has spent the token, its
         # successor is lost anyway, and any later try would send the same token.
         return self._send(self.config.token_url, body, field="access_token", tries=2)
@@ -5171,13 +5169,9 @@ class Sandbox:
             self._failures.setdefault(endpoint, []).extend([refusal] * times)
 
     def _start(self, function: Callable[..., object], argument: object) -> None:
-        import threading
-
-        thread = threading.Thread(target=function, args=(argument,), daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as exc:
-            raise Unavailable(f"a sandbox needs threads, and here: {exc}") from exc
+        thread = start_thread("sandbox", function, argument)
+        if thread is None:
+            raise Unavailable("a sandbox needs threads, and none can be started")
         self._threads.append(thread)
 
     def _decide(self, url: str, decision: bytes) -> str:
@@ -5224,9 +5218,8 @@ class Sandbox:
         """Return a page, an address to go to, or an object."""
         path, _, query = request.path.partition("?")
         request.asked = _sandbox_parameters(path, query, request.body)
-        request.endpoint = _SANDBOX_PATHS.get(path, "")
-        if path == "/v1/oauth/token":
-            request.endpoint = request.asked.get("grant_type", "")
+        grant = request.asked.get("grant_type") if path == "/v1/oauth/token" else ""
+        request.endpoint = _SANDBOX_PATHS.get(path, grant)
         if request.endpoint not in self.counts:
             raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
         with self._lock:
@@ -5282,10 +5275,10 @@ class Sandbox:
     def _do_refresh_token(self, request: Any) -> dict[str, object]:
         asked = request.asked
         login = self._login_of(asked.get("refresh_token", ""))
-        if login.ends < time.monotonic():
-            raise _SandboxRefusal(400, "invalid_grant", "the login is over")
-        if login.asked["client_id"] != asked.get("client_id"):
-            raise _SandboxRefusal(400, "invalid_grant", "client_id is another one")
+        is_same_client = login.asked["client_id"] == asked.get("client_id")
+        if login.ends < time.monotonic() or not is_same_client:
+            problem = "the login is over, or another client's"
+            raise _SandboxRefusal(400, "invalid_grant", problem)
         wanted = set(asked.get("scope", "").split())
         if not wanted <= {*login.scopes, *ALLOWED_SCOPE_EXPANSIONS}:
             raise _SandboxRefusal(400, "invalid_scope", "more than can be granted")
@@ -5681,50 +5674,51 @@ def _sandbox(options: Any) -> int:
 
 def _demo(options: Any) -> int:
     """Play a login's whole life against a sandbox, in a temporary folder."""
-    names = [name for name in os.environ if name.startswith("CLAUDE_")]
-    hidden = {name: os.environ.pop(name) for name in names}
-    try:
-        return _run_demo(options.browser)
-    finally:
-        os.environ.update(hidden)
-
-
-def _run_demo(uses_browser: bool) -> int:
-    from functools import partial
     from tempfile import TemporaryDirectory
 
-    show = partial(print, flush=True)
+    names = [name for name in os.environ if name.startswith("CLAUDE_")]
+    hidden = {name: os.environ.pop(name) for name in names}
     temporary = TemporaryDirectory(prefix="claude-oauth-")
-    with temporary as directory, Sandbox() as sandbox:
-        storage = make_storage("file", directory)  # as the processes below make theirs
-        service = OAuthService(
-            sandbox.config,
-            storage,
-            flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
-        )
-        show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
-        service.login(open_browser=uses_browser or sandbox.approve, paste=uses_browser)
-        status = service.status()
-        show(f"login     {status['email']}, plan {status['subscription_type']}")
-        first = service.access_token()
-        show(f"token     {first[:13]}… from the file, no request")
-        _expire(storage)
-        news = "the same token" if service.access_token() == first else "a new token"
-        show(f"expiry    {news}, {sandbox.counts['refresh_token']} refresh")
-        _expire(storage)
-        show(f"stampede  {_stampede(sandbox, directory)}")
-        time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
-        sandbox.expire_access_tokens()
-        url, auth = sandbox.origin + "/v1/messages", BearerAuth(service)
-        post = import_requests().post
-        answer = post(url, json={}, auth=auth, proxies={"no_proxy": "*"}, timeout=9)
-        codes = [each.status_code for each in (*answer.history, answer)]
-        text = "a token that died early is refreshed and the request repeated"
-        show(f"401       {text}: {codes}")
-        service.logout()
-        left = "nothing" if storage.load() is None else "something"
-        show(f"          the grant is revoked; {left} is left in the store")
+    try:
+        with temporary as directory, Sandbox() as sandbox:
+            _play(sandbox, directory, uses_browser=options.browser)
+    finally:
+        os.environ.update(hidden)
     return 0
+
+
+def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
+    from functools import partial
+
+    show = partial(print, flush=True)
+    storage = make_storage("file", directory)  # as the processes below make theirs
+    service = OAuthService(
+        sandbox.config,
+        storage,
+        flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
+    )
+    show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
+    service.login(open_browser=uses_browser or sandbox.approve, paste=uses_browser)
+    status = service.status()
+    show(f"login     {status['email']}, plan {status['subscription_type']}")
+    first = service.access_token()
+    show(f"token     {first[:13]}… from the file, no request")
+    _expire(storage)
+    news = "the same token" if service.access_token() == first else "a new token"
+    show(f"expiry    {news}, {sandbox.counts['refresh_token']} refresh")
+    _expire(storage)
+    show(f"stampede  {_stampede(sandbox, directory)}")
+    time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
+    sandbox.expire_access_tokens()
+    url, auth = sandbox.origin + "/v1/messages", BearerAuth(service)
+    post = import_requests().post
+    answer = post(url, json={}, auth=auth, proxies={"no_proxy": "*"}, timeout=9)
+    codes = [each.status_code for each in (*answer.history, answer)]
+    text = "a token that died early is refreshed and the request repeated"
+    show(f"401       {text}: {codes}")
+    service.logout()
+    left = "nothing" if storage.load() is None else "something"
+    show(f"          the grant is revoked; {left} is left in the store")
 
 
 def _expire(storage: Storage) -> None:
@@ -5743,8 +5737,9 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     if python is None:
         return "left out: this program has no Python to start"
     before = sandbox.counts["refresh_token"]
-    spec = globals().get("__spec__")  # None where this file is run as a script
-    program = ["-m", spec.name] if spec else [os.path.abspath(__file__)]
+    # A script has no spec; a zip file's or a folder's says __main__.
+    name = getattr(globals().get("__spec__"), "name", "__main__")
+    program = ["-m", name] if name != "__main__" else [os.path.abspath(sys.argv[0])]
     command = [python, *program, "--dir", directory, "--store", "file", "token"]
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
@@ -5753,9 +5748,8 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     workers = [
         subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
     ]
-    limit = LOCK_TIMEOUT
-    answers: list[Any] = [worker.communicate(timeout=limit)[0] for worker in workers]
-    tokens: list[Any] = list(filter(None, answers))
+    answers = [worker.communicate(timeout=LOCK_TIMEOUT)[0] for worker in workers]
+    tokens: list[bytes] = list(filter(None, answers))
     return (
         "8 processes find an expired token:"
         f" {sandbox.counts['refresh_token'] - before} refresh,"

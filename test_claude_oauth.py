@@ -15141,6 +15141,7 @@ DEMO_STARTS = {
     "in-a-package": ("pkg/oauth.py", ["-m", "pkg.oauth"]),
     "under-another-name": ("claude-login", ["claude-login"]),
     "as-a-module": ("claude_oauth.py", ["-m", "claude_oauth"]),
+    "as-a-folder": ("app/__main__.py", ["app"]),
 }
 
 
