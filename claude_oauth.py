@@ -1452,10 +1452,9 @@ class OAuthClient:
         """Create another permanent Console API key; TokenRefused if not allowed."""
         url = self.config.api_key_url
         answer = self._send(url, {}, field="raw_key", bearer=access_token)
-        key = _header_text(answer.get("raw_key"))
-        if key is None:
-            raise BadAnswer("raw_key")
-        return key
+        if key := _header_text(answer.get("raw_key")):
+            return key
+        raise BadAnswer("raw_key")
 
     def revoke(self, token: str) -> None:
         """End the grant behind a refresh token.  Source: RFC 7009 section 2.1."""
@@ -1656,8 +1655,8 @@ def _check_tls_files(bundle: object, cert: Any) -> None:
             name, path = "the session's cert", " and ".join(map(str, files))
             context.load_cert_chain(*files)
         if key_log := os.environ.get("SSLKEYLOGFILE"):
-            name = "SSLKEYLOGFILE"
-            path = context.keylog_filename = key_log
+            name, path = "SSLKEYLOGFILE", key_log
+            context.keylog_filename = key_log
         return
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", "") or type(error).__name__
@@ -5216,9 +5215,19 @@ class Sandbox:
 
     def _answer(self, request: Any) -> str | dict[str, object]:
         """Return a page, an address to go to, or an object."""
+        from urllib.parse import parse_qsl
+
         path, _, query = request.path.partition("?")
-        request.asked = _sandbox_parameters(path, query, request.body)
-        grant = request.asked.get("grant_type") if path == "/v1/oauth/token" else ""
+        pairs = parse_qsl(query, keep_blank_values=True)
+        request.asked, grant = dict(pairs), ""
+        if len(pairs) != len(request.asked):  # RFC 6749 section 3.1
+            raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
+        if path.startswith("/v1/oauth/"):
+            request.asked = parse_json_object(request.body) or {"": None}
+            if not all(isinstance(value, str) for value in request.asked.values()):
+                code = "oauth_request_parse_error"
+                raise _SandboxRefusal(400, code, "not JSON strings")
+            grant = str(request.asked.get("grant_type", ""))
         request.endpoint = _SANDBOX_PATHS.get(path, grant)
         if request.endpoint not in self.counts:
             raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
@@ -5345,32 +5354,14 @@ class Sandbox:
         }
 
 
-def _sandbox_parameters(path: str, query: str, body: bytes) -> dict[str, str]:
-    """Return the strings of a JSON body, or the query's parameters, each once.
-
-    Source: RFC 6749 section 3.1.
-    """
-    from urllib.parse import parse_qsl
-
-    if path.startswith("/v1/oauth/"):
-        found = parse_json_object(body)
-        if found is None or not all(isinstance(value, str) for value in found.values()):
-            raise _SandboxRefusal(400, "oauth_request_parse_error", "not JSON strings")
-        return {name: str(value) for name, value in found.items()}
-    pairs = parse_qsl(query, keep_blank_values=True)
-    if len(pairs) != len(dict(pairs)):
-        raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
-    return dict(pairs)
-
-
 def _visit(url: str) -> None:
     """Fetch a page of this machine as a browser does, redirects included."""
-    options = {"headers": {"Host": url.split("/")[2]}, "timeout": REQUEST_TIMEOUT}
+    get, host = import_requests().get, {"Host": url.split("/")[2]}
     for address in ("127.0.0.1", "[::1]"):  # `localhost` does not resolve everywhere
         page = url.replace("localhost", address, 1)
         try:
-            import_requests().get(page, proxies={"no_proxy": "*"}, **options)
-        except (OSError, ValueError, ClaudeOAuthError):
+            get(page, headers=host, proxies={"no_proxy": "*"}, timeout=REQUEST_TIMEOUT)
+        except OSError:
             continue  # the listener does not use this address
         return
 
@@ -5662,7 +5653,7 @@ def _sandbox(options: Any) -> int:
     try:
         with TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
             print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
-            print(f"export CLAUDE_OAUTH_CLIENT_ID={sandbox.config.client_id}")
+            print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
             print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
             print("export CLAUDE_OAUTH_STORE=file", flush=True)
             say("Paste these lines into another terminal; Ctrl-C ends this one.")
@@ -5691,7 +5682,7 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     from functools import partial
 
     show = partial(print, flush=True)
-    storage = make_storage("file", directory)  # as the processes below make theirs
+    storage = make_storage("file", directory)
     service = OAuthService(
         sandbox.config,
         storage,
@@ -5745,14 +5736,13 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
     # From a folder with nothing to import by mistake; Ctrl-C would print tracebacks.
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    workers = [
-        subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
-    ]
+    start = subprocess.Popen
+    workers = [start(command, env=environ, cwd=directory, **pipes) for _ in range(8)]
     answers = [worker.communicate(timeout=LOCK_TIMEOUT)[0] for worker in workers]
     tokens: list[bytes] = list(filter(None, answers))
+    refreshes = sandbox.counts["refresh_token"] - before
     return (
-        "8 processes find an expired token:"
-        f" {sandbox.counts['refresh_token'] - before} refresh,"
+        f"8 processes find an expired token: {refreshes} refresh,"
         f" {len(tokens)} of 8 have a token, {len(set(tokens))} token in all"
     )
 
