@@ -1181,21 +1181,22 @@ class Deadline:
         return self.left() == 0
 
 
-def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
-    """Return what a function returns, or raise TimeoutError after so many seconds.
+def call_with_limit(
+    function: Callable[[], _T], seconds: float
+) -> tuple[_T | None, BaseException | None]:
+    """Return what a function returns, and what it raises: TimeoutError if it is late.
 
     It goes on in a daemon thread then.  Where none can start, there is no limit.
     """
     import threading
 
-    results: list[_T] = []
-    errors: list[BaseException] = []
+    outcome: list[tuple[_T | None, BaseException | None]] = []
 
     def run() -> None:
         try:
-            results.append(function())
+            outcome.append((function(), None))
         except BaseException as error:  # whatever it is, the caller gets it
-            errors.append(error)
+            outcome.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True, name="claude-oauth-call")
     try:
@@ -1203,11 +1204,7 @@ def call_with_limit(function: Callable[[], _T], seconds: float) -> _T:
         thread.join(seconds)
     except RuntimeError:
         run()
-    if errors:
-        raise errors.pop()
-    if not results:
-        raise TimeoutError
-    return results.pop()
+    return outcome.pop() if outcome else (None, TimeoutError())
 
 
 @hides_locals
@@ -1285,12 +1282,11 @@ class OAuthClient:
         the answer is not usable, and the code may be spent all the same.  Source: RFC
         6749 section 4.1.3; the service refuses a request without ``state``.
         """
-        client_id = self.client_id_for(None)
         body = {
             "grant_type": "authorization_code",
             "code": code,
             "redirect_uri": redirect_uri,
-            "client_id": client_id,
+            "client_id": self.client_id_for(None),
             "code_verifier": verifier,
             "state": state,
         }
@@ -1298,7 +1294,7 @@ class OAuthClient:
         granted = Credentials.from_answer(answer, received_at=self._clock())
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
         scopes = granted.scopes or self.config.scopes
-        return granted.replace(scopes=scopes, client_id=client_id)
+        return granted.replace(scopes=scopes, client_id=body["client_id"])
 
     def refresh(
         self, credentials: Credentials, *, scopes: Iterable[str] | None = None
@@ -1330,10 +1326,9 @@ class OAuthClient:
             "grant_type": "refresh_token",
             "refresh_token": credentials.refresh_token,
             "client_id": self.client_id_for(credentials),
-            "scope": " ".join(scopes),
         }
-        if not body["scope"]:
-            del body["scope"]
+        if scopes := tuple(scopes):
+            body["scope"] = " ".join(scopes)
         # Repeated if the connection is dropped: if the server has spent the token, its
         # successor is lost anyway, and any later try would send the same token.
         return self._send(self.config.token_url, body, field="access_token", tries=2)
@@ -1348,10 +1343,9 @@ class OAuthClient:
         """Create another permanent Console API key; TokenRefused if not allowed."""
         url = self.config.api_key_url
         answer = self._send(url, {}, field="raw_key", bearer=access_token)
-        key = _header_text(answer.get("raw_key"))
-        if key is None:
-            raise BadAnswer("raw_key")
-        return key
+        if key := _header_text(answer.get("raw_key")):
+            return key
+        raise BadAnswer("raw_key")
 
     def revoke(self, token: str) -> None:
         """End the grant behind a refresh token.  Source: RFC 7009 section 2.1."""
@@ -1374,14 +1368,7 @@ class OAuthClient:
         tries: int = 1,
     ) -> dict[str, object]:
         """Send a request; return the answer's JSON object, {} without a field."""
-        # `requests` limits the wait for each packet only: slow headers, or a resolver
-        # that hangs, would hold the lock for ever.
-        try:
-            status, headers, content = call_with_limit(
-                lambda: self._attempt(url, body, bearer, tries), 3 * self.config.timeout
-            )
-        except TimeoutError:
-            raise Unavailable("no whole answer in time; try again later") from None
+        status, headers, content = self._answer(url, body, bearer, tries)
         sent = {"bearer": bearer, **(body or {})}
         names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
         secrets = [sent.get(name, "") for name in names]
@@ -1395,7 +1382,7 @@ class OAuthClient:
             return {}
         return read_answer(status, content, field=field, secrets=secrets)
 
-    def _attempt(
+    def _answer(
         self, url: str, body: Mapping[str, str] | None, bearer: str, tries: int
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Return status, headers and content of any answer."""
@@ -1405,11 +1392,16 @@ class OAuthClient:
         if bearer:
             headers["Authorization"] = f"Bearer {bearer}"
             headers["anthropic-beta"] = OAUTH_BETA
-        content, response = b"", None
+        answers: list[requests.Response] = []
+        content = bytearray()
+        # `requests` limits the wait for each packet only: slow headers, or a resolver
+        # that hangs, would hold the lock for ever.
+        deadline = Deadline(3 * self.config.timeout)
         with ExitStack() as stack:
             session = self._session or stack.enter_context(import_requests().Session())
             way, proxies = check_way(url, session)
-            try:
+
+            def request() -> None:
                 response = session.request(
                     ("POST", "GET")[body is None],
                     url,
@@ -1423,25 +1415,27 @@ class OAuthClient:
                     allow_redirects=False,
                     stream=True,
                 )
-                tries = 1  # an answer has begun: the token is spent
-                pieces = stack.enter_context(response).iter_content(8192)
-                while len(content) <= MAX_ANSWER_BYTES and (piece := next(pieces, b"")):
-                    content += piece
-                is_cut = getattr(response.raw, "length_remaining", 0)  # for urllib3 1
-                if is_cut or len(content) > MAX_ANSWER_BYTES:
-                    raise BufferError
-                return response.status_code, response.headers, content
-            except Exception as failure:
-                error = failure
-                # The tokens may be whole, whatever comes behind them.
-                if response is not None and _fields_of(content):
-                    return response.status_code, response.headers, content
-        # An exception of the session may hold the request, and so the tokens: raise a
-        # text alone, and outside the except block, so that no chain leads to it.
-        failed = _error_of_failure(error, way)
-        if tries > 1 and str(failed) == _DROPPED.format(way=way):
-            return self._attempt(url, body, bearer, tries - 1)
-        raise failed
+                answers.append(response)
+                with response:
+                    # In small pieces: urllib3 2 drops the one that is cut.
+                    for piece in response.iter_content(16):
+                        content.extend(piece)
+                        if len(content) >= MAX_ANSWER_BYTES:
+                            break
+
+            error = None
+            for _ in range(tries):
+                _nothing, failure = call_with_limit(request, deadline.left())
+                error = failure and _error_of_failure(failure, way)
+                # Once an answer has begun, the token is spent.
+                if answers or str(error) != _DROPPED.format(way=way):
+                    break
+        data = bytes(content[:MAX_ANSWER_BYTES])
+        # An exception of the session may hold the request, and so the tokens: what is
+        # raised has a text alone.  Whole tokens count, whatever comes behind them.
+        if error and not (answers and _fields_of(data)):
+            raise error
+        return answers[0].status_code, answers[0].headers, data
 
 
 def _without_redirect(request: Any) -> Any:
@@ -1467,7 +1461,9 @@ _FAILURES: Final = {
 """The text for an exception of a class, or with one inside; the first match counts."""
 
 
-def _error_of_failure(error: Exception, way: str) -> ClaudeOAuthError:
+def _error_of_failure(error: BaseException, way: str) -> BaseException:
+    if isinstance(error, ClaudeOAuthError) or not isinstance(error, Exception):
+        return error
     # `requests` wraps urllib3's error, and that the socket's; they nest by args.
     causes: list[object] = [error]
     for cause in causes:
@@ -1491,8 +1487,8 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
     """Return a text that names the host and its proxy, and the proxies to use.
 
     Raises:
-        ConfigError: The proxy's URL, or the file of certificates, is unusable.  No URL
-            of a proxy is shown: a password may be in it.
+        ConfigError: The proxy's URL, or a file that TLS needs, is unusable.  No URL of
+            a proxy is shown: a password may be in it.
     """
     import re
     from urllib.parse import urlsplit
@@ -1505,48 +1501,66 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
     if parts.scheme == "http" or not merge:  # not a session of `requests`
         return parts.netloc, proxies
     settings = merge(url, proxies, True, None, None)
-    variables = sorted(os.environ.items())
-    names = {value: name for name, value in variables if name.upper() in _VARIABLES}
-    bundle = settings["verify"]
-    try:
-        if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
-            import ssl
-
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
-    except (ImportError, OSError, ValueError):
-        name = names.get(str(bundle), "the session's verify")
-        raise ConfigError(
-            f"{name} names {printable(bundle)}, which is no readable file of"
-            " certificates; correct or unset it"
-        ) from None
+    _check_tls_files(settings["verify"], settings["cert"])
     proxy = requests.utils.select_proxy(url, settings["proxies"])
     if not proxy:
         return parts.netloc, proxies
+    match, kind = re.fullmatch(_PROXY_URL, proxy), ""
     try:
-        (address,) = re.findall(_PROXY_URL, proxy)
-        address.split(":")[0].encode("idna")  # fails for an empty or a long label
-        proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
-        requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
-        return f"{parts.netloc} through the proxy {address}", proxies
+        if match:
+            proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
+            requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
+            return f"{parts.netloc} through the proxy {match[1]}", proxies
     except (ValueError, AssertionError) as error:
         kind = type(error).__name__
-    name = names.get(proxy, "the proxy of the session or the system")
-    raise ConfigError(f"{name} {_PROXY_PROBLEMS.get(kind, _PROXY_PROBLEMS[''])}")
+    problem = (
+        "names a SOCKS proxy; get PySocks: pip install PySocks"
+        if kind == "InvalidSchema"
+        else "is no usable proxy URL; give it as http://host:port, and write characters"
+        " like # ? / [ @ of a password as %23 %3F %2F %5B %40"
+    )
+    name = _variable(proxy, "HTTPS_PROXY", "ALL_PROXY")
+    raise ConfigError(f"{name or 'the proxy of the session or the system'} {problem}")
 
-
-_VARIABLES: Final = ("HTTPS_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 _PROXY_URL: Final = (
-    r"^(?:[A-Za-z0-9]+://)?(?:[^\s/?#\[\]]*@)?"
-    r"((?:[^\s/?#@:\[\]]+|\[[^\s/?#@\]]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
+    r"(?i)(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?"
+    r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?"
 )
-"""A proxy's URL as `requests` takes it; the group is its host and port."""
+"""A proxy's URL that every `requests` takes; the group is its host and port."""
 
-_PROXY_PROBLEMS: Final = {
-    "": "is no usable proxy URL; give it as http://host:port, and write characters like"
-    " # ? / [ @ of a password as %23 %3F %2F %5B %40",
-    "InvalidSchema": "names a SOCKS proxy; get PySocks: pip install PySocks",
-}
+
+def _check_tls_files(bundle: object, cert: Any) -> None:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name = path = ""
+    try:
+        if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
+            path = str(bundle)
+            name = _variable(path, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+            name = name or "the session's verify"
+            context.load_verify_locations(path)
+        if cert:
+            files = (cert,) if isinstance(cert, str) else cert
+            name, path = "the session's cert", " and ".join(map(str, files))
+            context.load_cert_chain(*files)
+        if key_log := os.environ.get("SSLKEYLOGFILE"):
+            name, path = "SSLKEYLOGFILE", key_log
+            context.keylog_filename = key_log
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or type(error).__name__
+    raise ConfigError(
+        f"{name} names {printable(path)}, which cannot be used"
+        f" ({printable(reason).lower()}); correct or unset it"
+    )
+
+
+def _variable(value: str, *names: str) -> str:
+    """Return the variable of the environment that has this value, if one has."""
+    found = (n for n, v in sorted(os.environ.items()) if v == value)
+    return next((name for name in found if name.upper() in names), "")
 
 
 # -- Storage ---------------------------------------------------------------------------
@@ -2340,14 +2354,13 @@ class KeyringStorage(_SecretStorage):
             return None
         call = getattr(import_package("keyring"), f"{action}_password")
         arguments = (service, self._account, *(each.decode("ascii") for each in data))
-        try:
-            found = call_with_limit(lambda: call(*arguments), self.time_limit)
+        found, error = call_with_limit(lambda: call(*arguments), self.time_limit)
+        if error is None:
             is_there = found is not None or action != "get"
             return str(found).encode(errors="surrogatepass") if is_there else None
-        except Exception as error:  # each backend has errors of its own
-            name, is_missing = type(error).__name__, isinstance(error, ImportError)
-            # What a write complains about may have the secret in it.
-            reason = name if data else printable(f"{name}: {error}")
+        name, is_missing = type(error).__name__, isinstance(error, ImportError)
+        # What a write complains about may have the secret in it.
+        reason = name if data else printable(f"{name}: {error}")
         if is_missing:
             raise ConfigError(f"the backend of `keyring` is not there ({reason})")
         # Where a time limit is over, most likely a dialog waits that nobody sees.
@@ -4576,17 +4589,9 @@ def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
 
 def _try_within_limit(name: str, call: Callable[[], object]) -> None:
     """Call for FLUSH_TIMEOUT at most, and go on whatever it raises."""
-
-    def attempt() -> str:
-        try:
-            call()
-        except BaseException as error:  # somebody else's code, SystemExit included
-            return safe_text(error)
-        return ""
-
-    try:
-        problem = call_with_limit(attempt, FLUSH_TIMEOUT)
-    except TimeoutError:
+    _, error = call_with_limit(call, FLUSH_TIMEOUT)
+    problem = error and safe_text(error)
+    if isinstance(error, TimeoutError):
         problem = f"no end after {FLUSH_TIMEOUT:g} s"
     if problem:
         warn(f"logging out goes on without {name} ({problem})")
@@ -4867,13 +4872,9 @@ class Sandbox:
             self._failures.setdefault(endpoint, []).extend([refusal] * times)
 
     def _start(self, function: Callable[..., object], argument: object) -> None:
-        import threading
-
-        thread = threading.Thread(target=function, args=(argument,), daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as exc:
-            raise Unavailable(f"a sandbox needs threads, and here: {exc}") from exc
+        thread = start_thread("sandbox", function, argument)
+        if thread is None:
+            raise Unavailable("a sandbox needs threads, and none can be started")
         self._threads.append(thread)
 
     def _decide(self, url: str, decision: bytes) -> str:
@@ -4918,11 +4919,20 @@ class Sandbox:
 
     def _answer(self, request: Any) -> str | dict[str, object]:
         """Return a page, an address to go to, or an object."""
+        from urllib.parse import parse_qsl
+
         path, _, query = request.path.partition("?")
-        request.asked = _sandbox_parameters(path, query, request.body)
-        request.endpoint = _SANDBOX_PATHS.get(path, "")
-        if path == "/v1/oauth/token":
-            request.endpoint = request.asked.get("grant_type", "")
+        pairs = parse_qsl(query, keep_blank_values=True)
+        request.asked, grant = dict(pairs), ""
+        if len(pairs) != len(request.asked):  # RFC 6749 section 3.1
+            raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
+        if path.startswith("/v1/oauth/"):
+            request.asked = parse_json_object(request.body) or {"": None}
+            if not all(isinstance(value, str) for value in request.asked.values()):
+                code = "oauth_request_parse_error"
+                raise _SandboxRefusal(400, code, "not JSON strings")
+            grant = str(request.asked.get("grant_type", ""))
+        request.endpoint = _SANDBOX_PATHS.get(path, grant)
         if request.endpoint not in self.counts:
             raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
         with self._lock:
@@ -4978,10 +4988,10 @@ class Sandbox:
     def _do_refresh_token(self, request: Any) -> dict[str, object]:
         asked = request.asked
         login = self._login_of(asked.get("refresh_token", ""))
-        if login.ends < time.monotonic():
-            raise _SandboxRefusal(400, "invalid_grant", "the login is over")
-        if login.asked["client_id"] != asked.get("client_id"):
-            raise _SandboxRefusal(400, "invalid_grant", "client_id is another one")
+        is_same_client = login.asked["client_id"] == asked.get("client_id")
+        if login.ends < time.monotonic() or not is_same_client:
+            problem = "the login is over, or another client's"
+            raise _SandboxRefusal(400, "invalid_grant", problem)
         wanted = set(asked.get("scope", "").split())
         if not wanted <= {*login.scopes, *ALLOWED_SCOPE_EXPANSIONS}:
             raise _SandboxRefusal(400, "invalid_scope", "more than can be granted")
@@ -5048,32 +5058,14 @@ class Sandbox:
         }
 
 
-def _sandbox_parameters(path: str, query: str, body: bytes) -> dict[str, str]:
-    """Return the strings of a JSON body, or the query's parameters, each once.
-
-    Source: RFC 6749 section 3.1.
-    """
-    from urllib.parse import parse_qsl
-
-    if path.startswith("/v1/oauth/"):
-        found = parse_json_object(body)
-        if found is None or not all(isinstance(value, str) for value in found.values()):
-            raise _SandboxRefusal(400, "oauth_request_parse_error", "not JSON strings")
-        return {name: str(value) for name, value in found.items()}
-    pairs = parse_qsl(query, keep_blank_values=True)
-    if len(pairs) != len(dict(pairs)):
-        raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
-    return dict(pairs)
-
-
 def _visit(url: str) -> None:
     """Fetch a page of this machine as a browser does, redirects included."""
-    options = {"headers": {"Host": url.split("/")[2]}, "timeout": REQUEST_TIMEOUT}
+    get, host = import_requests().get, {"Host": url.split("/")[2]}
     for address in ("127.0.0.1", "[::1]"):  # `localhost` does not resolve everywhere
         page = url.replace("localhost", address, 1)
         try:
-            import_requests().get(page, proxies={"no_proxy": "*"}, **options)
-        except (OSError, ValueError, ClaudeOAuthError):
+            get(page, headers=host, proxies={"no_proxy": "*"}, timeout=REQUEST_TIMEOUT)
+        except OSError:
             continue  # the listener does not use this address
         return
 
@@ -5365,7 +5357,7 @@ def _sandbox(options: Any) -> int:
     try:
         with TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
             print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
-            print(f"export CLAUDE_OAUTH_CLIENT_ID={sandbox.config.client_id}")
+            print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
             print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
             print("export CLAUDE_OAUTH_STORE=file", flush=True)
             say("Paste these lines into another terminal; Ctrl-C ends this one.")
@@ -5377,50 +5369,51 @@ def _sandbox(options: Any) -> int:
 
 def _demo(options: Any) -> int:
     """Play a login's whole life against a sandbox, in a temporary folder."""
-    names = [name for name in os.environ if name.startswith("CLAUDE_")]
-    hidden = {name: os.environ.pop(name) for name in names}
-    try:
-        return _run_demo(options.browser)
-    finally:
-        os.environ.update(hidden)
-
-
-def _run_demo(uses_browser: bool) -> int:
-    from functools import partial
     from tempfile import TemporaryDirectory
 
-    show = partial(print, flush=True)
+    names = [name for name in os.environ if name.startswith("CLAUDE_")]
+    hidden = {name: os.environ.pop(name) for name in names}
     temporary = TemporaryDirectory(prefix="claude-oauth-")
-    with temporary as directory, Sandbox() as sandbox:
-        storage = make_storage("file", directory)  # as the processes below make theirs
-        service = OAuthService(
-            sandbox.config,
-            storage,
-            flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
-        )
-        show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
-        service.login(open_browser=uses_browser or sandbox.approve, paste=uses_browser)
-        status = service.status()
-        show(f"login     {status['email']}, plan {status['subscription_type']}")
-        first = service.access_token()
-        show(f"token     {first[:13]}… from the file, no request")
-        _expire(storage)
-        news = "the same token" if service.access_token() == first else "a new token"
-        show(f"expiry    {news}, {sandbox.counts['refresh_token']} refresh")
-        _expire(storage)
-        show(f"stampede  {_stampede(sandbox, directory)}")
-        time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
-        sandbox.expire_access_tokens()
-        url, auth = sandbox.origin + "/v1/messages", BearerAuth(service)
-        post = import_requests().post
-        answer = post(url, json={}, auth=auth, proxies={"no_proxy": "*"}, timeout=9)
-        codes = [each.status_code for each in (*answer.history, answer)]
-        text = "a token that died early is refreshed and the request repeated"
-        show(f"401       {text}: {codes}")
-        service.logout()
-        left = "nothing" if storage.load() is None else "something"
-        show(f"          the grant is revoked; {left} is left in the store")
+    try:
+        with temporary as directory, Sandbox() as sandbox:
+            _play(sandbox, directory, uses_browser=options.browser)
+    finally:
+        os.environ.update(hidden)
     return 0
+
+
+def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
+    from functools import partial
+
+    show = partial(print, flush=True)
+    storage = make_storage("file", directory)
+    service = OAuthService(
+        sandbox.config,
+        storage,
+        flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
+    )
+    show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
+    service.login(open_browser=uses_browser or sandbox.approve, paste=uses_browser)
+    status = service.status()
+    show(f"login     {status['email']}, plan {status['subscription_type']}")
+    first = service.access_token()
+    show(f"token     {first[:13]}… from the file, no request")
+    _expire(storage)
+    news = "the same token" if service.access_token() == first else "a new token"
+    show(f"expiry    {news}, {sandbox.counts['refresh_token']} refresh")
+    _expire(storage)
+    show(f"stampede  {_stampede(sandbox, directory)}")
+    time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
+    sandbox.expire_access_tokens()
+    url, auth = sandbox.origin + "/v1/messages", BearerAuth(service)
+    post = import_requests().post
+    answer = post(url, json={}, auth=auth, proxies={"no_proxy": "*"}, timeout=9)
+    codes = [each.status_code for each in (*answer.history, answer)]
+    text = "a token that died early is refreshed and the request repeated"
+    show(f"401       {text}: {codes}")
+    service.logout()
+    left = "nothing" if storage.load() is None else "something"
+    show(f"          the grant is revoked; {left} is left in the store")
 
 
 def _expire(storage: Storage) -> None:
@@ -5439,22 +5432,21 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     if python is None:
         return "left out: this program has no Python to start"
     before = sandbox.counts["refresh_token"]
-    spec = globals().get("__spec__")  # None where this file is run as a script
-    program = ["-m", spec.name] if spec else [os.path.abspath(__file__)]
+    # A script has no spec; a zip file's or a folder's says __main__.
+    name = getattr(globals().get("__spec__"), "name", "__main__")
+    program = ["-m", name] if name != "__main__" else [os.path.abspath(sys.argv[0])]
     command = [python, *program, "--dir", directory, "--store", "file", "token"]
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
     # From a folder with nothing to import by mistake; Ctrl-C would print tracebacks.
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    workers = [
-        subprocess.Popen(command, env=environ, cwd=directory, **pipes) for _ in range(8)
-    ]
-    limit = LOCK_TIMEOUT
-    answers: list[Any] = [worker.communicate(timeout=limit)[0] for worker in workers]
-    tokens: list[Any] = list(filter(None, answers))
+    start = subprocess.Popen
+    workers = [start(command, env=environ, cwd=directory, **pipes) for _ in range(8)]
+    answers = [worker.communicate(timeout=LOCK_TIMEOUT)[0] for worker in workers]
+    tokens: list[bytes] = list(filter(None, answers))
+    refreshes = sandbox.counts["refresh_token"] - before
     return (
-        "8 processes find an expired token:"
-        f" {sandbox.counts['refresh_token'] - before} refresh,"
+        f"8 processes find an expired token: {refreshes} refresh,"
         f" {len(tokens)} of 8 have a token, {len(set(tokens))} token in all"
     )
 

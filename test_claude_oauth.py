@@ -1189,7 +1189,7 @@ def spend_while_handling(secret):
 
 
 def spend_in_a_thread(secret):
-    return claude_oauth.call_with_limit(lambda: spend(secret), LIMIT)
+    raise claude_oauth.call_with_limit(lambda: spend(secret), LIMIT)[1]
 
 
 def spend_in_a_generator(secret):
@@ -3050,7 +3050,7 @@ PASSING = {
     "529": (Answer(529, failure("overloaded_error", "x")), "out of order", None),
     "200-page": (Answer(200, PAGE), "not the service's", None),
     "200-empty": (Answer(200), "not the service's", None),
-    "cut": (Answer(200, ANSWER, fault="truncated"), "", None),
+    "cut": (Answer(200, {"access_token": "x" * 99}, fault="truncated"), "", None),
     "bad-gzip": (Answer(200, b"{}", {"Content-Encoding": "gzip"}), "", None),
     "endless": (Answer(200, fault="oversize"), "", None),
     "closed": (Answer(fault="close"), "dropped the connection", None),
@@ -3081,9 +3081,12 @@ def test_an_answer_that_has_begun_is_not_asked_for_again(scripted_server, fault)
     assert len(scripted_server.requests) == 1
 
 
+@pytest.mark.parametrize("size", [200, 100_000])
 @pytest.mark.parametrize("fault", ["truncated", "tear"])
-def test_whole_tokens_of_an_answer_that_breaks_off_are_taken(scripted_server, fault):
-    scripted_server.add(200, {**ANSWER, "more": "x" * 100_000}, fault=fault)
+def test_whole_tokens_of_an_answer_that_breaks_off_are_taken(
+    scripted_server, fault, size
+):
+    scripted_server.add(200, {**ANSWER, "more": "x" * size}, fault=fault)
     found = client_for(scripted_server).refresh(CREDENTIALS)
     assert found.refresh_token == ANSWER["refresh_token"]
     assert len(scripted_server.requests) == 1
@@ -3092,7 +3095,8 @@ def test_whole_tokens_of_an_answer_that_breaks_off_are_taken(scripted_server, fa
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("fault", ["hang", "stall", "drip", "trickle"])
 def test_no_answer_may_take_longer_than_its_time(scripted_server, call, fault):
-    scripted_server.add(200, GOOD_ANSWERS[call], fault=fault)
+    # Tokens that are whole would be taken, so they stand in the half that never comes.
+    scripted_server.add(200, {"more": "x" * 999, **GOOD_ANSWERS[call]}, fault=fault)
     error = failure_of(call, client_for(scripted_server, timeout=0.2))
     assert isinstance(error, claude_oauth.Unavailable)
     assert not scripted_server.exhausted
@@ -3836,6 +3840,11 @@ PROXIES = {
     "long-name": f"http://{'a' * 64}:3128",
     "quoted": "'http://proxy:3128'",
     "no-scheme-but-slashes": "//proxy:3128",
+    "no-slashes": "http:user:sesame@proxy",
+    "capitals-without-slashes": "HTTP:user:sesame@proxy:3128",
+    "backslashes": "http:\\\\user:sesame@proxy:3128",
+    "backslash-in-the-password": "http://user:ses\\ame@proxy:3128",
+    "a-password-without-scheme": "user:sesame@proxy:3128",
     "not-latin-1": "http://user:%E2%82%AC@proxy:3128",
 }
 
@@ -3850,6 +3859,7 @@ def test_a_proxy_that_cannot_be_one_is_a_setting_to_fix(
         with pytest.raises(claude_oauth.ConfigError, match=variable) as caught:
             attempt()
         assert "http://host:port" in str(caught.value) or "PySocks" in str(caught.value)
+        assert not re.search("user|ses|ame@", chain_text(caught.value))
 
 
 def test_a_proxy_of_a_session_is_looked_at_too(outside):
@@ -3936,6 +3946,20 @@ def test_a_ca_bundle_of_a_session_is_looked_at_too(outside):
         client = claude_oauth.OAuthClient(outside.config, session=session)
         with pytest.raises(claude_oauth.ConfigError, match="the session's verify"):
             client.check()
+
+
+def test_a_certificate_of_a_session_is_looked_at_too(outside):
+    with requests.Session() as session:
+        session.cert = ("/nowhere/cert.pem", "/nowhere/key.pem")
+        client = claude_oauth.OAuthClient(outside.config, session=session)
+        with pytest.raises(claude_oauth.ConfigError, match="the session's cert names"):
+            client.check()
+
+
+def test_a_key_log_that_cannot_be_written_is_a_setting_to_fix(outside, monkeypatch):
+    monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/keys")
+    with pytest.raises(claude_oauth.ConfigError, match="SSLKEYLOGFILE names /nowhere"):
+        outside.check()
 
 
 def test_a_good_setting_passes_the_check(tls_server, trusted, scripted_server):
@@ -15200,6 +15224,7 @@ DEMO_STARTS = {
     "in-a-package": ("pkg/oauth.py", ["-m", "pkg.oauth"]),
     "under-another-name": ("claude-login", ["claude-login"]),
     "as-a-module": ("claude_oauth.py", ["-m", "claude_oauth"]),
+    "as-a-folder": ("app/__main__.py", ["app"]),
 }
 
 
