@@ -65,7 +65,6 @@ if TYPE_CHECKING:
     import socket
     import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from contextlib import ExitStack
     from types import FrameType
     from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
 
@@ -3601,57 +3600,19 @@ def _copy_of(error: _Error) -> _Error:
     return type(error)(*error.args)
 
 
-class SharedNotes(_Value):
-    """Notes about a login that processes share, beside the credential; no secrets."""
-
-    wait_until: float = 0.0
-    """No refresh before this: the server asked for a pause, or failed."""
-    failures: int = 0
-    """The number of such answers in a row."""
-    lifetime: int = 0
-    """Seconds that the last access token had when it was new; 0 if not known."""
-    refused: str = ""
-    """The fingerprint of a refresh token that is dead."""
-    refused_until: float = 0.0
-    """``refused`` counts until then."""
-    refused_scopes: tuple[str, ...] = ()
-    """Scopes that the server would not grant on a refresh."""
-    rejected: str = ""
-    """The fingerprint of a new access token that the API answered 401 to as well."""
-    account_of: tuple[str, ...] = ()
-    """The fingerprints of the login that the cached account belongs to."""
-    key_owner: str = ""
-    """The fingerprint of the stored API key together with its organization."""
-
-    def to_record(self) -> dict[str, object]:
-        """Return the notes that say anything."""
-        notes = {name: value for name, value in self.__dict__.items() if value}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in notes.items()}
-
-    @classmethod
-    def from_record(cls, record: object) -> SharedNotes:
-        """Read the notes; a malformed one is ignored."""
-        known: dict[str, Any] = {}
-        found = record if isinstance(record, dict) else {}
-        for name in cls.__annotations__:
-            default, value = getattr(cls, name), found.get(name)
-            if default == 0:
-                value, default = _number(value), 0.0
-            elif isinstance(value, list):
-                value = tuple(map(str, value))
-            if isinstance(value, (type(default), int)):
-                known[name] = value
-        return cls(**known)
-
-    def after_success(self) -> SharedNotes:
-        """Return the notes without those that a successful refresh settles."""
-        return self.replace(
-            wait_until=0.0, failures=0, refused="", refused_until=0.0, rejected=""
-        )
-
-
 class AccountFile:
-    """account.json: the cached account, and the notes that processes share.
+    """account.json: the cached account, and notes about it that processes share.
+
+    The notes, none of them a secret; one that is malformed counts as missing:
+
+        wait_until      no refresh before this: the server asked for a pause, or failed
+        failures        the number of such answers in a row
+        lifetime        seconds that the last access token had when it was new
+        refused         the fingerprint of a dead refresh token; counts to refused_until
+        refused_scopes  those that the server would not grant on a refresh
+        rejected        that of a new access token that the API answered 401 to
+        account_of      those of the login that the cached account belongs to
+        key_owner       that of the stored API key together with its organization
 
     A cache: a damaged file is left alone and counts as empty, and changes that cannot
     be written are kept in memory.  Hold the storage's lock to make changes.
@@ -3666,10 +3627,9 @@ class AccountFile:
         self._path = path
         self._config = config
         self._clock = clock
-        # A record that could not be written, and the file's content then.  Once that
-        # differs, another process has written something newer.
-        self._unwritten: dict[str, object] = {}
-        self._unwritten_over: dict[str, object] | None = None
+        # What could not be written, and the file's content then: once that differs,
+        # another process has written something newer.
+        self._unwritten: tuple[object, dict[str, object]] = (None, {})
 
     def fingerprint(self, credentials: Credentials) -> str:
         """Return a hash that identifies a login without revealing its token."""
@@ -3679,87 +3639,68 @@ class AccountFile:
             token_url=self._config.token_url,
         )
 
-    def account(self, credentials: Credentials | None) -> dict[str, object]:
+    def account(self, credentials: Credentials | None) -> dict[str, Any]:
         """Return the account that was cached for this login, empty if there is none."""
-        found = self._load().get(self._ACCOUNT)
-        if credentials is None or not isinstance(found, dict):
+        owners = self.notes().get("account_of")
+        if credentials is None:
             return {}
-        owners = self.notes().account_of
         # An account without an owner was written by an earlier version.
-        is_known = not owners or self.fingerprint(credentials) in owners
-        return found if is_known else {}
+        is_known = not owners or self.fingerprint(credentials) in str(owners)
+        return _object(self._load().get(self._ACCOUNT)) if is_known else {}
 
-    def notes(self) -> SharedNotes:
+    def notes(self) -> dict[str, Any]:
         """Return the notes."""
-        return SharedNotes.from_record(self._load().get(self._NOTES))
+        return _object(self._load().get(self._NOTES))
+
+    def number(self, name: str) -> float:
+        """Return a note that is a number."""
+        return _number(self.notes().get(name)) or 0.0
 
     def update(
-        self,
-        *,
-        account: Mapping[str, object] | None = None,
-        notes: SharedNotes | None = None,
+        self, account: Mapping[str, object], notes: Mapping[str, object]
     ) -> None:
-        """Change the account or the notes; write nothing if nothing changes."""
-        before = self._load()
-        changes: dict[str, object] = {}
-        if account is not None:
-            changes[self._ACCOUNT] = dict(account)
-        if notes is not None:
-            changes[self._NOTES] = notes.to_record()
-        kept = {k: v for k, v in before.items() if k not in changes}
-        record = {**kept, **{k: v for k, v in changes.items() if v}}
+        """Replace the account and the notes; write nothing if nothing changes."""
+        kept = {name: value for name, value in notes.items() if value}
+        own = {self._ACCOUNT: account, self._NOTES: kept}
+        before, found = self._load(), self._read()
+        record = {k: v for k, v in {**before, **own}.items() if v or k not in own}
         if record == before:
             return
-        found = self._read()
-        self._unwritten = {}
+        self._unwritten = (found, record)
         try:
             if self._path is not None and found is not None:
                 write_private(self._path, dump_json(record).encode(), is_cache=True)
-                return
+                self._unwritten = (None, {})
         except StorageError:
             pass
-        self._unwritten, self._unwritten_over = record, found
 
     def note(self, **changes: object) -> None:
         """Change single notes."""
-        self.update(notes=self.notes().replace(**changes))
+        account = _object(self._load().get(self._ACCOUNT))
+        self.update(account, {**self.notes(), **changes})
 
     def start(self, login: Credentials, account: Mapping[str, object]) -> None:
         """Replace the account and all notes, for a new login."""
-        notes = SharedNotes(
-            account_of=(self.fingerprint(login),),
-            key_owner=self.key_owner(login.api_key, account.get("organizationUuid")),
-        )
-        self.update(account=account, notes=notes)
-
-    def key_owner(self, api_key: str | None, organization: object) -> str:
-        """Return a fingerprint of a key with its organization, "" if one is unknown."""
-        if not api_key or not isinstance(organization, str):
-            return ""
-        return fingerprint(api_key, client_id=organization, token_url="")
+        key_owner = key_owner_of(login.api_key, account)
+        owners = [self.fingerprint(login)]
+        self.update(account, {"account_of": owners, "key_owner": key_owner})
 
     def note_success(
-        self, renewed: Credentials, before: Credentials, spent: Credentials | None
+        self, renewed: Credentials, before: Credentials, stored: Credentials | None
     ) -> None:
-        """Note a successful refresh; the cached account stays with the login.
-
-        Args:
-            spent: The login that the store still holds although it is spent, because
-                its successor could not be saved; None if it was saved.
-        """
+        """Note a successful refresh; the cached account stays with the login."""
         now = self._clock()
-        notes = self.notes().after_success()
+        notes: dict[str, object] = {"wait_until": 0, "failures": 0, "rejected": ""}
         if renewed.access_token != before.access_token:
-            left = min(seconds_left(renewed, now), MAX_LIFETIME)
-            notes = notes.replace(lifetime=max(round(left), 0))
+            notes["lifetime"] = round(min(seconds_left(renewed, now), MAX_LIFETIME))
         if self.account(before):
-            owners = (self.fingerprint(renewed), self.fingerprint(before))
-            notes = notes.replace(account_of=tuple(dict.fromkeys(owners)))
-        if spent and spent.refresh_token != renewed.refresh_token:
-            # Sending it again would end the login, the unsaved successor included.
-            refused, until = self.fingerprint(spent), now + MAX_LIFETIME
-            notes = notes.replace(refused=refused, refused_until=until)
-        self.update(notes=notes)
+            owners = [self.fingerprint(renewed), self.fingerprint(before)]
+            notes["account_of"] = owners
+        # What the store held is spent.  If it still holds that, because the successor
+        # could not be saved, sending it again would end the login.
+        is_spent = stored and stored.refresh_token != renewed.refresh_token
+        notes["refused"] = self.fingerprint(stored) if stored and is_spent else ""
+        self.note(**notes, refused_until=now + MAX_LIFETIME if is_spent else 0)
 
     def note_failure(
         self, failure: TokenRefused | Unavailable, sent: Credentials, scopes: object
@@ -3789,30 +3730,26 @@ class AccountFile:
         """Note a pause after a 429 or 5xx, for every process; return its seconds."""
         import random
 
-        if error.status is None or not (error.status == 429 or error.status >= 500):
+        status = error.status or 0
+        if status != 429 and status < 500:
             return 0.0
-        failures = self.notes().failures + 1
-        pause = seconds_to_wait(
-            error.status,
-            error.retry_after,
-            failures=failures,
-            chance=random.random(),  # noqa: S311 - it spreads load, and is no secret
-        )
+        failures = int(self.number("failures")) + 1
+        chance = random.random()  # noqa: S311 - it spreads load, and is no secret
+        wait = error.retry_after
+        pause = seconds_to_wait(status, wait, failures=failures, chance=chance)
         self.note(wait_until=self._clock() + pause, failures=failures)
         return pause
 
     def pause_left(self) -> float:
         """Return the seconds of a noted pause that are left, 0 if there is none."""
-        left = self.notes().wait_until - self._clock()
+        left = self.number("wait_until") - self._clock()
         # A longer one was noted before the clock was set back.
         return left if 0 < left <= WAIT_CEILING else 0.0
 
     def is_refused(self, credentials: Credentials) -> bool:
         """Tell whether the server is known to refuse this refresh token."""
-        notes = self.notes()
-        # Twice: a dead token must stay refused although the clock was set back.
-        is_known = 0 < notes.refused_until - self._clock() <= 2 * MAX_LIFETIME
-        return is_known and notes.refused == self.fingerprint(credentials)
+        is_known = self._clock() < self.number("refused_until")
+        return is_known and self.notes().get("refused") == self.fingerprint(credentials)
 
     def raise_known_failure(self, credentials: Credentials) -> None:
         """Raise the error of a request that is known to fail, without sending it."""
@@ -3820,21 +3757,18 @@ class AccountFile:
             raise TokenRefused("invalid_grant", "refused before, and not sent again")
         pause = self.pause_left()
         if pause:
-            raise Unavailable(
-                f"requests to the server are paused for {describe_seconds(pause)};"
-                " try again then",
-                pause,
-            )
+            span = describe_seconds(pause)
+            text = f"requests to the server are paused for {span}; try again then"
+            raise Unavailable(text, pause)
 
-    def scopes_to_ask_for(self, credentials: Credentials) -> tuple[str, ...]:
+    def scopes_to_ask_for(self, credentials: Credentials) -> list[str]:
         """Return the scopes of a refresh, none if the server refused them before."""
-        scopes = scopes_to_refresh(credentials.scopes, self._config.scopes)
-        return () if scopes == self.notes().refused_scopes else scopes
+        scopes = list(scopes_to_refresh(credentials.scopes, self._config.scopes))
+        return [] if scopes == self.notes().get("refused_scopes") else scopes
 
     def clear(self) -> None:
         """Remove this module's own keys, and the file if nothing else is in it."""
-        self._unwritten = {}
-        self.update(account={}, notes=SharedNotes())
+        self.update({}, {})
         if self._path is not None and self._read() == {}:
             try:
                 os.unlink(os.path.realpath(self._path))
@@ -3842,9 +3776,8 @@ class AccountFile:
                 pass
 
     def _load(self) -> dict[str, object]:
-        found = self._read()
-        unwritten = self._unwritten if found == self._unwritten_over else {}
-        return {**(found or {}), **unwritten}
+        found, (over, unwritten) = self._read(), self._unwritten
+        return unwritten if found == over else found or {}
 
     def _read(self) -> dict[str, object] | None:
         """Return the file's content, None if it must not be replaced."""
@@ -3855,6 +3788,14 @@ class AccountFile:
         except StorageError:
             return None
         return {} if data is None else parse_json_object(data)
+
+
+def key_owner_of(api_key: str | None, account: Mapping[str, object]) -> str:
+    """Return a fingerprint of a key with its organization, "" if one is unknown."""
+    owner = _text(account.get("organizationUuid"))
+    if not api_key or not owner:
+        return ""
+    return fingerprint(api_key, client_id=owner, token_url="")
 
 
 class PendingSave(_Value):
@@ -3918,7 +3859,10 @@ class StoreView:
         Raises:
             StorageError: The store fails, and nothing was read before.
         """
-        self._forget_after_fork()
+        if self._pid != os.getpid():
+            # Forked: the parent saves what is pending, and refreshes it as well.
+            self._pid, self.pending = os.getpid(), None
+            self.remember(None)
         if self.pending:
             self._save_again()
         pending, before = self.pending, self._last
@@ -3953,17 +3897,17 @@ class StoreView:
         """
         if account is None and self.pending:
             account = self.pending.account
+        pending: PendingSave | None = PendingSave(credentials, stored, account)
         error: ClaudeOAuthError | None = None
         try:
             self.storage.save(credentials)
-            self.pending = None
-        except Exception as problem:
-            # Whatever the store raises, the login must not be lost: the refresh token
-            # before it is spent.
+            pending = None
+        except (ClaudeOAuthError, OSError) as problem:
             error = StorageError(f"the storage fails ({type(problem).__name__})")
             error = problem if isinstance(problem, ClaudeOAuthError) else error
-            self.pending = PendingSave(credentials, stored, account)
-        self.remember(credentials)
+        finally:  # whatever else a store raises: the token before it is spent
+            self.pending = pending
+            self.remember(credentials)
         if account is not None and not error:
             self.account_file.start(credentials, account)
         return error
@@ -3992,6 +3936,8 @@ class StoreView:
             if self._failure and not self._failed_until.passed():
                 raise _copy_of(self._failure)
             found = self.storage.load()
+            self._failure = None
+            return found
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
             if took > SLOW_FAILURE:
@@ -4002,102 +3948,78 @@ class StoreView:
             if known is None:
                 raise
             return known
-        self._failure = None
-        return found
 
     def _save_again(self) -> None:
         try:
             with self.storage.lock(0):
                 stored, newest = self.read()
-                pending = self.pending
-                if not pending or not newest or self.save(newest, stored):
-                    return
-                if pending.account is None:
-                    notes = self.account_file.notes().after_success()
-                    self.account_file.update(notes=notes)
+                if self.pending and newest:
+                    self.save(newest, stored)
         except (StorageError, Unavailable):
             pass  # there was a warning already; the next call tries again
 
-    def _forget_after_fork(self) -> None:
-        """Leave a pending save to the parent process, which refreshes it as well."""
-        if self._pid != os.getpid():
-            self._pid, self.pending = os.getpid(), None
-            self.remember(None)
 
+def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
+    """Call what must come to its end although the program is told to end.
 
-class DeferredSignals:
-    """Keep the program from ending before a spent token's successor is on the disk.
-
-    In the main thread signals are deferred, except SIGQUIT, as a way out.  In another
-    thread no signal arrives, but the program may end: then its exit waits.  SIGKILL,
-    and a SIGTERM while this runs in another thread, cannot be deferred.
+    In the main thread signals come afterwards, except SIGQUIT, as a way out.  Another
+    thread gets none, but the program may end: then its exit waits.  SIGKILL, and a
+    SIGTERM while this runs in another thread, cannot be deferred.
     """
+    import atexit
+    import signal
+    import threading
 
-    def __init__(self) -> None:
-        self._pending: list[int] = []
+    came: list[int] = []
+    previous: dict[int, Any] = {}
+    done, pid = threading.Event(), os.getpid()
 
-    def __enter__(self) -> None:
-        import contextlib
-        import signal
-        import threading
+    def hold(number: int, _frame: FrameType | None) -> None:
+        if number not in came:
+            came.append(number)
 
-        with contextlib.ExitStack() as stack:
-            if threading.current_thread() is threading.main_thread():
-                # SIGINT first: what is restored last cannot interrupt the others.
-                for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
-                    self._defer(getattr(signal, name, signal.SIGINT), stack)
-            else:
-                self._delay_exit(stack)
-            self._undo = stack.pop_all()
+    def wait() -> None:
+        if os.getpid() == pid:  # a forked child has not got this thread
+            done.wait(LOCK_TIMEOUT)
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._undo.close()
-
-    def deliver(self) -> None:
-        """Raise the signals that were deferred."""
-        import signal
-
-        if self._pending:
-            number = self._pending.pop(0)
+    def deliver() -> None:
+        if came:
             try:
-                signal.raise_signal(number)
+                signal.raise_signal(came.pop(0))
             finally:  # even if the first one raises
-                self.deliver()
+                deliver()
 
-    def _hold(self, number: int, _frame: FrameType | None) -> None:
-        if number not in self._pending:
-            self._pending.append(number)
+    try:
+        if threading.current_thread() is threading.main_thread():
+            _hold_signals(hold, previous)
+        else:
+            atexit.register(wait)
+        return function(*arguments)
+    finally:
+        done.set()
+        atexit.unregister(wait)
+        for number in reversed(previous):
+            if signal.getsignal(number) is hold:
+                signal.signal(number, previous[number])
+        deliver()
 
-    def _defer(self, number: int, stack: ExitStack) -> None:
-        import signal
 
-        previous: Any = signal.getsignal(number)
+def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> None:
+    """Set a handler for the signals that end programs; note each previous one."""
+    import signal
 
-        def restore() -> None:
-            if signal.getsignal(number) == self._hold:
-                signal.signal(number, previous)
-
+    # SIGINT first: what is restored last cannot interrupt the others.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
+        number = getattr(signal, name, signal.SIGINT)
+        found = signal.getsignal(number)
         # None is a handler that is not Python's; an ignored signal stays ignored.
-        if previous not in (None, signal.SIG_IGN, self._hold):
-            stack.callback(restore)  # first: the next line may be interrupted
-            try:
-                signal.signal(number, self._hold)
-            except ValueError:
-                pass  # a sub-interpreter, where no signal arrives
-
-    def _delay_exit(self, stack: ExitStack) -> None:
-        import atexit
-        import threading
-
-        done, pid = threading.Event(), os.getpid()
-
-        def wait() -> None:
-            if os.getpid() == pid:  # a forked child has not got this thread
-                done.wait(LOCK_TIMEOUT)
-
-        atexit.register(wait)
-        stack.callback(atexit.unregister, wait)
-        stack.callback(done.set)
+        if found in (None, signal.SIG_IGN, handler):
+            continue
+        previous[number] = found  # first: the next line may be interrupted
+        try:
+            signal.signal(number, handler)
+        except ValueError:
+            pass  # a sub-interpreter, where no signal arrives
 
 
 def merge_answer(
@@ -4114,8 +4036,8 @@ def merge_answer(
         found = Credentials.from_answer(answer, received_at=now, previous=before)
         return found, None
     except BadAnswer as problem:
-        successor = answer.get("refresh_token")
-        if not isinstance(successor, str) or not successor.strip():
+        successor = _text(answer.get("refresh_token"))
+        if not successor:
             raise
         return before.replace(refresh_token=successor), problem
 
@@ -4124,7 +4046,7 @@ class Refresher:
     """Gets a new access token; nothing else spends a refresh token.
 
     1. Look: a token that is good for long enough costs nothing (`is_due`).
-    2. Lock out the other threads, then the other processes.
+    2. Lock out the other threads and the other processes.
     3. Look again: somebody may have refreshed meanwhile, and their token will do.
     4. Check that the new login can be written, before anything is spent.
     5. Spend the refresh token, with signals deferred.
@@ -4132,20 +4054,16 @@ class Refresher:
     7. Note the result for the other processes, and unlock.
 
     A crash before 5 loses nothing.  Between 5 and 6 the login can be lost, by a power
-    failure or a signal that DeferredSignals cannot defer.
+    failure or a signal that cannot be deferred.
     """
 
     def __init__(
         self, client: OAuthClient, view: StoreView, clock: Callable[[], float]
     ) -> None:
-        import threading
-
         self._client = client
         self._view = view
         self._account_file = view.account_file
         self._clock = clock
-        # Held by the one thread of this process that refreshes.
-        self._mutex = (os.getpid(), threading.Lock())
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
         self._not_before = 0.0
@@ -4170,12 +4088,13 @@ class Refresher:
             other_than: An access token to replace, however long it is valid.
         """
         is_alive = other_than is None and seconds_left(present, self._clock()) > 0
+        limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
+        began = time.monotonic()
         try:
             if self._view.is_read_only:
                 return self._read_foreign(other_than), False
-            limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
-            timeout = 0.0 if is_alive else limit
-            return self._refresh_alone(timeout, min_validity, other_than)
+            with self._view.storage.lock(0.0 if is_alive else limit):
+                return self._refresh_locked(began, min_validity, other_than)
         except ClaudeOAuthError as error:
             if not is_alive or isinstance(error, NotLoggedIn):
                 raise
@@ -4195,64 +4114,45 @@ class Refresher:
             " program that owns it; run that program, then try again"
         )
 
-    def _refresh_alone(
-        self, timeout: float, min_validity: float, other_than: str | None
-    ) -> tuple[Credentials, bool]:
-        """Lock out other threads, then other processes, and refresh."""
-        import threading
-
-        if self._mutex[0] != os.getpid():  # the parent's thread cannot release it here
-            self._mutex = (os.getpid(), threading.Lock())
-        began, deadline = time.monotonic(), Deadline(timeout)
-        signals = DeferredSignals()
-        mutex = self._mutex[1]
-        if not mutex.acquire(timeout=timeout):
-            raise Unavailable("another thread is refreshing the login; try again later")
-        try:
-            with self._view.storage.lock(deadline.left()):
-                when, error = self._failed
-                if error is not None and when > began:
-                    raise _copy_of(error)  # or each thread would wait for the network
-                try:
-                    self._failed = (0.0, None)
-                    return self._refresh_locked(min_validity, other_than, signals)
-                except ClaudeOAuthError as failure:
-                    self._failed = (time.monotonic(), _copy_of(failure))
-                    raise
-        finally:
-            mutex.release()
-            signals.deliver()  # with the locks released: this may end the process
-
     def _refresh_locked(
-        self, min_validity: float, other_than: str | None, signals: DeferredSignals
+        self, began: float, min_validity: float, other_than: str | None
+    ) -> tuple[Credentials, bool]:
+        """Go through the steps from 3 on, unless a refresh failed while this waited."""
+        when, failure = self._failed
+        if failure and when > began:
+            raise _copy_of(failure)  # or each thread would wait for the network
+        self._failed = (0.0, None)
+        try:
+            return self._refresh_if_needed(min_validity, other_than)
+        except ClaudeOAuthError as error:
+            self._failed = (time.monotonic(), _copy_of(error))
+            raise
+
+    def _refresh_if_needed(
+        self, min_validity: float, other_than: str | None
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
-        stored, found = self._view.read()
-        scopes = self._account_file.scopes_to_ask_for(required(found))
+        scopes: list[str] = []
         for is_last in (False, True):
+            stored, found = self._view.read()
             newest = required(found)
             if self._suffices(newest, min_validity, other_than):
                 self._view.remember(newest)
                 return newest, False
             if not is_last:
                 self._account_file.raise_known_failure(newest)
+                scopes = self._account_file.scopes_to_ask_for(newest)
             self._view.storage.check()
             try:
-                return self._spend(newest, stored, scopes, signals), True
+                renewed = with_signals_deferred(self._spend, newest, stored, scopes)
+                return renewed, True
             except (TokenRefused, Unavailable) as error:
                 failure = error
-            try:
-                stored, found = self._view.read()
-            except StorageError:
-                found = newest  # the failure is noted all the same
-            pause: float | None = 0.0  # another program has refreshed meanwhile
-            is_other = found and found.refresh_token != newest.refresh_token
-            if isinstance(failure, Unavailable) or not is_other:
-                pause = self._account_file.note_failure(failure, newest, scopes)
+            pause = self._note_failure(failure, newest, scopes)
             if is_last or pause is None:
                 raise failure
             time.sleep(pause)
-            scopes = ()  # the server keeps those granted
+            scopes = []  # the server keeps those granted
         raise AssertionError("the last round returns or raises")
 
     def _suffices(
@@ -4261,25 +4161,20 @@ class Refresher:
         left = seconds_left(newest, self._clock())
         if newest.access_token == other_than:
             return False
-        lifetime = self._account_file.notes().lifetime
+        lifetime = self._account_file.number("lifetime")
         if 0 < lifetime <= min_validity:
             return left > lifetime / 2  # a new one would not live long enough either
         return left > min_validity
 
     def _spend(
-        self,
-        newest: Credentials,
-        stored: Credentials | None,
-        scopes: tuple[str, ...],
-        signals: DeferredSignals,
+        self, newest: Credentials, stored: Credentials | None, scopes: list[str]
     ) -> Credentials:
         """Spend the refresh token, and keep its successor whatever happens."""
-        with signals:
-            answer = self._client.request_refresh(newest, scopes)
-            renewed, problem = merge_answer(answer, newest, self._clock())
-            renewed = renewed.replace(client_id=self._client.client_id_for(newest))
-            error = self._view.save(renewed, stored)
-        self._account_file.note_success(renewed, newest, stored if error else None)
+        answer = self._client.request_refresh(newest, scopes)
+        renewed, problem = merge_answer(answer, newest, self._clock())
+        renewed = renewed.replace(client_id=self._client.client_id_for(newest))
+        error = self._view.save(renewed, stored)
+        self._account_file.note_success(renewed, newest, stored)
         if error:
             warn(
                 f"the refreshed login could not be saved ({safe_text(error)});"
@@ -4288,6 +4183,19 @@ class Refresher:
         if problem:
             raise problem
         return renewed
+
+    def _note_failure(
+        self, failure: TokenRefused | Unavailable, sent: Credentials, scopes: object
+    ) -> float | None:
+        """Note a failure; return the seconds until a second request, None for none."""
+        if isinstance(failure, TokenRefused):
+            try:
+                found = self._view.read()[1]
+            except StorageError:
+                found = None  # the failure is noted all the same
+            if found and found.refresh_token != sent.refresh_token:
+                return 0.0  # another program has refreshed meanwhile
+        return self._account_file.note_failure(failure, sent, scopes)
 
 
 # -- Service ---------------------------------------------------------------------------
@@ -4438,7 +4346,7 @@ class OAuthService:
     @hides_locals
     def is_rejected(self, token: str) -> bool:
         """Tell whether the API refused an access token when it was new."""
-        return self._account_file.notes().rejected == _rejected(token)
+        return self._account_file.notes().get("rejected") == _rejected(token)
 
     @hides_locals
     def note_rejected(self, token: str) -> None:
@@ -4526,23 +4434,18 @@ class OAuthService:
             stored, newest = self._view.read()
             if newest is None or newest.access_token != token:
                 return None  # somebody refreshed, or logged out or in, meanwhile
-            completed = self._cache_account(profile, newest)
+            file, account = self._account_file, self._account_file.account(newest)
+            if account.get("accountUuid") not in (None, profile.account_uuid):
+                account = {}
+            news = {k: v for k, v in profile.to_record().items() if v is not None}
+            owners = [file.fingerprint(newest)]
+            file.update({**account, **news}, {**file.notes(), "account_of": owners})
+            completed = _with_plan(newest, profile)
             if is_ours and completed != newest:
                 error = self._view.save(completed, stored)
                 if error:
                     raise error
             return completed
-
-    def _cache_account(self, profile: Profile, credentials: Credentials) -> Credentials:
-        """Cache an account, which keeps what the profile leaves out; add the plan."""
-        file = self._account_file
-        account = file.account(credentials)
-        if account.get("accountUuid") not in (None, profile.account_uuid):
-            account = {}
-        news = {k: v for k, v in profile.to_record().items() if v is not None}
-        notes = file.notes().replace(account_of=(file.fingerprint(credentials),))
-        file.update(account={**account, **news}, notes=notes)
-        return _with_plan(credentials, profile)
 
     # The Console path
 
@@ -4576,8 +4479,7 @@ class OAuthService:
             error = self._view.save(with_key, stored)
             if error:
                 warn(f"the new API key is kept in memory: {safe_text(error)}")
-            organization = file.account(newest).get("organizationUuid")
-            file.note(key_owner=file.key_owner(key, organization))
+            file.note(key_owner=key_owner_of(key, file.account(newest)))
             return with_key
 
     # Login and logout
@@ -4691,10 +4593,9 @@ class OAuthService:
         account: Mapping[str, object],
     ) -> Credentials:
         """Add the organization's API key: the stored one, or else a new one."""
-        file = self._account_file
         key = stored.api_key if stored else None
-        owner = file.key_owner(key, account.get("organizationUuid"))
-        if owner and owner == file.notes().key_owner:
+        owner = key_owner_of(key, account)
+        if owner and owner == self._account_file.notes().get("key_owner"):
             return credentials.replace(api_key=key)
         if credentials.is_claude_ai:
             return credentials

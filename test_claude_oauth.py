@@ -9291,15 +9291,29 @@ def test_what_cannot_be_saved_is_told_with_the_reason(kept, caplog):
     assert "could not be saved (cannot write: no space left on device)" in warning
 
 
-def test_what_is_saved_after_all_ends_what_was_remembered(kept):
+def test_what_is_saved_after_all_can_be_refreshed_by_others(kept, auth_server):
     kept.save(-1)
     storage = FullDisk(kept.path)
     service = kept.service(storage)
     new = service.access_token()
-    assert "refused" in kept.account.read_text()
+    assert kept.service().status()["logged_in"] is False
     storage.is_full = False
     assert service.access_token() == new == kept.storage.load().access_token
-    assert "refused" not in kept.account.read_text()
+    assert kept.service().status()["warnings"] == []
+    assert auth_server.is_live(kept.service().refresh().access_token)
+
+
+def test_a_spent_token_that_comes_back_from_a_backup_is_not_sent_again(kept):
+    """Its reuse would end the login for whoever holds the successor."""
+    old = kept.save(-1)
+    kept.service().access_token()
+    newest = kept.storage.load()
+    kept.storage.save(old)
+    with pytest.raises(claude_oauth.TokenRefused, match="log in again"):
+        kept.service().access_token()
+    assert kept.requests == 1
+    kept.storage.save(newest)
+    assert kept.service().refresh().access_token != newest.access_token
 
 
 @needs_posix
