@@ -4332,8 +4332,9 @@ class OAuthService:
         if not has_key and self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
         if for_api and not has_key and needs_key(credentials):
-            make = lambda _token: self._make_key(only_if_missing=True)  # noqa: E731
-            credentials = self._with_token(make)[0]
+            credentials = self._with_token(
+                lambda _token: self._make_key(only_if_missing=True)
+            )[0]
         return self._view.serve(credentials, self._clock())
 
     def _refresh(
@@ -4351,11 +4352,11 @@ class OAuthService:
     @hides_locals
     def note_rejected(self, token: str) -> None:
         """Note that the API answers 401 to a new token: a refresh would not help."""
-        import contextlib
-
-        unless = contextlib.suppress(StorageError, Unavailable)
-        with unless, self.storage.lock(SHORT_WAIT):
-            self._account_file.note(rejected=_rejected(token))
+        try:
+            with self.storage.lock(SHORT_WAIT):
+                self._account_file.note(rejected=_rejected(token))
+        except (StorageError, Unavailable):
+            pass  # the next 401 notes it
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token; after a 401, once more with a new one."""
@@ -4368,7 +4369,6 @@ class OAuthService:
                     raise
                 if is_last:
                     self.note_rejected(token)
-                if is_last or self.is_rejected(token):
                     raise
             token = self.refresh(rejected=token).access_token
         raise AssertionError("the last round returns or raises")
@@ -4413,17 +4413,25 @@ class OAuthService:
     def _complete_account(self, renewed: Credentials) -> Credentials:
         """Ask for the profile if some of it is missing; a failure changes nothing."""
         account = self._account_file.account(renewed)
-        is_complete = all(account.get(key) for key in _ACCOUNT_NEEDS) and bool(
-            renewed.subscription_type and renewed.rate_limit_tier
-        )
+        plan = (renewed.subscription_type, renewed.rate_limit_tier)
+        is_complete = all(plan) and all(map(account.get, _ACCOUNT_NEEDS))
         may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
         if is_complete or not may_ask or self._view.pending:
             return renewed
+        token = renewed.access_token
+        profile = self._try_profile(token)
         try:
-            profile = self._client.fetch_profile(renewed.access_token)
-            return self._keep_profile(profile, renewed.access_token) or renewed
-        except ClaudeOAuthError:
+            return (profile and self._keep_profile(profile, token)) or renewed
+        except (StorageError, Unavailable):
             return renewed
+
+    def _try_profile(self, access_token: str) -> Profile | None:
+        """Return the profile; None if it cannot be had, or takes too long."""
+        fetch = self._client.fetch_profile
+        try:
+            return call_with_limit(lambda: fetch(access_token), self.config.timeout)
+        except (ClaudeOAuthError, TimeoutError):
+            return None  # a narrow token may not ask, and is none the worse for it
 
     def _keep_profile(self, profile: Profile, token: str) -> Credentials | None:
         """Store the profile of an access token, if the store still holds that token."""
@@ -4572,15 +4580,10 @@ class OAuthService:
                 redirect_uri=granted.redirect_uri,
                 state=state,
             )
-            account: dict[str, object] = {}
-            try:
-                profile = self._client.fetch_profile(credentials.access_token)
-                credentials = _with_plan(credentials, profile)
-                account = profile.to_record()
-            except ClaudeOAuthError:
-                pass  # a narrow token may not ask, and is none the worse for it
+            profile = self._try_profile(credentials.access_token)
+            account = profile.to_record() if profile else {}
+            credentials = _with_plan(credentials, profile)
             credentials = self._with_key(credentials, stored, account)
-            self._view.pending = None
             error = self._view.save(credentials, stored, account)
             if error:
                 raise error
@@ -4631,20 +4634,18 @@ class OAuthService:
             except StorageError as error:
                 newest = None
                 warn(f"nothing is revoked: {error}")
-            if newest and newest.refresh_token and self.config.revoke_url:
-                self._revoke(newest, newest.refresh_token)
+            token = newest and newest.refresh_token
+            if newest and token and self.config.revoke_url:
+                client_id = newest.client_id or self.config.client_id
+                config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
+                client = OAuthClient(config, session=self._session)
+                _try_within_limit("the revocation", lambda: client.revoke(token))
             found = self.storage.delete()
             if found:  # else the account may belong to another store's login
                 self._account_file.clear()
             self._view.pending = None
             self._view.remember(None)
         return found
-
-    def _revoke(self, login: Credentials, token: str) -> None:
-        client_id = login.client_id or self.config.client_id
-        config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
-        client = OAuthClient(config, session=self._session)
-        _try_within_limit("the revocation", lambda: client.revoke(token))
 
     # Status
 
@@ -4656,20 +4657,21 @@ class OAuthService:
             StorageError: The storage cannot be read.
             ConfigError: CLAUDE_OAUTH_TOKEN is not a token.
         """
-        is_environments = environment_token() is not None
-        stored = None if is_environments else self._view.look()
+        source, method, stored = "none", None, None
+        is_usable, warnings = False, []
+        if environment_token():
+            source, is_usable, warnings = "environment", True, self._hidden_login()
+        else:
+            stored = self._view.look()
+        if stored:
+            source, (is_usable, warnings) = "store", self._condition(stored)
+            method = "claude.ai" if stored.is_claude_ai else "console"
         account = self._account_file.account(stored)
         # An empty credential stands for none: what it lacks is null in the answer.
         shown = stored or Credentials("none")
         expires_in = seconds_left(shown, self._clock())
-        source, method, warnings = "none", None, []
-        if is_environments:
-            source, warnings = "environment", self._warnings_of_environment()
-        elif stored:
-            source, warnings = "store", self._warnings(stored)
-            method = "claude.ai" if stored.is_claude_ai else "console"
         return {
-            "logged_in": is_environments or self._is_usable(stored),
+            "logged_in": is_usable,
             "source": source,
             "method": method,
             "email": _text(account.get("emailAddress")),
@@ -4685,7 +4687,8 @@ class OAuthService:
             "warnings": warnings,
         }
 
-    def _warnings_of_environment(self) -> list[str]:
+    def _hidden_login(self) -> list[str]:
+        """Return the warnings about CLAUDE_OAUTH_TOKEN and the login that it hides."""
         hides = f", and hides the login in {self.storage.describe()}"
         warning = "CLAUDE_OAUTH_TOKEN is in force"
         try:
@@ -4693,48 +4696,34 @@ class OAuthService:
         except StorageError as error:
             return [warning, str(error)]
 
-    def _warnings(self, stored: Credentials) -> list[str]:
-        """Return what a person should know about a login that looks fine."""
-        now, pause = self._clock(), self._account_file.pause_left()
+    def _condition(self, stored: Credentials) -> tuple[bool, list[str]]:
+        """Return whether a token can be had, and what a person should know."""
+        now, file = self._clock(), self._account_file
         is_expired = seconds_left(stored, now) <= 0
-        is_refused = self._account_file.is_refused(stored)
-        is_foreign = stored.client_id not in (None, self.config.client_id or None)
-        span = describe_seconds(pause)
-        known = {
+        left = (stored.refresh_token_expires_at or float("inf")) - now
+        pause, ends = describe_seconds(file.pause_left()), describe_seconds(left)
+        hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
-            "the login was made with another client id than is set": (
-                self.config.client_id and is_foreign
+            f"requests to the server are paused for another {pause}": file.pause_left(),
+            f"the login ends in {ends}, whatever is refreshed: log in again": (
+                0 < left < LOGIN_END_WARNING
             ),
-            "the server refused to refresh the login: log in again": is_refused,
+        }
+        # For these the token cannot be refreshed.
+        faults = {
+            "the server refused to refresh the login: log in again": (
+                file.is_refused(stored)
+            ),
+            "the login itself is over: log in again": left <= 0,
             "the token has expired: run the program that owns it": (
                 is_expired and self._view.is_read_only
             ),
             "the token has expired, with none to refresh it: log in": (
                 is_expired and not stored.refresh_token
             ),
-            f"requests to the server are paused for another {span}": (
-                pause and not is_refused
-            ),
         }
-        warnings = [warning for warning, applies in known.items() if applies]
-        left = (stored.refresh_token_expires_at or float("inf")) - now
-        if left < LOGIN_END_WARNING:
-            ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
-            text = f"the login itself {ends}, whatever is refreshed: log in again"
-            warnings.append(text)
-        return warnings
-
-    def _is_usable(self, stored: Credentials | None) -> bool:
-        """Tell whether a token can be had, as far as this machine knows."""
-        if stored is None:
-            return False
-        ends_at = stored.refresh_token_expires_at
-        can_refresh = bool(stored.refresh_token) and not (
-            self._view.is_read_only
-            or (ends_at is not None and ends_at <= self._clock())
-            or self._account_file.is_refused(stored)
-        )
-        return can_refresh or seconds_left(stored, self._clock()) > 0
+        warnings = [text for text, holds in {**hints, **faults}.items() if holds]
+        return not (is_expired and any(faults.values())), warnings
 
 
 _ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
@@ -4763,9 +4752,9 @@ def _rejected(token: str) -> str:
     return fingerprint(token, client_id="", token_url="")
 
 
-def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
-    if not profile.organization_uuid:
-        return credentials  # the profile says nothing of a plan
+def _with_plan(credentials: Credentials, profile: Profile | None) -> Credentials:
+    if not profile or not profile.organization_uuid:
+        return credentials  # nothing is known of a plan
     return credentials.replace(
         subscription_type=profile.subscription_type,
         rate_limit_tier=profile.rate_limit_tier,
@@ -4774,19 +4763,12 @@ def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
 
 def _try_within_limit(name: str, call: Callable[[], object]) -> None:
     """Call for FLUSH_TIMEOUT at most, and go on whatever it raises."""
-
-    def attempt() -> str:
-        try:
-            call()
-        except BaseException as error:  # somebody else's code, SystemExit included
-            return safe_text(error)
-        return ""
-
     try:
-        problem = call_with_limit(attempt, FLUSH_TIMEOUT)
-    except TimeoutError:
-        problem = f"no end after {FLUSH_TIMEOUT:g} s"
-    if problem:
+        call_with_limit(call, FLUSH_TIMEOUT)
+    except BaseException as error:  # somebody else's code, SystemExit included
+        problem = safe_text(error)
+        if isinstance(error, TimeoutError):
+            problem = f"no end after {FLUSH_TIMEOUT:g} s"
         warn(f"logging out goes on without {name} ({problem})")
 
 
@@ -4934,10 +4916,9 @@ def _with_beta(asked_for: str | bytes) -> str:
 def _position(body: Any) -> int | None:
     """Return where a body that is a file begins, None if it cannot be sent again."""
     try:
-        position: int | None = body.tell() if hasattr(body, "tell") else None
-    except (OSError, ValueError):
+        return int(body.tell())
+    except (AttributeError, OSError, ValueError):
         return None
-    return position
 
 
 def _rewind(body: Any, position: int | None) -> bool:

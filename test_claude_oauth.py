@@ -11769,19 +11769,6 @@ def test_no_status_holds_a_secret(account_service, auth_server, browser, monkeyp
     assert not secrets_in(stored + hidden)
 
 
-def test_a_status_says_when_the_login_is_another_programs(signed_in):
-    another = claude_oauth.OAuthService(
-        signed_in.config.replace(client_id="another-program"), signed_in.storage
-    )
-    nameless = claude_oauth.OAuthService(
-        signed_in.config.replace(client_id=""), signed_in.storage
-    )
-
-    assert "another client id" in another.status()["warnings"][0]
-    assert another.status()["client_id"] == CLIENT_ID
-    assert signed_in.status()["warnings"] == nameless.status()["warnings"] == []
-
-
 # -- Service: logout -------------------------------------------------------------------
 
 
