@@ -3605,14 +3605,13 @@ class AccountFile:
 
     The notes, none of them a secret; one that is malformed counts as missing:
 
-        wait_until      no refresh before this: the server asked for a pause, or failed
-        failures        the number of such answers in a row
-        lifetime        seconds that the last access token had when it was new
-        refused         the fingerprint of a dead refresh token; counts to refused_until
-        refused_scopes  those that the server would not grant on a refresh
-        rejected        that of a new access token that the API answered 401 to
-        account_of      those of the login that the cached account belongs to
-        key_owner       that of the stored API key together with its organization
+        wait_until  no refresh before this: the server asked for a pause, or failed
+        failures    the number of such answers in a row
+        lifetime    seconds that the last access token had when it was new
+        refused     the fingerprint of a dead refresh token; counts to refused_until
+        rejected    that of a new access token that the API answered 401 to
+        account_of  those of the login that the cached account belongs to
+        key_owner   that of the stored API key together with its organization
 
     A cache: a damaged file is left alone and counts as empty, and changes that cannot
     be written are kept in memory.  Hold the storage's lock to make changes.
@@ -3705,18 +3704,13 @@ class AccountFile:
     def note_failure(
         self, failure: TokenRefused | Unavailable, sent: Credentials, scopes: object
     ) -> float | None:
-        """Note why a refresh failed.
-
-        Returns the seconds after which a second request, without scopes, may succeed;
-        None if none can.
-        """
+        """Note a failure; return the seconds until a second request, None for none."""
         if isinstance(failure, Unavailable):
             pause = self._note_pause(failure)
             # While the token is alive it is served, and nobody has to wait at all.
             is_expired = seconds_left(sent, self._clock()) <= 0
             return pause if is_expired and 0 < pause <= SHORT_WAIT else None
         if failure.code == "invalid_scope" and scopes:
-            self.note(refused_scopes=scopes)
             return 0.0
         is_dead = failure.code == "invalid_grant"
         # Probably dead; but a gateway may have said so, which must not end a login.
@@ -3761,11 +3755,6 @@ class AccountFile:
             text = f"requests to the server are paused for {span}; try again then"
             raise Unavailable(text, pause)
 
-    def scopes_to_ask_for(self, credentials: Credentials) -> list[str]:
-        """Return the scopes of a refresh, none if the server refused them before."""
-        scopes = list(scopes_to_refresh(credentials.scopes, self._config.scopes))
-        return [] if scopes == self.notes().get("refused_scopes") else scopes
-
     def clear(self) -> None:
         """Remove this module's own keys, and the file if nothing else is in it."""
         self.update({}, {})
@@ -3799,13 +3788,15 @@ def key_owner_of(api_key: str | None, account: Mapping[str, object]) -> str:
 
 
 class PendingSave(_Value):
-    """A login that could not be saved: this process saves it as soon as it can."""
+    """A login that could not be saved: this process saves it as soon as it can.
+
+    Once the store's content is not *instead_of* any more, the store counts.  *account*
+    is that of a new login; None where the login was only refreshed.
+    """
 
     credentials: Credentials
     instead_of: Credentials | None
-    """The store's content then; once that differs, the store counts."""
     account: Mapping[str, object] | None = None
-    """The account of a new login; None where the login was only refreshed."""
 
 
 class ServedToken:
@@ -3960,7 +3951,7 @@ class StoreView:
 
 
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
-    """Call what must come to its end although the program is told to end.
+    """Call a function to its end, although a signal tells the program to end.
 
     In the main thread signals come afterwards, except SIGQUIT, as a way out.  Another
     thread gets none, but the program may end: then its exit waits.  SIGKILL, and a
@@ -4020,26 +4011,6 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
             signal.signal(number, handler)
         except ValueError:
             pass  # a sub-interpreter, where no signal arrives
-
-
-def merge_answer(
-    answer: Mapping[str, object], before: Credentials, now: float
-) -> tuple[Credentials, BadAnswer | None]:
-    """Return the refreshed login, and the answer's defect if there is one.
-
-    The refresh token is spent: a successor is kept even if the rest is unusable.
-
-    Raises:
-        BadAnswer: It has neither an access token nor a refresh token.
-    """
-    try:
-        found = Credentials.from_answer(answer, received_at=now, previous=before)
-        return found, None
-    except BadAnswer as problem:
-        successor = _text(answer.get("refresh_token"))
-        if not successor:
-            raise
-        return before.replace(refresh_token=successor), problem
 
 
 class Refresher:
@@ -4132,7 +4103,7 @@ class Refresher:
         self, min_validity: float, other_than: str | None
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
-        scopes: list[str] = []
+        scopes: tuple[str, ...] = ()
         for is_last in (False, True):
             stored, found = self._view.read()
             newest = required(found)
@@ -4141,7 +4112,7 @@ class Refresher:
                 return newest, False
             if not is_last:
                 self._account_file.raise_known_failure(newest)
-                scopes = self._account_file.scopes_to_ask_for(newest)
+                scopes = scopes_to_refresh(newest.scopes, self._client.config.scopes)
             self._view.storage.check()
             try:
                 renewed = with_signals_deferred(self._spend, newest, stored, scopes)
@@ -4152,7 +4123,7 @@ class Refresher:
             if is_last or pause is None:
                 raise failure
             time.sleep(pause)
-            scopes = []  # the server keeps those granted
+            scopes = ()  # the server keeps those granted
         raise AssertionError("the last round returns or raises")
 
     def _suffices(
@@ -4167,11 +4138,18 @@ class Refresher:
         return left > min_validity
 
     def _spend(
-        self, newest: Credentials, stored: Credentials | None, scopes: list[str]
+        self, newest: Credentials, stored: Credentials | None, scopes: Iterable[str]
     ) -> Credentials:
-        """Spend the refresh token, and keep its successor whatever happens."""
+        """Spend the refresh token; keep a successor beside a bad access token as well."""
         answer = self._client.request_refresh(newest, scopes)
-        renewed, problem = merge_answer(answer, newest, self._clock())
+        now, problem = self._clock(), None
+        try:
+            renewed = Credentials.from_answer(answer, received_at=now, previous=newest)
+        except BadAnswer as defect:
+            successor = _text(answer.get("refresh_token"))
+            if not successor:
+                raise
+            renewed, problem = newest.replace(refresh_token=successor), defect
         renewed = renewed.replace(client_id=self._client.client_id_for(newest))
         error = self._view.save(renewed, stored)
         self._account_file.note_success(renewed, newest, stored)
@@ -4187,14 +4165,14 @@ class Refresher:
     def _note_failure(
         self, failure: TokenRefused | Unavailable, sent: Credentials, scopes: object
     ) -> float | None:
-        """Note a failure; return the seconds until a second request, None for none."""
+        """Do what `AccountFile.note_failure` does, unless another program was first."""
         if isinstance(failure, TokenRefused):
             try:
                 found = self._view.read()[1]
             except StorageError:
                 found = None  # the failure is noted all the same
             if found and found.refresh_token != sent.refresh_token:
-                return 0.0  # another program has refreshed meanwhile
+                return 0.0
         return self._account_file.note_failure(failure, sent, scopes)
 
 
@@ -4422,7 +4400,7 @@ class OAuthService:
         profile = self._try_profile(token)
         try:
             return (profile and self._keep_profile(profile, token)) or renewed
-        except (StorageError, Unavailable):
+        except ClaudeOAuthError:
             return renewed
 
     def _try_profile(self, access_token: str) -> Profile | None:
@@ -4630,22 +4608,23 @@ class OAuthService:
         # Under the lock, or a refresh under way would bring the record back.
         with self.storage.lock(LOCK_TIMEOUT):
             try:
-                newest = self._view.read()[1]
+                self._revoke(self._view.read()[1])
             except StorageError as error:
-                newest = None
                 warn(f"nothing is revoked: {error}")
-            token = newest and newest.refresh_token
-            if newest and token and self.config.revoke_url:
-                client_id = newest.client_id or self.config.client_id
-                config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
-                client = OAuthClient(config, session=self._session)
-                _try_within_limit("the revocation", lambda: client.revoke(token))
             found = self.storage.delete()
             if found:  # else the account may belong to another store's login
                 self._account_file.clear()
             self._view.pending = None
             self._view.remember(None)
         return found
+
+    def _revoke(self, login: Credentials | None) -> None:
+        token = login and login.refresh_token
+        if login and token and self.config.revoke_url:
+            client_id = login.client_id or self.config.client_id
+            config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
+            client = OAuthClient(config, session=self._session)
+            _try_within_limit("the revocation", lambda: client.revoke(token))
 
     # Status
 
@@ -4857,9 +4836,8 @@ class BearerAuth:
     def _renew(self, request: Any) -> bool:
         """Refresh after a 401 and sign again; return False where that cannot help."""
         token = _bearer_of(request)
-        if not token or token == environment_token():
-            return False
-        if self._service.is_rejected(token):
+        is_fixed = not token or token == environment_token()
+        if is_fixed or self._service.is_rejected(token):
             return False
         self._service.refresh(rejected=token)
         self._sign(request)
@@ -4870,9 +4848,13 @@ class BearerAuth:
         self, response: requests.Response, position: int | None, options: Any
     ) -> Any:
         """Return the answer to a request; after a 401, to its repetition."""
+        from urllib.parse import urljoin
+
         request: Any = response.request
         if response.is_redirect:
-            self._remove_key(response)
+            target = urljoin(response.url, response.headers["location"])
+            if not self._may_sign(target):  # `requests` removes Authorization alone
+                request.headers.pop("x-api-key", None)
         # After a redirect this also gets the answer of another host: only a 401 of a
         # host that the token may go to counts.
         if response.status_code != 401 or not self._may_sign(str(request.url)):
@@ -4891,17 +4873,6 @@ class BearerAuth:
         answer.history.append(response)
         answer.request = repeated
         return answer
-
-    def _remove_key(self, response: requests.Response) -> None:
-        """Remove the API key before `requests` follows a redirect to another host.
-
-        `requests` itself removes Authorization alone.
-        """
-        from urllib.parse import urljoin
-
-        target = urljoin(response.url, response.headers["location"])
-        if not self._may_sign(target):
-            response.request.headers.pop("x-api-key", None)
 
 
 def _bearer_of(request: Any) -> str:
