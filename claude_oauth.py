@@ -3641,11 +3641,10 @@ class AccountFile:
     def account(self, credentials: Credentials | None) -> dict[str, Any]:
         """Return the account that was cached for this login, empty if there is none."""
         owners = self.notes().get("account_of")
-        if credentials is None:
-            return {}
         # An account without an owner was written by an earlier version.
-        is_known = not owners or self.fingerprint(credentials) in str(owners)
-        return _object(self._load().get(self._ACCOUNT)) if is_known else {}
+        if credentials and (not owners or self.fingerprint(credentials) in str(owners)):
+            return _object(self._load().get(self._ACCOUNT))
+        return {}
 
     def notes(self) -> dict[str, Any]:
         """Return the notes."""
@@ -3689,17 +3688,19 @@ class AccountFile:
     ) -> None:
         """Note a successful refresh; the cached account stays with the login."""
         now = self._clock()
-        notes: dict[str, object] = {"wait_until": 0, "failures": 0, "rejected": ""}
+        settled = ("wait_until", "failures", "refused", "refused_until", "rejected")
+        notes: dict[str, object] = dict.fromkeys(settled)
         if renewed.access_token != before.access_token:
             notes["lifetime"] = round(min(seconds_left(renewed, now), MAX_LIFETIME))
         if self.account(before):
             owners = [self.fingerprint(renewed), self.fingerprint(before)]
             notes["account_of"] = owners
-        # What the store held is spent.  If it still holds that, because the successor
-        # could not be saved, sending it again would end the login.
-        is_spent = stored and stored.refresh_token != renewed.refresh_token
-        notes["refused"] = self.fingerprint(stored) if stored and is_spent else ""
-        self.note(**notes, refused_until=now + MAX_LIFETIME if is_spent else 0)
+        if stored and stored.refresh_token != renewed.refresh_token:
+            # It is spent.  If the store still holds it, because the successor could not
+            # be saved, or a backup brings it back, it must not be sent again.
+            notes["refused"] = self.fingerprint(stored)
+            notes["refused_until"] = now + MAX_LIFETIME
+        self.note(**notes)
 
     def note_failure(
         self, failure: TokenRefused | Unavailable, sent: Credentials, scopes: object
@@ -4118,11 +4119,13 @@ class Refresher:
                 renewed = with_signals_deferred(self._spend, newest, stored, scopes)
                 return renewed, True
             except (TokenRefused, Unavailable) as error:
-                failure = error
-            pause = self._note_failure(failure, newest, scopes)
-            if is_last or pause is None:
-                raise failure
-            time.sleep(pause)
+                pause = self._account_file.note_failure(error, newest, scopes)
+                found = self._view.read()[1]
+                is_other = found and found.refresh_token != newest.refresh_token
+                # Another program may have refreshed meanwhile.
+                if is_last or (pause is None and not is_other):
+                    raise
+            time.sleep(pause or 0)
             scopes = ()  # the server keeps those granted
         raise AssertionError("the last round returns or raises")
 
@@ -4140,7 +4143,7 @@ class Refresher:
     def _spend(
         self, newest: Credentials, stored: Credentials | None, scopes: Iterable[str]
     ) -> Credentials:
-        """Spend the refresh token; keep a successor beside a bad access token as well."""
+        """Spend the refresh token; keep a successor even beside a bad access token."""
         answer = self._client.request_refresh(newest, scopes)
         now, problem = self._clock(), None
         try:
@@ -4161,19 +4164,6 @@ class Refresher:
         if problem:
             raise problem
         return renewed
-
-    def _note_failure(
-        self, failure: TokenRefused | Unavailable, sent: Credentials, scopes: object
-    ) -> float | None:
-        """Do what `AccountFile.note_failure` does, unless another program was first."""
-        if isinstance(failure, TokenRefused):
-            try:
-                found = self._view.read()[1]
-            except StorageError:
-                found = None  # the failure is noted all the same
-            if found and found.refresh_token != sent.refresh_token:
-                return 0.0
-        return self._account_file.note_failure(failure, sent, scopes)
 
 
 # -- Service ---------------------------------------------------------------------------
