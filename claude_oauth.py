@@ -4386,10 +4386,10 @@ class OAuthService:
         may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
         if is_complete or not may_ask or self._view.pending:
             return renewed
-        token = renewed.access_token
-        profile = self._try_profile(token)
+        profile = self._try_profile(renewed.access_token)
         try:
-            return (profile and self._keep_profile(profile, token)) or renewed
+            completed = profile and self._keep_profile(profile, renewed.access_token)
+            return completed or renewed
         except ClaudeOAuthError:
             return renewed
 
@@ -4566,15 +4566,13 @@ class OAuthService:
         """Add the organization's API key: the stored one, or else a new one."""
         key = stored.api_key if stored else None
         owner = key_owner_of(key, account)
-        if owner and owner == self._account_file.notes().get("key_owner"):
-            return credentials.replace(api_key=key)
-        if credentials.is_claude_ai:
-            return credentials
+        if not owner or owner != self._account_file.notes().get("key_owner"):
+            key = None
         try:
-            key = self._client.create_api_key(credentials.access_token)
+            if not key and not credentials.is_claude_ai:
+                key = self._client.create_api_key(credentials.access_token)
         except ClaudeOAuthError as error:
             warn(f"the login works, but no API key could be made: {error}")
-            return credentials
         return credentials.replace(api_key=key)
 
     @hides_locals
@@ -4669,7 +4667,8 @@ class OAuthService:
         """Return whether a token can be had, and what a person should know."""
         now, file = self._clock(), self._account_file
         is_expired = seconds_left(stored, now) <= 0
-        left = (stored.refresh_token_expires_at or float("inf")) - now
+        ends_at = stored.refresh_token_expires_at
+        left = float("inf") if ends_at is None else ends_at - now
         pause, ends = describe_seconds(file.pause_left()), describe_seconds(left)
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
