@@ -4876,8 +4876,8 @@ def _with_beta(asked_for: str | bytes) -> str:
 def _position(body: Any) -> int | None:
     """Return where a body that is a file begins, None if it cannot be sent again."""
     try:
-        return int(body.tell())
-    except (AttributeError, OSError, ValueError):
+        return int(body.tell()) if hasattr(body, "tell") else None
+    except (OSError, ValueError):
         return None
 
 
