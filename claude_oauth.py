@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     import socket
     import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from contextlib import ExitStack
     from types import FrameType
     from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
 
@@ -3317,57 +3316,18 @@ def _copy_of(error: _Error) -> _Error:
     return type(error)(*error.args)
 
 
-class SharedNotes(_Value):
-    """Notes about a login that processes share, beside the credential; no secrets."""
-
-    wait_until: float = 0.0
-    """No refresh before this: the server asked for a pause, or failed."""
-    failures: int = 0
-    """The number of such answers in a row."""
-    lifetime: int = 0
-    """Seconds that the last access token had when it was new; 0 if not known."""
-    refused: str = ""
-    """The fingerprint of a refresh token that is dead."""
-    refused_until: float = 0.0
-    """``refused`` counts until then."""
-    refused_scopes: tuple[str, ...] = ()
-    """Scopes that the server would not grant on a refresh."""
-    rejected: str = ""
-    """The fingerprint of a new access token that the API answered 401 to as well."""
-    account_of: tuple[str, ...] = ()
-    """The fingerprints of the login that the cached account belongs to."""
-    key_owner: str = ""
-    """The fingerprint of the stored API key together with its organization."""
-
-    def to_record(self) -> dict[str, object]:
-        """Return the notes that say anything."""
-        notes = {name: value for name, value in self.__dict__.items() if value}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in notes.items()}
-
-    @classmethod
-    def from_record(cls, record: object) -> SharedNotes:
-        """Read the notes; a malformed one is ignored."""
-        known: dict[str, Any] = {}
-        found = record if isinstance(record, dict) else {}
-        for name in cls.__annotations__:
-            default, value = getattr(cls, name), found.get(name)
-            if default == 0:
-                value, default = _number(value), 0.0
-            elif isinstance(value, list):
-                value = tuple(map(str, value))
-            if isinstance(value, (type(default), int)):
-                known[name] = value
-        return cls(**known)
-
-    def after_success(self) -> SharedNotes:
-        """Return the notes without those that a successful refresh settles."""
-        return self.replace(
-            wait_until=0.0, failures=0, refused="", refused_until=0.0, rejected=""
-        )
-
-
 class AccountFile:
-    """account.json: the cached account, and the notes that processes share.
+    """account.json: the cached account, and notes about it that processes share.
+
+    The notes, none of them a secret; one that is malformed counts as missing:
+
+        wait_until  no refresh before this: the server asked for a pause, or failed
+        failures    the number of such answers in a row
+        lifetime    seconds that the last access token had when it was new
+        refused     the fingerprint of a dead refresh token; counts to refused_until
+        rejected    that of a new access token that the API answered 401 to
+        account_of  those of the login that the cached account belongs to
+        key_owner   that of the stored API key together with its organization
 
     A cache: a damaged file is left alone and counts as empty, and changes that cannot
     be written are kept in memory.  Hold the storage's lock to make changes.
@@ -3382,10 +3342,9 @@ class AccountFile:
         self._path = path
         self._config = config
         self._clock = clock
-        # A record that could not be written, and the file's content then.  Once that
-        # differs, another process has written something newer.
-        self._unwritten: dict[str, object] = {}
-        self._unwritten_over: dict[str, object] | None = None
+        # What could not be written, and the file's content then: once that differs,
+        # another process has written something newer.
+        self._unwritten: tuple[object, dict[str, object]] = (None, {})
 
     def fingerprint(self, credentials: Credentials) -> str:
         """Return a hash that identifies a login without revealing its token."""
@@ -3395,103 +3354,80 @@ class AccountFile:
             token_url=self._config.token_url,
         )
 
-    def account(self, credentials: Credentials | None) -> dict[str, object]:
+    def account(self, credentials: Credentials | None) -> dict[str, Any]:
         """Return the account that was cached for this login, empty if there is none."""
-        found = self._load().get(self._ACCOUNT)
-        if credentials is None or not isinstance(found, dict):
-            return {}
-        owners = self.notes().account_of
+        owners = self.notes().get("account_of")
         # An account without an owner was written by an earlier version.
-        is_known = not owners or self.fingerprint(credentials) in owners
-        return found if is_known else {}
+        if credentials and (not owners or self.fingerprint(credentials) in str(owners)):
+            return _object(self._load().get(self._ACCOUNT))
+        return {}
 
-    def notes(self) -> SharedNotes:
+    def notes(self) -> dict[str, Any]:
         """Return the notes."""
-        return SharedNotes.from_record(self._load().get(self._NOTES))
+        return _object(self._load().get(self._NOTES))
+
+    def number(self, name: str) -> float:
+        """Return a note that is a number."""
+        return _number(self.notes().get(name)) or 0.0
 
     def update(
-        self,
-        *,
-        account: Mapping[str, object] | None = None,
-        notes: SharedNotes | None = None,
+        self, account: Mapping[str, object], notes: Mapping[str, object]
     ) -> None:
-        """Change the account or the notes; write nothing if nothing changes."""
-        before = self._load()
-        changes: dict[str, object] = {}
-        if account is not None:
-            changes[self._ACCOUNT] = dict(account)
-        if notes is not None:
-            changes[self._NOTES] = notes.to_record()
-        kept = {k: v for k, v in before.items() if k not in changes}
-        record = {**kept, **{k: v for k, v in changes.items() if v}}
+        """Replace the account and the notes; write nothing if nothing changes."""
+        kept = {name: value for name, value in notes.items() if value}
+        own = {self._ACCOUNT: account, self._NOTES: kept}
+        before, found = self._load(), self._read()
+        record = {k: v for k, v in {**before, **own}.items() if v or k not in own}
         if record == before:
             return
-        found = self._read()
-        self._unwritten = {}
+        self._unwritten = (found, record)
         try:
             if self._path is not None and found is not None:
                 write_private(self._path, dump_json(record).encode(), is_cache=True)
-                return
+                self._unwritten = (None, {})
         except StorageError:
             pass
-        self._unwritten, self._unwritten_over = record, found
 
     def note(self, **changes: object) -> None:
         """Change single notes."""
-        self.update(notes=self.notes().replace(**changes))
+        account = _object(self._load().get(self._ACCOUNT))
+        self.update(account, {**self.notes(), **changes})
 
     def start(self, login: Credentials, account: Mapping[str, object]) -> None:
         """Replace the account and all notes, for a new login."""
-        notes = SharedNotes(
-            account_of=(self.fingerprint(login),),
-            key_owner=self.key_owner(login.api_key, account.get("organizationUuid")),
-        )
-        self.update(account=account, notes=notes)
-
-    def key_owner(self, api_key: str | None, organization: object) -> str:
-        """Return a fingerprint of a key with its organization, "" if one is unknown."""
-        if not api_key or not isinstance(organization, str):
-            return ""
-        return fingerprint(api_key, client_id=organization, token_url="")
+        key_owner = key_owner_of(login.api_key, account)
+        owners = [self.fingerprint(login)]
+        self.update(account, {"account_of": owners, "key_owner": key_owner})
 
     def note_success(
-        self, renewed: Credentials, before: Credentials, spent: Credentials | None
+        self, renewed: Credentials, before: Credentials, stored: Credentials | None
     ) -> None:
-        """Note a successful refresh; the cached account stays with the login.
-
-        Args:
-            spent: The login that the store still holds although it is spent, because
-                its successor could not be saved; None if it was saved.
-        """
+        """Note a successful refresh; the cached account stays with the login."""
         now = self._clock()
-        notes = self.notes().after_success()
+        settled = ("wait_until", "failures", "refused", "refused_until", "rejected")
+        notes: dict[str, object] = dict.fromkeys(settled)
         if renewed.access_token != before.access_token:
-            left = min(seconds_left(renewed, now), MAX_LIFETIME)
-            notes = notes.replace(lifetime=max(round(left), 0))
+            notes["lifetime"] = round(min(seconds_left(renewed, now), MAX_LIFETIME))
         if self.account(before):
-            owners = (self.fingerprint(renewed), self.fingerprint(before))
-            notes = notes.replace(account_of=tuple(dict.fromkeys(owners)))
-        if spent and spent.refresh_token != renewed.refresh_token:
-            # Sending it again would end the login, the unsaved successor included.
-            refused, until = self.fingerprint(spent), now + MAX_LIFETIME
-            notes = notes.replace(refused=refused, refused_until=until)
-        self.update(notes=notes)
+            owners = [self.fingerprint(renewed), self.fingerprint(before)]
+            notes["account_of"] = owners
+        if stored and stored.refresh_token != renewed.refresh_token:
+            # It is spent.  If the store still holds it, because the successor could not
+            # be saved, or a backup brings it back, it must not be sent again.
+            notes["refused"] = self.fingerprint(stored)
+            notes["refused_until"] = now + MAX_LIFETIME
+        self.note(**notes)
 
     def note_failure(
         self, failure: TokenRefused | Unavailable, sent: Credentials, scopes: object
     ) -> float | None:
-        """Note why a refresh failed.
-
-        Returns the seconds after which a second request, without scopes, may succeed;
-        None if none can.
-        """
+        """Note a failure; return the seconds until a second request, None for none."""
         if isinstance(failure, Unavailable):
             pause = self._note_pause(failure)
             # While the token is alive it is served, and nobody has to wait at all.
             is_expired = seconds_left(sent, self._clock()) <= 0
             return pause if is_expired and 0 < pause <= SHORT_WAIT else None
         if failure.code == "invalid_scope" and scopes:
-            self.note(refused_scopes=scopes)
             return 0.0
         is_dead = failure.code == "invalid_grant"
         # Probably dead; but a gateway may have said so, which must not end a login.
@@ -3505,30 +3441,26 @@ class AccountFile:
         """Note a pause after a 429 or 5xx, for every process; return its seconds."""
         import random
 
-        if error.status is None or not (error.status == 429 or error.status >= 500):
+        status = error.status or 0
+        if status != 429 and status < 500:
             return 0.0
-        failures = self.notes().failures + 1
-        pause = seconds_to_wait(
-            error.status,
-            error.retry_after,
-            failures=failures,
-            chance=random.random(),  # noqa: S311 - it spreads load, and is no secret
-        )
+        failures = int(self.number("failures")) + 1
+        chance = random.random()  # noqa: S311 - it spreads load, and is no secret
+        wait = error.retry_after
+        pause = seconds_to_wait(status, wait, failures=failures, chance=chance)
         self.note(wait_until=self._clock() + pause, failures=failures)
         return pause
 
     def pause_left(self) -> float:
         """Return the seconds of a noted pause that are left, 0 if there is none."""
-        left = self.notes().wait_until - self._clock()
+        left = self.number("wait_until") - self._clock()
         # A longer one was noted before the clock was set back.
         return left if 0 < left <= WAIT_CEILING else 0.0
 
     def is_refused(self, credentials: Credentials) -> bool:
         """Tell whether the server is known to refuse this refresh token."""
-        notes = self.notes()
-        # Twice: a dead token must stay refused although the clock was set back.
-        is_known = 0 < notes.refused_until - self._clock() <= 2 * MAX_LIFETIME
-        return is_known and notes.refused == self.fingerprint(credentials)
+        is_known = self._clock() < self.number("refused_until")
+        return is_known and self.notes().get("refused") == self.fingerprint(credentials)
 
     def raise_known_failure(self, credentials: Credentials) -> None:
         """Raise the error of a request that is known to fail, without sending it."""
@@ -3536,21 +3468,13 @@ class AccountFile:
             raise TokenRefused("invalid_grant", "refused before, and not sent again")
         pause = self.pause_left()
         if pause:
-            raise Unavailable(
-                f"requests to the server are paused for {describe_seconds(pause)};"
-                " try again then",
-                pause,
-            )
-
-    def scopes_to_ask_for(self, credentials: Credentials) -> tuple[str, ...]:
-        """Return the scopes of a refresh, none if the server refused them before."""
-        scopes = scopes_to_refresh(credentials.scopes, self._config.scopes)
-        return () if scopes == self.notes().refused_scopes else scopes
+            span = describe_seconds(pause)
+            text = f"requests to the server are paused for {span}; try again then"
+            raise Unavailable(text, pause)
 
     def clear(self) -> None:
         """Remove this module's own keys, and the file if nothing else is in it."""
-        self._unwritten = {}
-        self.update(account={}, notes=SharedNotes())
+        self.update({}, {})
         if self._path is not None and self._read() == {}:
             try:
                 os.unlink(os.path.realpath(self._path))
@@ -3558,9 +3482,8 @@ class AccountFile:
                 pass
 
     def _load(self) -> dict[str, object]:
-        found = self._read()
-        unwritten = self._unwritten if found == self._unwritten_over else {}
-        return {**(found or {}), **unwritten}
+        found, (over, unwritten) = self._read(), self._unwritten
+        return unwritten if found == over else found or {}
 
     def _read(self) -> dict[str, object] | None:
         """Return the file's content, None if it must not be replaced."""
@@ -3573,14 +3496,24 @@ class AccountFile:
         return {} if data is None else parse_json_object(data)
 
 
+def key_owner_of(api_key: str | None, account: Mapping[str, object]) -> str:
+    """Return a fingerprint of a key with its organization, "" if one is unknown."""
+    owner = _text(account.get("organizationUuid"))
+    if not api_key or not owner:
+        return ""
+    return fingerprint(api_key, client_id=owner, token_url="")
+
+
 class PendingSave(_Value):
-    """A login that could not be saved: this process saves it as soon as it can."""
+    """A login that could not be saved: this process saves it as soon as it can.
+
+    Once the store's content is not *instead_of* any more, the store counts.  *account*
+    is that of a new login; None where the login was only refreshed.
+    """
 
     credentials: Credentials
     instead_of: Credentials | None
-    """The store's content then; once that differs, the store counts."""
     account: Mapping[str, object] | None = None
-    """The account of a new login; None where the login was only refreshed."""
 
 
 class ServedToken:
@@ -3634,7 +3567,10 @@ class StoreView:
         Raises:
             StorageError: The store fails, and nothing was read before.
         """
-        self._forget_after_fork()
+        if self._pid != os.getpid():
+            # Forked: the parent saves what is pending, and refreshes it as well.
+            self._pid, self.pending = os.getpid(), None
+            self.remember(None)
         if self.pending:
             self._save_again()
         pending, before = self.pending, self._last
@@ -3669,17 +3605,17 @@ class StoreView:
         """
         if account is None and self.pending:
             account = self.pending.account
+        pending: PendingSave | None = PendingSave(credentials, stored, account)
         error: ClaudeOAuthError | None = None
         try:
             self.storage.save(credentials)
-            self.pending = None
-        except Exception as problem:
-            # Whatever the store raises, the login must not be lost: the refresh token
-            # before it is spent.
+            pending = None
+        except (ClaudeOAuthError, OSError) as problem:
             error = StorageError(f"the storage fails ({type(problem).__name__})")
             error = problem if isinstance(problem, ClaudeOAuthError) else error
-            self.pending = PendingSave(credentials, stored, account)
-        self.remember(credentials)
+        finally:  # whatever else a store raises: the token before it is spent
+            self.pending = pending
+            self.remember(credentials)
         if account is not None and not error:
             self.account_file.start(credentials, account)
         return error
@@ -3708,6 +3644,8 @@ class StoreView:
             if self._failure and not self._failed_until.passed():
                 raise _copy_of(self._failure)
             found = self.storage.load()
+            self._failure = None
+            return found
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
             if took > SLOW_FAILURE:
@@ -3718,129 +3656,85 @@ class StoreView:
             if known is None:
                 raise
             return known
-        self._failure = None
-        return found
 
     def _save_again(self) -> None:
         try:
             with self.storage.lock(0):
                 stored, newest = self.read()
-                pending = self.pending
-                if not pending or not newest or self.save(newest, stored):
-                    return
-                if pending.account is None:
-                    notes = self.account_file.notes().after_success()
-                    self.account_file.update(notes=notes)
+                if self.pending and newest:
+                    self.save(newest, stored)
         except (StorageError, Unavailable):
             pass  # there was a warning already; the next call tries again
 
-    def _forget_after_fork(self) -> None:
-        """Leave a pending save to the parent process, which refreshes it as well."""
-        if self._pid != os.getpid():
-            self._pid, self.pending = os.getpid(), None
-            self.remember(None)
 
+def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
+    """Call a function to its end, although a signal tells the program to end.
 
-class DeferredSignals:
-    """Keep the program from ending before a spent token's successor is on the disk.
-
-    In the main thread signals are deferred, except SIGQUIT, as a way out.  In another
-    thread no signal arrives, but the program may end: then its exit waits.  SIGKILL,
-    and a SIGTERM while this runs in another thread, cannot be deferred.
+    In the main thread signals come afterwards, except SIGQUIT, as a way out.  Another
+    thread gets none, but the program may end: then its exit waits.  SIGKILL, and a
+    SIGTERM while this runs in another thread, cannot be deferred.
     """
+    import atexit
+    import signal
+    import threading
 
-    def __init__(self) -> None:
-        self._pending: list[int] = []
+    came: list[int] = []
+    previous: dict[int, Any] = {}
+    done, pid = threading.Event(), os.getpid()
 
-    def __enter__(self) -> None:
-        import contextlib
-        import signal
-        import threading
+    def hold(number: int, _frame: FrameType | None) -> None:
+        if number not in came:
+            came.append(number)
 
-        with contextlib.ExitStack() as stack:
-            if threading.current_thread() is threading.main_thread():
-                # SIGINT first: what is restored last cannot interrupt the others.
-                for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
-                    self._defer(getattr(signal, name, signal.SIGINT), stack)
-            else:
-                self._delay_exit(stack)
-            self._undo = stack.pop_all()
+    def wait() -> None:
+        if os.getpid() == pid:  # a forked child has not got this thread
+            done.wait(LOCK_TIMEOUT)
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._undo.close()
-
-    def deliver(self) -> None:
-        """Raise the signals that were deferred."""
-        import signal
-
-        if self._pending:
-            number = self._pending.pop(0)
+    def deliver() -> None:
+        if came:
             try:
-                signal.raise_signal(number)
+                signal.raise_signal(came.pop(0))
             finally:  # even if the first one raises
-                self.deliver()
+                deliver()
 
-    def _hold(self, number: int, _frame: FrameType | None) -> None:
-        if number not in self._pending:
-            self._pending.append(number)
-
-    def _defer(self, number: int, stack: ExitStack) -> None:
-        import signal
-
-        previous: Any = signal.getsignal(number)
-
-        def restore() -> None:
-            if signal.getsignal(number) == self._hold:
-                signal.signal(number, previous)
-
-        # None is a handler that is not Python's; an ignored signal stays ignored.
-        if previous not in (None, signal.SIG_IGN, self._hold):
-            stack.callback(restore)  # first: the next line may be interrupted
-            try:
-                signal.signal(number, self._hold)
-            except ValueError:
-                pass  # a sub-interpreter, where no signal arrives
-
-    def _delay_exit(self, stack: ExitStack) -> None:
-        import atexit
-        import threading
-
-        done, pid = threading.Event(), os.getpid()
-
-        def wait() -> None:
-            if os.getpid() == pid:  # a forked child has not got this thread
-                done.wait(LOCK_TIMEOUT)
-
-        atexit.register(wait)
-        stack.callback(atexit.unregister, wait)
-        stack.callback(done.set)
-
-
-def merge_answer(
-    answer: Mapping[str, object], before: Credentials, now: float
-) -> tuple[Credentials, BadAnswer | None]:
-    """Return the refreshed login, and the answer's defect if there is one.
-
-    The refresh token is spent: a successor is kept even if the rest is unusable.
-
-    Raises:
-        BadAnswer: It has neither an access token nor a refresh token.
-    """
     try:
-        found = Credentials.from_answer(answer, received_at=now, previous=before)
-        return found, None
-    except BadAnswer as problem:
-        successor = answer.get("refresh_token")
-        if not isinstance(successor, str) or not successor.strip():
-            raise
-        return before.replace(refresh_token=successor), problem
+        if threading.current_thread() is threading.main_thread():
+            _hold_signals(hold, previous)
+        else:
+            atexit.register(wait)
+        return function(*arguments)
+    finally:
+        done.set()
+        atexit.unregister(wait)
+        for number in reversed(previous):
+            if signal.getsignal(number) is hold:
+                signal.signal(number, previous[number])
+        deliver()
+
+
+def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> None:
+    """Set a handler for the signals that end programs; note each previous one."""
+    import signal
+
+    # SIGINT first: what is restored last cannot interrupt the others.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
+        number = getattr(signal, name, signal.SIGINT)
+        found = signal.getsignal(number)
+        # None is a handler that is not Python's; an ignored signal stays ignored.
+        if found in (None, signal.SIG_IGN, handler):
+            continue
+        previous[number] = found  # first: the next line may be interrupted
+        try:
+            signal.signal(number, handler)
+        except ValueError:
+            pass  # a sub-interpreter, where no signal arrives
 
 
 class Refresher:
     """Gets a new access token; nothing else spends a refresh token.
 
     1. Look: a token that is good for long enough costs nothing (`is_due`).
-    2. Lock out the other threads, then the other processes.
+    2. Lock out the other threads and the other processes.
     3. Look again: somebody may have refreshed meanwhile, and their token will do.
     4. Check that the new login can be written, before anything is spent.
     5. Spend the refresh token, with signals deferred.
@@ -3848,20 +3742,16 @@ class Refresher:
     7. Note the result for the other processes, and unlock.
 
     A crash before 5 loses nothing.  Between 5 and 6 the login can be lost, by a power
-    failure or a signal that DeferredSignals cannot defer.
+    failure or a signal that cannot be deferred.
     """
 
     def __init__(
         self, client: OAuthClient, view: StoreView, clock: Callable[[], float]
     ) -> None:
-        import threading
-
         self._client = client
         self._view = view
         self._account_file = view.account_file
         self._clock = clock
-        # Held by the one thread of this process that refreshes.
-        self._mutex = (os.getpid(), threading.Lock())
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
         self._not_before = 0.0
@@ -3886,12 +3776,13 @@ class Refresher:
             other_than: An access token to replace, however long it is valid.
         """
         is_alive = other_than is None and seconds_left(present, self._clock()) > 0
+        limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
+        began = time.monotonic()
         try:
             if self._view.is_read_only:
                 return self._read_foreign(other_than), False
-            limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
-            timeout = 0.0 if is_alive else limit
-            return self._refresh_alone(timeout, min_validity, other_than)
+            with self._view.storage.lock(0.0 if is_alive else limit):
+                return self._refresh_locked(began, min_validity, other_than)
         except ClaudeOAuthError as error:
             if not is_alive or isinstance(error, NotLoggedIn):
                 raise
@@ -3911,63 +3802,46 @@ class Refresher:
             " program that owns it; run that program, then try again"
         )
 
-    def _refresh_alone(
-        self, timeout: float, min_validity: float, other_than: str | None
-    ) -> tuple[Credentials, bool]:
-        """Lock out other threads, then other processes, and refresh."""
-        import threading
-
-        if self._mutex[0] != os.getpid():  # the parent's thread cannot release it here
-            self._mutex = (os.getpid(), threading.Lock())
-        began, deadline = time.monotonic(), Deadline(timeout)
-        signals = DeferredSignals()
-        mutex = self._mutex[1]
-        if not mutex.acquire(timeout=timeout):
-            raise Unavailable("another thread is refreshing the login; try again later")
-        try:
-            with self._view.storage.lock(deadline.left()):
-                when, error = self._failed
-                if error is not None and when > began:
-                    raise _copy_of(error)  # or each thread would wait for the network
-                try:
-                    self._failed = (0.0, None)
-                    return self._refresh_locked(min_validity, other_than, signals)
-                except ClaudeOAuthError as failure:
-                    self._failed = (time.monotonic(), _copy_of(failure))
-                    raise
-        finally:
-            mutex.release()
-            signals.deliver()  # with the locks released: this may end the process
-
     def _refresh_locked(
-        self, min_validity: float, other_than: str | None, signals: DeferredSignals
+        self, began: float, min_validity: float, other_than: str | None
+    ) -> tuple[Credentials, bool]:
+        """Go through the steps from 3 on, unless a refresh failed while this waited."""
+        when, failure = self._failed
+        if failure and when > began:
+            raise _copy_of(failure)  # or each thread would wait for the network
+        self._failed = (0.0, None)
+        try:
+            return self._refresh_if_needed(min_validity, other_than)
+        except ClaudeOAuthError as error:
+            self._failed = (time.monotonic(), _copy_of(error))
+            raise
+
+    def _refresh_if_needed(
+        self, min_validity: float, other_than: str | None
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
-        stored, found = self._view.read()
-        scopes = self._account_file.scopes_to_ask_for(required(found))
+        scopes: tuple[str, ...] = ()
         for is_last in (False, True):
+            stored, found = self._view.read()
             newest = required(found)
             if self._suffices(newest, min_validity, other_than):
                 self._view.remember(newest)
                 return newest, False
             if not is_last:
                 self._account_file.raise_known_failure(newest)
+                scopes = scopes_to_refresh(newest.scopes, self._client.config.scopes)
             self._view.storage.check()
             try:
-                return self._spend(newest, stored, scopes, signals), True
+                renewed = with_signals_deferred(self._spend, newest, stored, scopes)
+                return renewed, True
             except (TokenRefused, Unavailable) as error:
-                failure = error
-            try:
-                stored, found = self._view.read()
-            except StorageError:
-                found = newest  # the failure is noted all the same
-            pause: float | None = 0.0  # another program has refreshed meanwhile
-            is_other = found and found.refresh_token != newest.refresh_token
-            if isinstance(failure, Unavailable) or not is_other:
-                pause = self._account_file.note_failure(failure, newest, scopes)
-            if is_last or pause is None:
-                raise failure
-            time.sleep(pause)
+                pause = self._account_file.note_failure(error, newest, scopes)
+                found = self._view.read()[1]
+                is_other = found and found.refresh_token != newest.refresh_token
+                # Another program may have refreshed meanwhile.
+                if is_last or (pause is None and not is_other):
+                    raise
+            time.sleep(pause or 0)
             scopes = ()  # the server keeps those granted
         raise AssertionError("the last round returns or raises")
 
@@ -3977,25 +3851,27 @@ class Refresher:
         left = seconds_left(newest, self._clock())
         if newest.access_token == other_than:
             return False
-        lifetime = self._account_file.notes().lifetime
+        lifetime = self._account_file.number("lifetime")
         if 0 < lifetime <= min_validity:
             return left > lifetime / 2  # a new one would not live long enough either
         return left > min_validity
 
     def _spend(
-        self,
-        newest: Credentials,
-        stored: Credentials | None,
-        scopes: tuple[str, ...],
-        signals: DeferredSignals,
+        self, newest: Credentials, stored: Credentials | None, scopes: Iterable[str]
     ) -> Credentials:
-        """Spend the refresh token, and keep its successor whatever happens."""
-        with signals:
-            answer = self._client.request_refresh(newest, scopes)
-            renewed, problem = merge_answer(answer, newest, self._clock())
-            renewed = renewed.replace(client_id=self._client.client_id_for(newest))
-            error = self._view.save(renewed, stored)
-        self._account_file.note_success(renewed, newest, stored if error else None)
+        """Spend the refresh token; keep a successor even beside a bad access token."""
+        answer = self._client.request_refresh(newest, scopes)
+        now, problem = self._clock(), None
+        try:
+            renewed = Credentials.from_answer(answer, received_at=now, previous=newest)
+        except BadAnswer as defect:
+            successor = _text(answer.get("refresh_token"))
+            if not successor:
+                raise
+            renewed, problem = newest.replace(refresh_token=successor), defect
+        renewed = renewed.replace(client_id=self._client.client_id_for(newest))
+        error = self._view.save(renewed, stored)
+        self._account_file.note_success(renewed, newest, stored)
         if error:
             warn(
                 f"the refreshed login could not be saved ({safe_text(error)});"
@@ -4140,8 +4016,9 @@ class OAuthService:
         if not has_key and self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
         if for_api and not has_key and needs_key(credentials):
-            make = lambda _token: self._make_key(only_if_missing=True)  # noqa: E731
-            credentials = self._with_token(make)[0]
+            credentials = self._with_token(
+                lambda _token: self._make_key(only_if_missing=True)
+            )[0]
         return self._view.serve(credentials, self._clock())
 
     def _refresh(
@@ -4154,16 +4031,16 @@ class OAuthService:
     @hides_locals
     def is_rejected(self, token: str) -> bool:
         """Tell whether the API refused an access token when it was new."""
-        return self._account_file.notes().rejected == _rejected(token)
+        return self._account_file.notes().get("rejected") == _rejected(token)
 
     @hides_locals
     def note_rejected(self, token: str) -> None:
         """Note that the API answers 401 to a new token: a refresh would not help."""
-        import contextlib
-
-        unless = contextlib.suppress(StorageError, Unavailable)
-        with unless, self.storage.lock(SHORT_WAIT):
-            self._account_file.note(rejected=_rejected(token))
+        try:
+            with self.storage.lock(SHORT_WAIT):
+                self._account_file.note(rejected=_rejected(token))
+        except (StorageError, Unavailable):
+            pass  # the next 401 notes it
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token; after a 401, once more with a new one."""
@@ -4176,7 +4053,6 @@ class OAuthService:
                     raise
                 if is_last:
                     self.note_rejected(token)
-                if is_last or self.is_rejected(token):
                     raise
             token = self.refresh(rejected=token).access_token
         raise AssertionError("the last round returns or raises")
@@ -4221,17 +4097,25 @@ class OAuthService:
     def _complete_account(self, renewed: Credentials) -> Credentials:
         """Ask for the profile if some of it is missing; a failure changes nothing."""
         account = self._account_file.account(renewed)
-        is_complete = all(account.get(key) for key in _ACCOUNT_NEEDS) and bool(
-            renewed.subscription_type and renewed.rate_limit_tier
-        )
+        plan = (renewed.subscription_type, renewed.rate_limit_tier)
+        is_complete = all(plan) and all(map(account.get, _ACCOUNT_NEEDS))
         may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
         if is_complete or not may_ask or self._view.pending:
             return renewed
+        profile = self._try_profile(renewed.access_token)
         try:
-            profile = self._client.fetch_profile(renewed.access_token)
-            return self._keep_profile(profile, renewed.access_token) or renewed
+            completed = profile and self._keep_profile(profile, renewed.access_token)
+            return completed or renewed
         except ClaudeOAuthError:
             return renewed
+
+    def _try_profile(self, access_token: str) -> Profile | None:
+        """Return the profile; None if it cannot be had, or takes too long."""
+        fetch = self._client.fetch_profile
+        try:
+            return call_with_limit(lambda: fetch(access_token), self.config.timeout)
+        except (ClaudeOAuthError, TimeoutError):
+            return None  # a narrow token may not ask, and is none the worse for it
 
     def _keep_profile(self, profile: Profile, token: str) -> Credentials | None:
         """Store the profile of an access token, if the store still holds that token."""
@@ -4242,23 +4126,18 @@ class OAuthService:
             stored, newest = self._view.read()
             if newest is None or newest.access_token != token:
                 return None  # somebody refreshed, or logged out or in, meanwhile
-            completed = self._cache_account(profile, newest)
+            file, account = self._account_file, self._account_file.account(newest)
+            if account.get("accountUuid") not in (None, profile.account_uuid):
+                account = {}
+            news = {k: v for k, v in profile.to_record().items() if v is not None}
+            owners = [file.fingerprint(newest)]
+            file.update({**account, **news}, {**file.notes(), "account_of": owners})
+            completed = _with_plan(newest, profile)
             if is_ours and completed != newest:
                 error = self._view.save(completed, stored)
                 if error:
                     raise error
             return completed
-
-    def _cache_account(self, profile: Profile, credentials: Credentials) -> Credentials:
-        """Cache an account, which keeps what the profile leaves out; add the plan."""
-        file = self._account_file
-        account = file.account(credentials)
-        if account.get("accountUuid") not in (None, profile.account_uuid):
-            account = {}
-        news = {k: v for k, v in profile.to_record().items() if v is not None}
-        notes = file.notes().replace(account_of=(file.fingerprint(credentials),))
-        file.update(account={**account, **news}, notes=notes)
-        return _with_plan(credentials, profile)
 
     # The Console path
 
@@ -4292,8 +4171,7 @@ class OAuthService:
             error = self._view.save(with_key, stored)
             if error:
                 warn(f"the new API key is kept in memory: {safe_text(error)}")
-            organization = file.account(newest).get("organizationUuid")
-            file.note(key_owner=file.key_owner(key, organization))
+            file.note(key_owner=key_owner_of(key, file.account(newest)))
             return with_key
 
     # Login and logout
@@ -4386,15 +4264,10 @@ class OAuthService:
                 redirect_uri=granted.redirect_uri,
                 state=state,
             )
-            account: dict[str, object] = {}
-            try:
-                profile = self._client.fetch_profile(credentials.access_token)
-                credentials = _with_plan(credentials, profile)
-                account = profile.to_record()
-            except ClaudeOAuthError:
-                pass  # a narrow token may not ask, and is none the worse for it
+            profile = self._try_profile(credentials.access_token)
+            account = profile.to_record() if profile else {}
+            credentials = _with_plan(credentials, profile)
             credentials = self._with_key(credentials, stored, account)
-            self._view.pending = None
             error = self._view.save(credentials, stored, account)
             if error:
                 raise error
@@ -4407,18 +4280,15 @@ class OAuthService:
         account: Mapping[str, object],
     ) -> Credentials:
         """Add the organization's API key: the stored one, or else a new one."""
-        file = self._account_file
         key = stored.api_key if stored else None
-        owner = file.key_owner(key, account.get("organizationUuid"))
-        if owner and owner == file.notes().key_owner:
-            return credentials.replace(api_key=key)
-        if credentials.is_claude_ai:
-            return credentials
+        owner = key_owner_of(key, account)
+        if not owner or owner != self._account_file.notes().get("key_owner"):
+            key = None
         try:
-            key = self._client.create_api_key(credentials.access_token)
+            if not key and not credentials.is_claude_ai:
+                key = self._client.create_api_key(credentials.access_token)
         except ClaudeOAuthError as error:
             warn(f"the login works, but no API key could be made: {error}")
-            return credentials
         return credentials.replace(api_key=key)
 
     @hides_locals
@@ -4442,12 +4312,9 @@ class OAuthService:
         # Under the lock, or a refresh under way would bring the record back.
         with self.storage.lock(LOCK_TIMEOUT):
             try:
-                newest = self._view.read()[1]
+                self._revoke(self._view.read()[1])
             except StorageError as error:
-                newest = None
                 warn(f"nothing is revoked: {error}")
-            if newest and newest.refresh_token and self.config.revoke_url:
-                self._revoke(newest, newest.refresh_token)
             found = self.storage.delete()
             if found:  # else the account may belong to another store's login
                 self._account_file.clear()
@@ -4455,11 +4322,13 @@ class OAuthService:
             self._view.remember(None)
         return found
 
-    def _revoke(self, login: Credentials, token: str) -> None:
-        client_id = login.client_id or self.config.client_id
-        config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
-        client = OAuthClient(config, session=self._session)
-        _try_within_limit("the revocation", lambda: client.revoke(token))
+    def _revoke(self, login: Credentials | None) -> None:
+        token = login and login.refresh_token
+        if login and token and self.config.revoke_url:
+            client_id = login.client_id or self.config.client_id
+            config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
+            client = OAuthClient(config, session=self._session)
+            _try_within_limit("the revocation", lambda: client.revoke(token))
 
     # Status
 
@@ -4471,20 +4340,21 @@ class OAuthService:
             StorageError: The storage cannot be read.
             ConfigError: CLAUDE_OAUTH_TOKEN is not a token.
         """
-        is_environments = environment_token() is not None
-        stored = None if is_environments else self._view.look()
+        source, method, stored = "none", None, None
+        is_usable, warnings = False, []
+        if environment_token():
+            source, is_usable, warnings = "environment", True, self._hidden_login()
+        else:
+            stored = self._view.look()
+        if stored:
+            source, (is_usable, warnings) = "store", self._condition(stored)
+            method = "claude.ai" if stored.is_claude_ai else "console"
         account = self._account_file.account(stored)
         # An empty credential stands for none: what it lacks is null in the answer.
         shown = stored or Credentials("none")
         expires_in = seconds_left(shown, self._clock())
-        source, method, warnings = "none", None, []
-        if is_environments:
-            source, warnings = "environment", self._warnings_of_environment()
-        elif stored:
-            source, warnings = "store", self._warnings(stored)
-            method = "claude.ai" if stored.is_claude_ai else "console"
         return {
-            "logged_in": is_environments or self._is_usable(stored),
+            "logged_in": is_usable,
             "source": source,
             "method": method,
             "email": _text(account.get("emailAddress")),
@@ -4500,7 +4370,8 @@ class OAuthService:
             "warnings": warnings,
         }
 
-    def _warnings_of_environment(self) -> list[str]:
+    def _hidden_login(self) -> list[str]:
+        """Return the warnings about CLAUDE_OAUTH_TOKEN and the login that it hides."""
         hides = f", and hides the login in {self.storage.describe()}"
         warning = "CLAUDE_OAUTH_TOKEN is in force"
         try:
@@ -4508,48 +4379,35 @@ class OAuthService:
         except StorageError as error:
             return [warning, str(error)]
 
-    def _warnings(self, stored: Credentials) -> list[str]:
-        """Return what a person should know about a login that looks fine."""
-        now, pause = self._clock(), self._account_file.pause_left()
+    def _condition(self, stored: Credentials) -> tuple[bool, list[str]]:
+        """Return whether a token can be had, and what a person should know."""
+        now, file = self._clock(), self._account_file
         is_expired = seconds_left(stored, now) <= 0
-        is_refused = self._account_file.is_refused(stored)
-        is_foreign = stored.client_id not in (None, self.config.client_id or None)
-        span = describe_seconds(pause)
-        known = {
+        ends_at = stored.refresh_token_expires_at
+        left = float("inf") if ends_at is None else ends_at - now
+        pause, ends = describe_seconds(file.pause_left()), describe_seconds(left)
+        hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
-            "the login was made with another client id than is set": (
-                self.config.client_id and is_foreign
+            f"requests to the server are paused for another {pause}": file.pause_left(),
+            f"the login ends in {ends}, whatever is refreshed: log in again": (
+                0 < left < LOGIN_END_WARNING
             ),
-            "the server refused to refresh the login: log in again": is_refused,
+        }
+        # For these the token cannot be refreshed.
+        faults = {
+            "the server refused to refresh the login: log in again": (
+                file.is_refused(stored)
+            ),
+            "the login itself is over: log in again": left <= 0,
             "the token has expired: run the program that owns it": (
                 is_expired and self._view.is_read_only
             ),
             "the token has expired, with none to refresh it: log in": (
                 is_expired and not stored.refresh_token
             ),
-            f"requests to the server are paused for another {span}": (
-                pause and not is_refused
-            ),
         }
-        warnings = [warning for warning, applies in known.items() if applies]
-        left = (stored.refresh_token_expires_at or float("inf")) - now
-        if left < LOGIN_END_WARNING:
-            ends = f"ends in {describe_seconds(left)}" if left > 0 else "is over"
-            text = f"the login itself {ends}, whatever is refreshed: log in again"
-            warnings.append(text)
-        return warnings
-
-    def _is_usable(self, stored: Credentials | None) -> bool:
-        """Tell whether a token can be had, as far as this machine knows."""
-        if stored is None:
-            return False
-        ends_at = stored.refresh_token_expires_at
-        can_refresh = bool(stored.refresh_token) and not (
-            self._view.is_read_only
-            or (ends_at is not None and ends_at <= self._clock())
-            or self._account_file.is_refused(stored)
-        )
-        return can_refresh or seconds_left(stored, self._clock()) > 0
+        warnings = [text for text, holds in {**hints, **faults}.items() if holds]
+        return not (is_expired and any(faults.values())), warnings
 
 
 _ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
@@ -4578,9 +4436,9 @@ def _rejected(token: str) -> str:
     return fingerprint(token, client_id="", token_url="")
 
 
-def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
-    if not profile.organization_uuid:
-        return credentials  # the profile says nothing of a plan
+def _with_plan(credentials: Credentials, profile: Profile | None) -> Credentials:
+    if not profile or not profile.organization_uuid:
+        return credentials  # nothing is known of a plan
     return credentials.replace(
         subscription_type=profile.subscription_type,
         rate_limit_tier=profile.rate_limit_tier,
@@ -4590,10 +4448,10 @@ def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
 def _try_within_limit(name: str, call: Callable[[], object]) -> None:
     """Call for FLUSH_TIMEOUT at most, and go on whatever it raises."""
     _, error = call_with_limit(call, FLUSH_TIMEOUT)
-    problem = error and safe_text(error)
-    if isinstance(error, TimeoutError):
-        problem = f"no end after {FLUSH_TIMEOUT:g} s"
-    if problem:
+    if error:
+        problem = safe_text(error)
+        if isinstance(error, TimeoutError):
+            problem = f"no end after {FLUSH_TIMEOUT:g} s"
         warn(f"logging out goes on without {name} ({problem})")
 
 
@@ -4682,9 +4540,8 @@ class BearerAuth:
     def _renew(self, request: Any) -> bool:
         """Refresh after a 401 and sign again; return False where that cannot help."""
         token = _bearer_of(request)
-        if not token or token == environment_token():
-            return False
-        if self._service.is_rejected(token):
+        is_fixed = not token or token == environment_token()
+        if is_fixed or self._service.is_rejected(token):
             return False
         self._service.refresh(rejected=token)
         self._sign(request)
@@ -4695,9 +4552,13 @@ class BearerAuth:
         self, response: requests.Response, position: int | None, options: Any
     ) -> Any:
         """Return the answer to a request; after a 401, to its repetition."""
+        from urllib.parse import urljoin
+
         request: Any = response.request
         if response.is_redirect:
-            self._remove_key(response)
+            target = urljoin(response.url, response.headers["location"])
+            if not self._may_sign(target):  # `requests` removes Authorization alone
+                request.headers.pop("x-api-key", None)
         # After a redirect this also gets the answer of another host: only a 401 of a
         # host that the token may go to counts.
         if response.status_code != 401 or not self._may_sign(str(request.url)):
@@ -4717,17 +4578,6 @@ class BearerAuth:
         answer.request = repeated
         return answer
 
-    def _remove_key(self, response: requests.Response) -> None:
-        """Remove the API key before `requests` follows a redirect to another host.
-
-        `requests` itself removes Authorization alone.
-        """
-        from urllib.parse import urljoin
-
-        target = urljoin(response.url, response.headers["location"])
-        if not self._may_sign(target):
-            response.request.headers.pop("x-api-key", None)
-
 
 def _bearer_of(request: Any) -> str:
     return str(request.headers.get("Authorization") or "").partition("Bearer ")[2]
@@ -4741,10 +4591,9 @@ def _with_beta(asked_for: str | bytes) -> str:
 def _position(body: Any) -> int | None:
     """Return where a body that is a file begins, None if it cannot be sent again."""
     try:
-        position: int | None = body.tell() if hasattr(body, "tell") else None
+        return int(body.tell()) if hasattr(body, "tell") else None
     except (OSError, ValueError):
         return None
-    return position
 
 
 def _rewind(body: Any, position: int | None) -> bool:
