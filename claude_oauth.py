@@ -4111,11 +4111,9 @@ class OAuthService:
 
     def _try_profile(self, access_token: str) -> Profile | None:
         """Return the profile; None if it cannot be had, or takes too long."""
+        # A narrow token may not ask, and is none the worse for it.
         fetch = self._client.fetch_profile
-        try:
-            return call_with_limit(lambda: fetch(access_token), self.config.timeout)
-        except (ClaudeOAuthError, TimeoutError):
-            return None  # a narrow token may not ask, and is none the worse for it
+        return call_with_limit(lambda: fetch(access_token), self.config.timeout)[0]
 
     def _keep_profile(self, profile: Profile, token: str) -> Credentials | None:
         """Store the profile of an access token, if the store still holds that token."""
