@@ -1894,9 +1894,10 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
                 fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
-            # On Windows it is 0 under Wine, and the others by the documentation.
-            held = (errno.EACCES, errno.EDEADLK, 0) if os.name == "nt" else ()
-            if error.errno in (*held, errno.EAGAIN):
+            # On Windows EACCES or EDEADLK, and under Wine anything that came before.
+            is_windows_fault = error.errno in (errno.EBADF, errno.EINVAL)
+            is_held = os.name == "nt" and not is_windows_fault
+            if is_held or error.errno == errno.EAGAIN:
                 return None
             raise
     except OSError as error:
