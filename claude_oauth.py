@@ -119,8 +119,8 @@ SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
 ALL_SCOPES: Final = (
-    *(SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE, SCOPE_USER_INFERENCE),
-    *(SCOPE_USER_SESSIONS_CLAUDE_CODE, SCOPE_USER_MCP_SERVERS, SCOPE_USER_FILE_UPLOAD),
+    SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE, SCOPE_USER_INFERENCE,
+    SCOPE_USER_SESSIONS_CLAUDE_CODE, SCOPE_USER_MCP_SERVERS, SCOPE_USER_FILE_UPLOAD,
 )
 """Both paths ask for these; the server grants those that fit the account."""
 CONSOLE_SCOPES: Final = ALL_SCOPES[:2]
@@ -889,8 +889,8 @@ def error_of_answer(
 
 # Error codes that say nothing about the grant, whatever the status.
 _PASSING_CODES: Final = (
-    *("", "temporarily_unavailable", "server_error", "rate_limit_error"),
-    *("overloaded_error", "api_error", "timeout_error"),
+    "", "temporarily_unavailable", "server_error", "rate_limit_error",
+    "overloaded_error", "api_error", "timeout_error",
 )
 
 
@@ -2535,48 +2535,36 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
 
 # -- Sign-in ---------------------------------------------------------------------------
 
-VISIT_SECONDS: Final = 5.0
-"""For a connection to say what it wants, and 1 s to hang up; then it is closed."""
+# Seconds.
+VISIT_SECONDS: Final = 5.0  # for a connection to say what it wants, and 1 to hang up
+PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once all is decided
+PASTE_PAUSE: Final = 0.05  # of silence end a paste of several lines
+FOREGROUND_INTERVAL: Final = 0.5  # to look at what no wait reports: `fg`, Ctrl-C
 
-PAGE_SECONDS: Final = 2.0
-"""For the browser to fetch the result page, once the login is decided."""
+MAX_VISITORS: Final = 128  # connections; the oldest one makes room for the next
+MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
+MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corrects them
+# Characters that a terminal takes in one line; the rest is lost.  Source: tty(4).
+MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 
-MAX_VISITORS: Final = 128
-"""Connections at a time; the oldest one makes room for the next."""
-
-MAX_HEAD_BYTES: Final = 98304
-"""Browsers send the cookies of every server on `localhost`: 64 KB of them are usual."""
-
-PASTE_PAUSE: Final = 0.05
-"""Seconds of silence that end a paste of several lines."""
-
-FOREGROUND_INTERVAL: Final = 0.5
-"""Seconds between two looks at what no wait reports: `fg`, and Ctrl-C on Windows."""
-
-MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
-"""Characters that a terminal takes in one line; the rest is lost.  Source: tty(4)."""
-
-MAX_PIPED_REFUSALS: Final = 20
-"""Lines of a pipe that are no code, until no more are read: nobody corrects them."""
-
+# Browsers that would take the terminal for themselves.
 TEXT_BROWSERS: Final = (
     r"(?<![\w-])"
     r"(?:www-browser|lynx|links2?|elinks|w3m|browsh|carbonyl|edbrowse|netrik|cha)"
     r"(?=[\s\"']|$)"
 )
-"""Browsers that would take the terminal for themselves."""
 
 _RUNDLL: Final = "rundll32.exe url.dll,FileProtocolHandler"
 
+# What opens an address, in this order.  Source: `webbrowser`, wslu's manual.
 DESKTOP_BROWSERS: Final = {
     "darwin": ["open"],
     "win32": [_RUNDLL],
     "wsl": ["wslview", _RUNDLL],
     "linux": ["xdg-open", "gio open", "x-www-browser", "firefox", "google-chrome"],
 }
-"""What opens an address, in this order.  Source: `webbrowser`, wslu's manual."""
 
 
 def start_thread(
@@ -2727,8 +2715,8 @@ class AuthCodeListener:
             raise ConfigError("the port must be from 0 to 65535; 0 takes a free one")
         self.port = port
         self.redirect_uri = ""
+        # Set when the code, or the server's refusal, is there.
         self.arrived = threading.Event()
-        """Set when the code, or the server's refusal, is there."""
         self.on_arrival: Callable[[], object] = lambda: None
         self._state = state
         self._changed = threading.Condition()  # guards what follows; held for moments
@@ -3537,8 +3525,8 @@ class ServedToken:
         self.look_again = time.monotonic() + LOOK_INTERVAL
 
 
+# Never valid, so that every call looks at the store.
 _NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))
-"""Never valid, so that every call looks at the store."""
 
 
 class StoreView:
@@ -4409,16 +4397,14 @@ class OAuthService:
         return not (is_expired and any(faults.values())), warnings
 
 
+# Keys of account.json; if one is missing, a refresh fetches the profile.
 _ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
-"""Keys of account.json; if one is missing, a refresh fetches the profile."""
 
+# Environment variables that still sign programs in after a logout here.
 SIGNS_IN: Final = (
-    "CLAUDE_OAUTH_TOKEN",
-    "CLAUDE_CODE_OAUTH_TOKEN",
-    "ANTHROPIC_AUTH_TOKEN",
-    "ANTHROPIC_API_KEY",
+    "CLAUDE_OAUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN",
+    "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY",
 )
-"""Environment variables that still sign programs in after a logout here."""
 
 
 def environment_token() -> str | None:
