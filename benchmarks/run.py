@@ -32,15 +32,15 @@ ENVIRONMENTS = Path(os.environ.get("TOX_ENV_DIR", ROOT / ".tox" / "bench")) / "p
 
 PEERS = {
     "ours": ["requests==2.34.2"],
-    "google": ["google-auth==2.62.2", "google-auth-oauthlib==1.5.0"],
+    "google": ["google-auth==2.63.0", "google-auth-oauthlib==1.5.0"],
     "msal": ["msal==1.39.0", "msal-extensions==1.3.1"],
     "requests_oauthlib": ["requests-oauthlib==2.0.0"],
-    "authlib": ["Authlib==1.9.9", "requests==2.34.2"],
+    "authlib": ["Authlib==1.9.10", "requests==2.34.2"],
     "requests_auth": ["requests_auth==8.0.0"],
     "cli_oauth2": ["cli-oauth2==0.3.1"],
     "oauth2_cli_auth": ["oauth2-cli-auth==2.0.0"],
-    "databricks": ["databricks-sdk==0.156.0"],
-    "anthropic": ["anthropic==2.12.0"],
+    "databricks": ["databricks-sdk==0.162.0"],
+    "anthropic": ["anthropic==2.14.0"],
 }
 CHARTS = ["matplotlib==3.11.2"]
 
