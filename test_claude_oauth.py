@@ -2731,7 +2731,10 @@ def test_what_is_no_code_is_called_what_it_is(reason):
 
 @pytest.mark.parametrize(
     "paste",
-    ["c" * 16, "c" * 16 + "\nc\nc", "!~" * 8, "X" * 16, "\u2029" + "c" * 16, "c" * 4096],
+    [
+        *("c" * 16, "c" * 16 + "\nc\nc", "!~" * 8),
+        *("X" * 16, "\u2029" + "c" * 16, "c" * 4096),
+    ],
     ids=["shortest", "three-pieces", "ends-of-ascii", "X", "separator", "longest"],
 )
 def test_a_bare_code_at_the_edge_of_what_is_allowed_is_a_code(paste):
