@@ -3723,7 +3723,7 @@ class Refresher:
     """Gets a new access token; nothing else spends a refresh token.
 
     1. Look: a token that is good for long enough costs nothing (`is_due`).
-    2. Lock out the other threads and the other processes.
+    2. Lock out the other threads, then the other processes.
     3. Look again: somebody may have refreshed meanwhile, and their token will do.
     4. Check that the new login can be written, before anything is spent.
     5. Spend the refresh token, with signals deferred.
@@ -3737,10 +3737,14 @@ class Refresher:
     def __init__(
         self, client: OAuthClient, view: StoreView, clock: Callable[[], float]
     ) -> None:
+        import threading
+
         self._client = client
         self._view = view
         self._account_file = view.account_file
         self._clock = clock
+        # Held by the one thread of this process that refreshes.
+        self._mutex = (os.getpid(), threading.Lock())
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
         self._not_before = 0.0
@@ -3766,12 +3770,11 @@ class Refresher:
         """
         is_alive = other_than is None and seconds_left(present, self._clock()) > 0
         limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
-        began = time.monotonic()
         try:
             if self._view.is_read_only:
                 return self._read_foreign(other_than), False
-            with self._view.storage.lock(0.0 if is_alive else limit):
-                return self._refresh_locked(began, min_validity, other_than)
+            timeout = 0.0 if is_alive else limit
+            return self._refresh_alone(timeout, min_validity, other_than)
         except ClaudeOAuthError as error:
             if not is_alive or isinstance(error, NotLoggedIn):
                 raise
@@ -3791,19 +3794,31 @@ class Refresher:
             " program that owns it; run that program, then try again"
         )
 
-    def _refresh_locked(
-        self, began: float, min_validity: float, other_than: str | None
+    def _refresh_alone(
+        self, timeout: float, min_validity: float, other_than: str | None
     ) -> tuple[Credentials, bool]:
-        """Go through the steps from 3 on, unless a refresh failed while this waited."""
-        when, failure = self._failed
-        if failure and when > began:
-            raise _copy_of(failure)  # or each thread would wait for the network
-        self._failed = (0.0, None)
+        """Lock, and go through the steps from 3 on; or fail as a refresh just did."""
+        import threading
+
+        began, deadline = time.monotonic(), Deadline(timeout)
+        if self._mutex[0] != os.getpid():  # the parent's thread cannot release it here
+            self._mutex = (os.getpid(), threading.Lock())
+        mutex = self._mutex[1]
+        if not mutex.acquire(timeout=timeout):
+            raise Unavailable("another thread refreshes the login; try again later")
         try:
-            return self._refresh_if_needed(min_validity, other_than)
-        except ClaudeOAuthError as error:
-            self._failed = (time.monotonic(), _copy_of(error))
-            raise
+            when, failure = self._failed
+            if failure and when > began:
+                raise _copy_of(failure)  # or each thread would wait for the network
+            self._failed = (0.0, None)
+            try:
+                with self._view.storage.lock(deadline.left()):
+                    return self._refresh_if_needed(min_validity, other_than)
+            except ClaudeOAuthError as error:
+                self._failed = (time.monotonic(), _copy_of(error))
+                raise
+        finally:
+            mutex.release()
 
     def _refresh_if_needed(
         self, min_validity: float, other_than: str | None

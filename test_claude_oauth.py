@@ -9848,43 +9848,6 @@ def test_a_refusal_is_the_answer_for_all_threads_that_waited(
     assert kept.requests < 4
 
 
-class LateLock(claude_oauth.FileStorage):
-    """A file whose lock one thread gets only after it was let in."""
-
-    late = None
-
-    def __init__(self, path):
-        super().__init__(path)
-        self.waits, self.let_in = threading.Event(), threading.Event()
-
-    def lock(self, timeout):
-        if threading.get_ident() == self.late:
-            self.waits.set()
-            self.let_in.wait(LIMIT)
-        return super().lock(timeout)
-
-
-def test_a_thread_that_waited_gets_what_came_last(kept, auth_server):
-    """Not the error of the refresh that it waited for, if a later one succeeded."""
-    kept.save(-1)
-    service = kept.service(storage := LateLock(kept.path))
-
-    def ask_late():
-        storage.late = threading.get_ident()
-        return service.access_token()
-
-    with threads() as start:
-        late = start(ask_late)
-        assert storage.waits.wait(LIMIT)
-        auth_server.fail_next("token", 400, {"error": "unauthorized_client"})
-        with pytest.raises(claude_oauth.TokenRefused, match="unauthorized_client"):
-            service.access_token()
-        latest = service.access_token()
-        storage.let_in.set()
-        assert late.result(LIMIT) == latest
-    assert kept.requests == 2
-
-
 def test_a_failure_inside_the_buffer_puts_the_next_try_off(kept, auth_server):
     kept.save(100)
     auth_server.fail_next("token", 503, "")
