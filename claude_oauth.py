@@ -4971,6 +4971,7 @@ _SANDBOX_PAGE: Final = """<!doctype html>
 
 # -- Command line ----------------------------------------------------------------------
 
+# argparse too ends with 2, for wrong usage; Ctrl-C ends with 130.
 _EXIT_CODES: Final[Mapping[int, Any]] = {
     2: ConfigError,
     3: (NotLoggedIn, TokenRefused, LoginError),
@@ -4978,7 +4979,6 @@ _EXIT_CODES: Final[Mapping[int, Any]] = {
     5: StorageError,
     1: Exception,
 }
-"""The exit code of each kind of error; argparse too uses 2, and Ctrl-C is 130."""
 
 
 @hides_locals
@@ -5020,8 +5020,7 @@ def _run(argv: list[str]) -> int:
         import logging
 
         logging.basicConfig(level=logging.DEBUG)
-    code: int = options.run(options)
-    return code
+    return int(options.run(options) or 0)
 
 
 def _report(error: BaseException) -> int:
@@ -5044,15 +5043,12 @@ def _report(error: BaseException) -> int:
 
 
 def _service(options: Any) -> OAuthService:
-    config = OAuthConfig.from_env()
-    if options.client_id:
-        config = config.replace(client_id=options.client_id)
-    if getattr(options, "scope", None):
-        config = config.replace(scopes=tuple(options.scope))
+    given = {"client_id": options.client_id, "scopes": getattr(options, "scope", None)}
+    config = OAuthConfig.from_env().replace(**{k: v for k, v in given.items() if v})
     return OAuthService(config, make_storage(options.store, options.dir))
 
 
-def _login(options: Any) -> int:
+def _login(options: Any) -> None:
     """Sign in by browser, or paste the code that the page shows on any machine."""
     service = _service(options)
     service.login(
@@ -5066,7 +5062,6 @@ def _login(options: Any) -> int:
     name = f" as {printable(status['email'])}" if status["email"] else ""
     say(f"Signed in{name}; the login is kept in {service.storage.describe()}.")
     _print(options, status, {})
-    return 0
 
 
 def _status(options: Any) -> int:
@@ -5075,11 +5070,11 @@ def _status(options: Any) -> int:
     check = _check(service) if options.check else ""
     status, stored = service.status(), service.credentials() or Credentials("")
     missing = sorted({*service.config.scopes} - {*stored.scopes})
-    source = "CLAUDE_OAUTH_TOKEN, not the store"
+    from_outside = "CLAUDE_OAUTH_TOKEN, not the store"
     rows = {
         "logged in": status["logged_in"],
         "check": check,
-        "source": source if status["source"] == "environment" else "",
+        "source": from_outside if status["source"] == "environment" else "",
         "account": status["email"],
         "organization": status["organization"],
         "plan": status["subscription_type"],
@@ -5141,7 +5136,7 @@ def _print(
         say(f"! {warning}")
 
 
-def _token(options: Any) -> int:
+def _token(options: Any) -> None:
     """Print an access token that works; on the Console path, the API key."""
     service = _service(options)
     token = service.api_token(min_validity=options.min_validity)
@@ -5153,44 +5148,39 @@ def _token(options: Any) -> int:
             answer = {"api_key": token, "expires_at": None}
         token = dump_json({**answer, "token": token})
     print(token)
-    return 0
 
 
-def _refresh(options: Any) -> int:
+def _refresh(options: Any) -> None:
     """Ask the server for a new token, however long the present one lives."""
     service = _service(options)
     left = (service.refresh().expires_at or 0) - time.time()
     say(f"Refreshed; the new token is good for {describe_seconds(left)}.")
     _print(options, service.status(), {})
-    return 0
 
 
-def _profile(options: Any) -> int:
+def _profile(options: Any) -> None:
     """Ask the server whose login it is."""
     profile = vars(_service(options).profile(force=True))
     _print(options, profile, {k.replace("_", " "): v for k, v in profile.items()})
-    return 0
 
 
-def _api_key(options: Any) -> int:
+def _api_key(options: Any) -> None:
     """Make one more permanent API key of the Console, store it and print it."""
     print(_service(options).create_api_key())
     say("This key is permanent; delete it on the Console's page of API keys.")
-    return 0
 
 
-def _logout(options: Any) -> int:
+def _logout(options: Any) -> None:
     """Revoke the login where the server can, and delete it here."""
     service = _service(options)
     found = service.logout()
     where = service.storage.describe()
     say(f"Logged out of {where}." if found else f"There was no login in {where}.")
     for name in filter(setting, SIGNS_IN):
-        say(f"{name} is set, and still signs programs in.")
-    return 0
+        say(f"{name} is set, and may still sign programs in.")
 
 
-def _sandbox(options: Any) -> int:
+def _sandbox(options: Any) -> None:
     """Serve a login to play with; the lines it prints point claude-oauth at it."""
     import contextlib
     import shlex
@@ -5201,42 +5191,37 @@ def _sandbox(options: Any) -> int:
     # A SIGTERM too must remove the temporary folder.
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
-            print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
-            print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
-            print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
-            print("export CLAUDE_OAUTH_STORE=file", flush=True)
-            say("Paste these lines into another terminal; Ctrl-C ends this one.")
-            while True:
-                time.sleep(3600)  # Windows: Ctrl-C ends a sleep, but not an Event.wait
-    except KeyboardInterrupt:
-        return 0
+    ctrl_c = contextlib.suppress(KeyboardInterrupt)
+    with ctrl_c, TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
+        print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
+        print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
+        print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
+        print("export CLAUDE_OAUTH_STORE=file", flush=True)
+        say("Paste these lines into another terminal; Ctrl-C ends this one.")
+        while True:
+            time.sleep(3600)  # Windows: Ctrl-C ends a sleep, but not an Event.wait
 
 
-def _demo(options: Any) -> int:
+def _demo(options: Any) -> None:
     """Play a login's whole life against a sandbox, in a temporary folder."""
     from tempfile import TemporaryDirectory
 
     names = [name for name in os.environ if name.startswith("CLAUDE_")]
     hidden = {name: os.environ.pop(name) for name in names}
-    temporary = TemporaryDirectory(prefix="claude-oauth-")
     try:
-        with temporary as directory, Sandbox() as sandbox:
-            _play(sandbox, directory, uses_browser=options.browser)
+        with TemporaryDirectory(prefix="claude-oauth-") as folder, Sandbox() as sandbox:
+            _play(sandbox, folder, uses_browser=options.browser)
     finally:
         os.environ.update(hidden)
-    return 0
 
 
 def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     from functools import partial
 
     show = partial(print, flush=True)
-    storage = make_storage("file", directory)
     service = OAuthService(
         sandbox.config,
-        storage,
+        make_storage("file", directory),
         flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
     )
     show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
@@ -5245,12 +5230,13 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     show(f"login     {status['email']}, plan {status['subscription_type']}")
     first = service.access_token()
     show(f"token     {first[:13]}… from the file, no request")
-    _expire(storage)
-    news = "the same token" if service.access_token() == first else "a new token"
-    show(f"expiry    {news}, {sandbox.counts['refresh_token']} refresh")
-    _expire(storage)
+    sandbox.lifetime = 0.001  # from now on, a token has expired when it comes
+    expired = service.refresh().access_token
+    news = "the same token" if service.access_token() == expired else "a new token"
+    show(f"expiry    {news}, {sandbox.counts['refresh_token'] - 1} refresh")
+    sandbox.lifetime = 28800
     show(f"stampede  {_stampede(sandbox, directory)}")
-    time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
+    service.access_token()  # the processes' token
     sandbox.expire_access_tokens()
     url, auth = sandbox.origin + "/v1/messages", BearerAuth(service)
     post = import_requests().post
@@ -5259,36 +5245,25 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     text = "a token that died early is refreshed and the request repeated"
     show(f"401       {text}: {codes}")
     service.logout()
-    left = "nothing" if storage.load() is None else "something"
+    left = "nothing" if service.credentials() is None else "something"
     show(f"          the grant is revoked; {left} is left in the store")
-
-
-def _expire(storage: Storage) -> None:
-    """Set the stored token's expiry to the past, and wait until that is noticed."""
-    with storage.lock(LOCK_TIMEOUT):
-        stored = storage.load() or Credentials("")
-        storage.save(stored.replace(expires_at=time.time() - 1))
-    time.sleep(LOOK_INTERVAL)
 
 
 def _stampede(sandbox: Sandbox, directory: str) -> str:
     """Let 8 processes ask for a token at once; return the result as text."""
     import subprocess
 
-    python = python_program()
-    if python is None:
+    python, program = python_program(), os.path.abspath(__file__)
+    if python is None or not os.path.isfile(program):  # frozen, or in a zip archive
         return "left out: this program has no Python to start"
     before = sandbox.counts["refresh_token"]
-    # A script has no spec; a zip file's or a folder's says __main__.
-    name = getattr(globals().get("__spec__"), "name", "__main__")
-    program = ["-m", name] if name != "__main__" else [os.path.abspath(sys.argv[0])]
-    command = [python, *program, "--dir", directory, "--store", "file", "token"]
-    paths = os.pathsep.join(map(os.path.abspath, sys.path))
-    environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
-    # From a folder with nothing to import by mistake; Ctrl-C would print tracebacks.
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    start = subprocess.Popen
-    workers = [start(command, env=environ, cwd=directory, **pipes) for _ in range(8)]
+    command = [python, program, "--dir", directory, "--store", "file", "token"]
+    options: Any = {
+        "env": {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,  # Ctrl-C would print tracebacks
+    }
+    workers = [subprocess.Popen(command, **options) for _ in range(8)]
     answers = [worker.communicate(timeout=LOCK_TIMEOUT)[0] for worker in workers]
     tokens: list[bytes] = list(filter(None, answers))
     refreshes = sandbox.counts["refresh_token"] - before
@@ -5298,39 +5273,27 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     )
 
 
-_STORES: Final = ("auto", "file", "keychain", "keyring")
+_COMMANDS: Final = (
+    _login, _status, _token, _refresh, _profile, _api_key, _logout, _sandbox, _demo
+)
 
+# The parsers of each option, then its help, metavar, type and default; a flag's help.
 _OPTIONS: Final[Mapping[str, Any]] = {
-    "--client-id": ("ID", str.strip, None, "the client id of your program"),
-    "--dir": ("PATH", str.strip, None, "folder of the login's files"),
-    "--store": (None, None, None, "auto: the Keychain on macOS, else a file", _STORES),
-    "--verbose": "log, without secrets, to stderr",
-    "--console": "sign in at the Console, for an API key",
-    "--no-browser": "open none, print the address",
-    "--port": ("N", int, 0, "a fixed one, for `ssh -L` (default: free)"),
-    "--timeout": ("SECONDS", float, LOGIN_TIMEOUT, "to sign in within"),
-    "--scope": ("SCOPE", str.strip, None, "ask for this one (may be repeated)"),
-    "--email": ("ADDRESS", str.strip, None, "the account to suggest on the page"),
-    "--check": "ask the server too: ends with 0 (works), 3 (refused) or 4 (unknown)",
-    "--json": "print one JSON object",
-    "--min-validity": ("SECONDS", float, REFRESH_BUFFER, "that it must live on"),
-    "--lifetime": ("SECONDS", float, 28800, "that access tokens live"),
-    "--browser": "sign in with your own browser",
+    "--client-id": ("claude-oauth", "the client id of your program", "ID", str.strip),
+    "--dir": ("claude-oauth", "folder of the login's files", "PATH", str.strip),
+    "--verbose": ("claude-oauth", "log, without secrets, to stderr"),
+    "--console": ("login", "sign in at the Console, for an API key"),
+    "--no-browser": ("login", "open none, print the address"),
+    "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", int, 0),
+    "--timeout": ("login", "to sign in within", "SECONDS", float, LOGIN_TIMEOUT),
+    "--scope": ("login", "ask for this one (may be repeated)", "SCOPE", str.strip),
+    "--email": ("login", "the account to suggest on the page", "ADDRESS", str.strip),
+    "--check": ("status", "ask the server too: works (0), refused (3) or unknown (4)"),
+    "--min-validity": ("token", "that it must live", "SECONDS", float, REFRESH_BUFFER),
+    "--lifetime": ("sandbox", "that access tokens live", "SECONDS", float, 28800),
+    "--browser": ("demo", "sign in with your own browser"),
+    "--json": ("login status token refresh profile", "print one JSON object"),
 }
-"""For a flag its help; else metavar, type, default, help and choices."""
-
-_COMMANDS: Final = {
-    "login": (_login, "--console --no-browser --port --timeout --scope --email --json"),
-    "status": (_status, "--check --json"),
-    "token": (_token, "--min-validity --json"),
-    "refresh": (_refresh, "--json"),
-    "profile": (_profile, "--json"),
-    "api-key": (_api_key, ""),
-    "logout": (_logout, ""),
-    "sandbox": (_sandbox, "--port --lifetime"),
-    "demo": (_demo, "--browser"),
-}
-"""Each command: the function, whose docstring is its help; and its options."""
 
 _EPILOG: Final = """\
 environment: CLAUDE_OAUTH_CLIENT_ID, CLAUDE_OAUTH_DIR, CLAUDE_OAUTH_STORE,
@@ -5353,22 +5316,25 @@ def make_parser() -> argparse.ArgumentParser:
     )
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    parsers = [(parser, "--client-id --dir --store --verbose")]
+    parser.add_argument(
+        "--store",
+        choices=("auto", "file", "keychain", "keyring"),
+        help="auto: the Keychain on macOS, else a file",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (run, options) in _COMMANDS.items():
-        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.set_defaults(run=run)
-        parsers.append((command, options))
-    keys = ("metavar", "type", "default", "help", "choices")
-    for command, options in parsers:
-        for name in options.split():
-            option = _OPTIONS[name]
-            settings: dict[str, Any] = dict(zip(keys, option))
-            if isinstance(option, str):
-                settings = {"action": "store_true", "help": option}
-            elif name == "--scope":
-                settings["action"] = "append"
-            command.add_argument(name, **settings)
+    parsers = {"claude-oauth": parser}
+    for run in _COMMANDS:
+        name, text = run.__name__[1:].replace("_", "-"), run.__doc__
+        parsers[name] = commands.add_parser(name, help=text, description=text)
+        parsers[name].set_defaults(run=run)
+    for option, (names, *values) in _OPTIONS.items():
+        settings = dict(zip(("help", "metavar", "type", "default"), values))
+        if len(values) == 1:
+            settings["action"] = "store_true"
+        elif option == "--scope":
+            settings["action"] = "append"
+        for name in names.split():
+            parsers[name].add_argument(option, **settings)
     return parser
 
 

@@ -14401,7 +14401,7 @@ def test_a_logout_names_what_still_signs_in(member, command, monkeypatch, name):
     said = command("logout")
 
     assert said.code == 0
-    assert f"{name} is set, and still signs programs in." in said.err
+    assert f"{name} is set, and may still sign programs in." in said.err
     assert "from-outside" not in said.err
 
 
