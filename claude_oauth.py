@@ -4633,8 +4633,6 @@ class Sandbox:
         *,
         port: int = 0,
         lifetime: float = 28800,
-        login_lifetime: float = 30 * 86400,
-        rotate: bool = True,
         scopes: Iterable[str] = CLAUDE_AI_SCOPES,
     ) -> None:
         import threading
@@ -4642,14 +4640,11 @@ class Sandbox:
         self.origin = ""
         self.lifetime = lifetime
         self.scopes = tuple(scopes)
-        self.counts = dict.fromkeys((*_SANDBOX_PATHS.values(), *_SANDBOX_GRANTS), 0)
+        self.counts = {name: 0 for name, _ in _SANDBOX_ENDPOINTS.values()}
         self._port = port
-        self._login_lifetime = login_lifetime
-        self._rotate = rotate
-        self._threads: list[threading.Thread] = []
         # Guards counts and all below, while a request is answered.
         self._lock = threading.Lock()
-        self._failures: dict[str, list[_SandboxRefusal]] = {}
+        self._failures: dict[str, list[_SandboxRefusal]] = {n: [] for n in self.counts}
         # A login is a family of tokens that live and die together: by code and refresh
         # token, and by access token or key with its end.
         self._logins: dict[str, types.SimpleNamespace] = {}
@@ -4663,14 +4658,13 @@ class Sandbox:
                 f"no sandbox on port {self._port} ({exc}); choose another port"
             ) from exc
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._start(self._server.serve_forever, 0.05)
+        if start_thread("sandbox", self._server.serve_forever, 0.05) is None:
+            raise Unavailable("a sandbox needs threads, and none can be started")
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        for thread in self._threads:
-            thread.join()
 
     @property
     def config(self) -> OAuthConfig:
@@ -4712,21 +4706,11 @@ class Sandbox:
         ``code`` is the error's name, like ``invalid_grant``; ``retry_after`` is in
         seconds, 0 for no such header.
         """
-        if endpoint not in self.counts:
-            raise ValueError(f"a sandbox has no endpoint {endpoint!r}")
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
-        with self._lock:
-            self._failures.setdefault(endpoint, []).extend([refusal] * times)
-
-    def _start(self, function: Callable[..., object], argument: object) -> None:
-        thread = start_thread("sandbox", function, argument)
-        if thread is None:
-            raise Unavailable("a sandbox needs threads, and none can be started")
-        self._threads.append(thread)
+        self._failures[endpoint].extend([refusal] * times)
 
     def _decide(self, url: str, decision: bytes) -> str:
-        is_ours = url.startswith(self.origin + "/oauth/authorize?")
-        path = url[len(self.origin) :] if is_ours else ""
+        path = "/oauth/authorize?" + url.partition(f"{self.origin}/oauth/authorize?")[2]
         request = types.SimpleNamespace(command="POST", path=path, body=decision)
         try:
             location = str(self._answer(request))
@@ -4734,7 +4718,7 @@ class Sandbox:
             problem = refusal.args[2]
             raise ValueError(f"this login cannot be decided on: {problem}") from None
         if not location.startswith(self.origin + "/"):
-            self._start(_visit, location)
+            start_thread("sandbox-visit", _visit, location)
         return location
 
     def _handle(self, request: Any) -> None:
@@ -4764,31 +4748,28 @@ class Sandbox:
         request.end_headers()
         request.wfile.write(content.encode())
 
-    def _answer(self, request: Any) -> str | dict[str, object]:
+    def _answer(self, request: Any) -> Any:
         """Return a page, an address to go to, or an object."""
         from urllib.parse import parse_qsl
 
-        path, _, query = request.path.partition("?")
-        pairs = parse_qsl(query, keep_blank_values=True)
-        request.asked, grant = dict(pairs), ""
-        if len(pairs) != len(request.asked):  # RFC 6749 section 3.1
-            raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
-        if path.startswith("/v1/oauth/"):
+        endpoint, _, query = request.path.partition("?")
+        request.asked = dict(parse_qsl(query))
+        if endpoint.startswith("/v1/oauth/"):
             request.asked = parse_json_object(request.body) or {"": None}
             if not all(isinstance(value, str) for value in request.asked.values()):
                 code = "oauth_request_parse_error"
                 raise _SandboxRefusal(400, code, "not JSON strings")
-            grant = str(request.asked.get("grant_type", ""))
-        request.endpoint = _SANDBOX_PATHS.get(path, grant)
-        if request.endpoint not in self.counts:
+            endpoint = request.asked.get("grant_type", endpoint)
+        if endpoint not in _SANDBOX_ENDPOINTS:
             raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
+        name, scope = _SANDBOX_ENDPOINTS[endpoint]
         with self._lock:
-            self.counts[request.endpoint] += 1
-            if self._failures.get(request.endpoint):
-                raise self._failures[request.endpoint].pop(0)
-            do = getattr(self, "_do_" + request.endpoint, self._do_resource)
-            answer: str | dict[str, object] = do(request)
-            return answer
+            self.counts[name] += 1
+            if self._failures[name]:
+                raise self._failures[name].pop(0)
+            if scope:
+                self._check_access(request.token, scope)
+            return getattr(self, "_do_" + name)(request)
 
     def _do_authorize(self, request: Any) -> str:
         """Return the page with the question, or where its answer leads."""
@@ -4810,7 +4791,7 @@ class Sandbox:
                 scopes=sorted({*asked["scope"].split()} & {*self.scopes}),
                 grant=callback["code"],  # the code or refresh token that is not spent
                 is_alive=True,
-                ends=time.monotonic() + self._login_lifetime,
+                ends=time.monotonic() + 30 * 86400,
             )
         query = urlencode({**callback, "state": asked["state"]})
         return f"{asked['redirect_uri']}?{query}"
@@ -4835,38 +4816,38 @@ class Sandbox:
     def _do_refresh_token(self, request: Any) -> dict[str, object]:
         asked = request.asked
         login = self._login_of(asked.get("refresh_token", ""))
-        is_same_client = login.asked["client_id"] == asked.get("client_id")
-        if login.ends < time.monotonic() or not is_same_client:
-            problem = "the login is over, or another client's"
-            raise _SandboxRefusal(400, "invalid_grant", problem)
+        if login.asked["client_id"] != asked.get("client_id"):
+            raise _SandboxRefusal(400, "invalid_grant", "the login is another client's")
         wanted = set(asked.get("scope", "").split())
         if not wanted <= {*login.scopes, *ALLOWED_SCOPE_EXPANSIONS}:
             raise _SandboxRefusal(400, "invalid_scope", "more than can be granted")
         login.scopes = sorted(wanted) or login.scopes
         return self._issue(login)
 
-    def _do_resource(self, request: Any) -> dict[str, object]:
-        """Answer what takes an access token or a key."""
-        login, end = self._access.get(request.token, (None, 0.0))
-        if login is None or not login.is_alive or end <= time.monotonic():
-            raise _SandboxRefusal(401, "authentication_error", "the token is dead")
-        scope = _SANDBOX_SCOPES[request.endpoint]
-        if scope not in login.scopes:
-            raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
-        if request.endpoint == "profile":
-            return {**_SANDBOX_PROFILE}
-        if request.endpoint == "messages":
-            return {"echo": request.body.decode("utf-8", "replace")}
+    def _do_profile(self, request: Any) -> Mapping[str, object]:
+        return _SANDBOX_PROFILE
+
+    def _do_messages(self, request: Any) -> dict[str, object]:
+        return {"echo": request.body.decode("utf-8", "replace")}
+
+    def _do_api_key(self, request: Any) -> dict[str, object]:
         key = "sk-ant-api03-sandbox-" + generate_state()
         holder = types.SimpleNamespace(is_alive=True, scopes=[SCOPE_USER_INFERENCE])
         self._access[key] = holder, float("inf")
         return {"raw_key": key}
 
+    def _check_access(self, token: str, scope: str) -> None:
+        login, end = self._access.get(token, (None, 0.0))
+        if login is None or not login.is_alive or end <= time.monotonic():
+            raise _SandboxRefusal(401, "authentication_error", "the token is dead")
+        if scope not in login.scopes:
+            raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
+
     def _do_callback(self, request: Any) -> str:
         from html import escape
 
-        asked = {"code": "", "state": "", **request.asked}
-        shown = asked.get("error") or "{code}#{state}".format_map(asked)
+        asked = request.asked
+        shown = asked.get("error") or f"{asked.get('code')}#{asked.get('state')}"
         return f"<!doctype html><title>Sandbox</title><p><code>{escape(shown)}</code>"
 
     def _do_revoke(self, request: Any) -> dict[str, object]:
@@ -4892,9 +4873,8 @@ class Sandbox:
     def _issue(self, login: types.SimpleNamespace) -> dict[str, object]:
         access_token = "sk-ant-oat01-sandbox-" + generate_state()
         self._access[access_token] = login, time.monotonic() + self.lifetime
-        if self._rotate or not login.grant:
-            login.grant = "sk-ant-ort01-sandbox-" + generate_state()
-            self._logins[login.grant] = login
+        login.grant = "sk-ant-ort01-sandbox-" + generate_state()
+        self._logins[login.grant] = login
         return {
             "token_type": "bearer",
             "access_token": access_token,
@@ -4917,23 +4897,19 @@ def _visit(url: str) -> None:
         return
 
 
-_SANDBOX_PATHS: Final = {
-    "/oauth/authorize": "authorize",
-    "/oauth/code/callback": "callback",
-    "/v1/oauth/token/revoke": "revoke",
-    "/api/oauth/profile": "profile",
-    "/api/oauth/claude_cli/create_api_key": "api_key",
-    "/v1/messages": "messages",
+# By path, or grant_type: the name that `counts` has, and the scope that it requires.
+_SANDBOX_ENDPOINTS: Final = {
+    "/oauth/authorize": ("authorize", ""),
+    "/oauth/code/callback": ("callback", ""),
+    "authorization_code": ("authorization_code", ""),
+    "refresh_token": ("refresh_token", ""),
+    "/v1/oauth/token/revoke": ("revoke", ""),
+    "/api/oauth/profile": ("profile", SCOPE_USER_PROFILE),
+    "/api/oauth/claude_cli/create_api_key": ("api_key", SCOPE_ORG_CREATE_API_KEY),
+    "/v1/messages": ("messages", SCOPE_USER_INFERENCE),
 }
-_SANDBOX_GRANTS: Final = ("authorization_code", "refresh_token")  # /v1/oauth/token
 
-_SANDBOX_SCOPES: Final = {
-    "profile": SCOPE_USER_PROFILE,
-    "api_key": SCOPE_ORG_CREATE_API_KEY,
-    "messages": SCOPE_USER_INFERENCE,
-}
-"""The scope that each endpoint requires."""
-
+# The parameters of an authorize request, and the pattern of each value.
 _SANDBOX_RULES: Final = {
     "response_type": "code",
     "client_id": r"[!-~]+",
@@ -4943,7 +4919,6 @@ _SANDBOX_RULES: Final = {
     "code_challenge": r"[A-Za-z0-9_-]{43}",
     "code_challenge_method": "S256",
 }
-"""The parameters of an authorize request, and the pattern of each value."""
 
 _SANDBOX_PROFILE: Final[Mapping[str, object]] = {
     "account": {
