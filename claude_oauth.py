@@ -4654,9 +4654,7 @@ class Sandbox:
         try:
             self._server = make_server("127.0.0.1", self._port, self._handle)
         except (OSError, OverflowError) as exc:
-            raise ConfigError(
-                f"no sandbox on port {self._port} ({exc}); choose another port"
-            ) from exc
+            raise ConfigError(f"port {self._port} ({exc}): use another port") from exc
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
         if start_thread("sandbox", self._server.serve_forever, 0.05) is None:
             raise Unavailable("a sandbox needs threads, and none can be started")
@@ -4675,10 +4673,8 @@ class Sandbox:
         """Approve what an authorize URL asks for, as a person with a browser would.
 
         Fits as ``open_browser=``: a loopback callback is visited, in a thread.  Returns
-        the address that the browser is sent to, which can be pasted as well.
-
-        Raises:
-            ValueError: The request is not a valid one; the text says why.
+        the address that the browser is sent to, which can be pasted as well.  A
+        ValueError says which parameter of the URL is not valid.
         """
         return self._decide(url, b"decision=approve")
 
@@ -4701,10 +4697,9 @@ class Sandbox:
         retry_after: float = 0,
         times: int = 1,
     ) -> None:
-        """Answer the next requests of an endpoint, as `counts` calls it, with an error.
+        """Answer the next requests of an endpoint, a key of `counts`, with an error.
 
-        ``code`` is the error's name, like ``invalid_grant``; ``retry_after`` is in
-        seconds, 0 for no such header.
+        ``code`` is its name, like ``invalid_grant``; ``retry_after`` is in seconds.
         """
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
         self._failures[endpoint].extend([refusal] * times)
@@ -4715,8 +4710,7 @@ class Sandbox:
         try:
             location = str(self._answer(request))
         except _SandboxRefusal as refusal:
-            problem = refusal.args[2]
-            raise ValueError(f"this login cannot be decided on: {problem}") from None
+            raise ValueError(f"this cannot be decided on: {refusal.args[2]}") from None
         if not location.startswith(self.origin + "/"):
             start_thread("sandbox-visit", _visit, location)
         return location
@@ -4753,13 +4747,12 @@ class Sandbox:
         from urllib.parse import parse_qsl
 
         endpoint, _, query = request.path.partition("?")
-        request.asked = dict(parse_qsl(query))
+        asked: dict[str, Any] = dict(parse_qsl(query))
         if endpoint.startswith("/v1/oauth/"):
-            request.asked = parse_json_object(request.body) or {"": None}
-            if not all(isinstance(value, str) for value in request.asked.values()):
-                code = "oauth_request_parse_error"
-                raise _SandboxRefusal(400, code, "not JSON strings")
-            endpoint = request.asked.get("grant_type", endpoint)
+            asked = parse_json_object(request.body) or {"": None}
+            if not all(isinstance(value, str) for value in asked.values()):
+                raise _SandboxRefusal(400, "oauth_request_parse_error", "not strings")
+            endpoint = asked.get("grant_type", endpoint)
         if endpoint not in _SANDBOX_ENDPOINTS:
             raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
         name, scope = _SANDBOX_ENDPOINTS[endpoint]
@@ -4769,17 +4762,15 @@ class Sandbox:
                 raise self._failures[name].pop(0)
             if scope:
                 self._check_access(request.token, scope)
-            return getattr(self, "_do_" + name)(request)
+            return getattr(self, "_do_" + name)(asked, request)
 
-    def _do_authorize(self, request: Any) -> str:
+    def _do_authorize(self, asked: Any, request: Any) -> str:
         """Return the page with the question, or where its answer leads."""
         import re
         from urllib.parse import urlencode
 
-        asked = request.asked
         for name, rule in _SANDBOX_RULES.items():
-            pattern = rule.replace("ORIGIN", re.escape(self.origin))
-            if not re.fullmatch(pattern, asked.get(name, "")):
+            if not re.fullmatch(rule, asked.get(name, "")):
                 raise _SandboxRefusal(400, "invalid_request", f"{name} is not valid")
         if request.command != "POST":
             return _SANDBOX_PAGE
@@ -4796,10 +4787,9 @@ class Sandbox:
         query = urlencode({**callback, "state": asked["state"]})
         return f"{asked['redirect_uri']}?{query}"
 
-    def _do_authorization_code(self, request: Any) -> dict[str, object]:
+    def _do_authorization_code(self, asked: Any, request: Any) -> dict[str, object]:
         import re
 
-        asked = request.asked
         if not asked.get("state"):  # required by the service, not by RFC 6749
             raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
         login = self._login_of(asked.get("code", ""))
@@ -4813,8 +4803,7 @@ class Sandbox:
                 raise _SandboxRefusal(400, "invalid_grant", f"{name} is another one")
         return self._issue(login)
 
-    def _do_refresh_token(self, request: Any) -> dict[str, object]:
-        asked = request.asked
+    def _do_refresh_token(self, asked: Any, request: Any) -> dict[str, object]:
         login = self._login_of(asked.get("refresh_token", ""))
         if login.asked["client_id"] != asked.get("client_id"):
             raise _SandboxRefusal(400, "invalid_grant", "the login is another client's")
@@ -4824,13 +4813,27 @@ class Sandbox:
         login.scopes = sorted(wanted) or login.scopes
         return self._issue(login)
 
-    def _do_profile(self, request: Any) -> Mapping[str, object]:
-        return _SANDBOX_PROFILE
+    def _do_profile(self, *_: Any) -> dict[str, object]:
+        return {
+            "account": {
+                "uuid": "sandbox-account",
+                "email": "sandbox@example.com",
+                "created_at": "2024-01-01T00:00:00Z",
+            },
+            "organization": {
+                "uuid": "sandbox-organization",
+                "name": "Sandbox",
+                "organization_type": "claude_max",
+                "rate_limit_tier": "default_claude_max_5x",
+                "billing_type": "stripe_subscription",
+                "subscription_created_at": "2024-01-01T00:00:00Z",
+            },
+        }
 
-    def _do_messages(self, request: Any) -> dict[str, object]:
+    def _do_messages(self, asked: Any, request: Any) -> dict[str, object]:
         return {"echo": request.body.decode("utf-8", "replace")}
 
-    def _do_api_key(self, request: Any) -> dict[str, object]:
+    def _do_api_key(self, *_: Any) -> dict[str, object]:
         key = "sk-ant-api03-sandbox-" + generate_state()
         holder = types.SimpleNamespace(is_alive=True, scopes=[SCOPE_USER_INFERENCE])
         self._access[key] = holder, float("inf")
@@ -4843,25 +4846,21 @@ class Sandbox:
         if scope not in login.scopes:
             raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
 
-    def _do_callback(self, request: Any) -> str:
+    def _do_callback(self, asked: Any, request: Any) -> str:
         from html import escape
 
-        asked = request.asked
         shown = asked.get("error") or f"{asked.get('code')}#{asked.get('state')}"
         return f"<!doctype html><title>Sandbox</title><p><code>{escape(shown)}</code>"
 
-    def _do_revoke(self, request: Any) -> dict[str, object]:
-        token = request.asked.get("token", "")
+    def _do_revoke(self, asked: Any, request: Any) -> dict[str, object]:
+        token = asked.get("token", "")
         login = self._access.get(token, (None,))[0] or self._logins.get(token)
         if login:
             login.is_alive = False
         return {}  # for an unknown token too: RFC 7009 section 2.2
 
     def _login_of(self, grant: str) -> types.SimpleNamespace:
-        """Return the login of a code or refresh token; reuse of one ends it.
-
-        Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
-        """
+        """Return the login of a code or refresh token; its reuse ends it (RFC 9700)."""
         login = self._logins.get(grant)
         if login is None or not login.is_alive:
             raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
@@ -4913,27 +4912,11 @@ _SANDBOX_ENDPOINTS: Final = {
 _SANDBOX_RULES: Final = {
     "response_type": "code",
     "client_id": r"[!-~]+",
-    "redirect_uri": r"(http://localhost:[1-9]\d{0,4}|ORIGIN/oauth/code)/callback",
+    "redirect_uri": r"http://(localhost:[1-9]\d*|127\.0\.0\.1:\d+/oauth/code)/callback",
     "scope": r"[!-~]+( [!-~]+)*",
     "state": r"[!-~]{8,}",
     "code_challenge": r"[A-Za-z0-9_-]{43}",
     "code_challenge_method": "S256",
-}
-
-_SANDBOX_PROFILE: Final[Mapping[str, object]] = {
-    "account": {
-        "uuid": "sandbox-account",
-        "email": "sandbox@example.com",
-        "created_at": "2024-01-01T00:00:00Z",
-    },
-    "organization": {
-        "uuid": "sandbox-organization",
-        "name": "Sandbox",
-        "organization_type": "claude_max",
-        "rate_limit_tier": "default_claude_max_5x",
-        "billing_type": "stripe_subscription",
-        "subscription_created_at": "2024-01-01T00:00:00Z",
-    },
 }
 
 _SANDBOX_PAGE: Final = """<!doctype html>
@@ -4945,16 +4928,6 @@ _SANDBOX_PAGE: Final = """<!doctype html>
 
 
 # -- Command line ----------------------------------------------------------------------
-
-# argparse too ends with 2, for wrong usage; Ctrl-C ends with 130.
-_EXIT_CODES: Final[Mapping[int, Any]] = {
-    2: ConfigError,
-    3: (NotLoggedIn, TokenRefused, LoginError),
-    4: Unavailable,
-    5: StorageError,
-    1: Exception,
-}
-
 
 @hides_locals
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5014,7 +4987,13 @@ def _report(error: BaseException) -> int:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):  # nobody is left to read the answer
         say(f"claude-oauth: {text}")
-    return next(c for c, kinds in _EXIT_CODES.items() if isinstance(error, kinds))
+    exit_codes: dict[int, Any] = {
+        2: ConfigError,  # and what argparse refuses
+        3: (NotLoggedIn, TokenRefused, LoginError),
+        4: Unavailable,
+        5: StorageError,
+    }
+    return next((c for c, kinds in exit_codes.items() if isinstance(error, kinds)), 1)
 
 
 def _service(options: Any) -> OAuthService:
@@ -5045,11 +5024,10 @@ def _status(options: Any) -> int:
     check = _check(service) if options.check else ""
     status, stored = service.status(), service.credentials() or Credentials("")
     missing = sorted({*service.config.scopes} - {*stored.scopes})
-    from_outside = "CLAUDE_OAUTH_TOKEN, not the store"
     rows = {
         "logged in": status["logged_in"],
         "check": check,
-        "source": from_outside if status["source"] == "environment" else "",
+        "source": "CLAUDE_OAUTH_TOKEN" if status["source"] == "environment" else "",
         "account": status["email"],
         "organization": status["organization"],
         "plan": status["subscription_type"],
@@ -5061,11 +5039,10 @@ def _status(options: Any) -> int:
         "login ends": _until(stored.refresh_token_expires_at),
         "store": status["storage"],
         "client id": status["client_id"],
+        "to sign in": "run `claude-oauth login`" if status["source"] == "none" else "",
     }
     word = check.partition(":")[0]
     _print(options, {**status, "check": word} if word else status, rows)
-    if status["source"] == "none" and not options.json:
-        say("! run `claude-oauth login` to sign in")
     code = 0 if status["logged_in"] else 3
     return {"works": 0, "refused": 3, "unknown": 4}.get(word, code)
 
@@ -5095,9 +5072,7 @@ def _until(moment: float | None) -> str:
     return f"{span} ({describe_moment(moment)})"
 
 
-def _print(
-    options: Any, answer: Mapping[str, Any], rows: Mapping[str, object]
-) -> None:
+def _print(options: Any, answer: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
     """Print an answer as JSON, or else its rows; its warnings go to stderr."""
     if options.json:
         print(dump_json(answer))
@@ -5181,8 +5156,7 @@ def _demo(options: Any) -> None:
     """Play a login's whole life against a sandbox, in a temporary folder."""
     from tempfile import TemporaryDirectory
 
-    names = [name for name in os.environ if name.startswith("CLAUDE_")]
-    hidden = {name: os.environ.pop(name) for name in names}
+    hidden = {n: os.environ.pop(n) for n in [*os.environ] if n.startswith("CLAUDE_")}
     try:
         with TemporaryDirectory(prefix="claude-oauth-") as folder, Sandbox() as sandbox:
             _play(sandbox, folder, uses_browser=options.browser)
@@ -5233,12 +5207,10 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
         return "left out: this program has no Python to start"
     before = sandbox.counts["refresh_token"]
     command = [python, program, "--dir", directory, "--store", "file", "token"]
-    options: Any = {
-        "env": {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin},
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.DEVNULL,  # Ctrl-C would print tracebacks
-    }
-    workers = [subprocess.Popen(command, **options) for _ in range(8)]
+    environ = {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin}
+    # Without stderr, where Ctrl-C would print tracebacks.
+    start, pipe, null = subprocess.Popen, subprocess.PIPE, subprocess.DEVNULL
+    workers = [start(command, env=environ, stdout=pipe, stderr=null) for _ in range(8)]
     answers = [worker.communicate(timeout=LOCK_TIMEOUT)[0] for worker in workers]
     tokens: list[bytes] = list(filter(None, answers))
     refreshes = sandbox.counts["refresh_token"] - before
@@ -5256,6 +5228,7 @@ _COMMANDS: Final = (
 _OPTIONS: Final[Mapping[str, Any]] = {
     "--client-id": ("claude-oauth", "the client id of your program", "ID", str.strip),
     "--dir": ("claude-oauth", "folder of the login's files", "PATH", str.strip),
+    "--store": ("claude-oauth", "auto: the Keychain on macOS, else a file", None),
     "--verbose": ("claude-oauth", "log, without secrets, to stderr"),
     "--console": ("login", "sign in at the Console, for an API key"),
     "--no-browser": ("login", "open none, print the address"),
@@ -5291,11 +5264,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    parser.add_argument(
-        "--store",
-        choices=("auto", "file", "keychain", "keyring"),
-        help="auto: the Keychain on macOS, else a file",
-    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     parsers = {"claude-oauth": parser}
     for run in _COMMANDS:
@@ -5308,6 +5276,8 @@ def make_parser() -> argparse.ArgumentParser:
             settings["action"] = "store_true"
         elif option == "--scope":
             settings["action"] = "append"
+        elif option == "--store":
+            settings["choices"] = ("auto", "file", "keychain", "keyring")
         for name in names.split():
             parsers[name].add_argument(option, **settings)
     return parser
