@@ -4697,10 +4697,7 @@ class Sandbox:
         retry_after: float = 0,
         times: int = 1,
     ) -> None:
-        """Answer the next requests of an endpoint, a key of `counts`, with an error.
-
-        ``code`` is its name, like ``invalid_grant``; ``retry_after`` is in seconds.
-        """
+        """Answer the next requests of an endpoint, a key of `counts`, with an error."""
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
         self._failures[endpoint].extend([refusal] * times)
 
@@ -4929,6 +4926,15 @@ _SANDBOX_PAGE: Final = """<!doctype html>
 
 # -- Command line ----------------------------------------------------------------------
 
+_EXIT_CODES: Final[Mapping[int, Any]] = {
+    2: ConfigError,  # and what argparse refuses
+    3: (NotLoggedIn, TokenRefused, LoginError),
+    4: Unavailable,
+    5: StorageError,
+    1: Exception,
+}
+
+
 @hides_locals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
@@ -4987,13 +4993,7 @@ def _report(error: BaseException) -> int:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):  # nobody is left to read the answer
         say(f"claude-oauth: {text}")
-    exit_codes: dict[int, Any] = {
-        2: ConfigError,  # and what argparse refuses
-        3: (NotLoggedIn, TokenRefused, LoginError),
-        4: Unavailable,
-        5: StorageError,
-    }
-    return next((c for c, kinds in exit_codes.items() if isinstance(error, kinds)), 1)
+    return next(c for c, kinds in _EXIT_CODES.items() if isinstance(error, kinds))
 
 
 def _service(options: Any) -> OAuthService:
@@ -5039,10 +5039,11 @@ def _status(options: Any) -> int:
         "login ends": _until(stored.refresh_token_expires_at),
         "store": status["storage"],
         "client id": status["client_id"],
-        "to sign in": "run `claude-oauth login`" if status["source"] == "none" else "",
     }
     word = check.partition(":")[0]
     _print(options, {**status, "check": word} if word else status, rows)
+    if status["source"] == "none" and not options.json:
+        say("! run `claude-oauth login` to sign in")
     code = 0 if status["logged_in"] else 3
     return {"works": 0, "refused": 3, "unknown": 4}.get(word, code)
 
@@ -5138,9 +5139,8 @@ def _sandbox(options: Any) -> None:
     from tempfile import TemporaryDirectory
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
-    # A SIGTERM too must remove the temporary folder.
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it too cleans up
     ctrl_c = contextlib.suppress(KeyboardInterrupt)
     with ctrl_c, TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
         print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
@@ -5211,18 +5211,13 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     # Without stderr, where Ctrl-C would print tracebacks.
     start, pipe, null = subprocess.Popen, subprocess.PIPE, subprocess.DEVNULL
     workers = [start(command, env=environ, stdout=pipe, stderr=null) for _ in range(8)]
-    answers = [worker.communicate(timeout=LOCK_TIMEOUT)[0] for worker in workers]
-    tokens: list[bytes] = list(filter(None, answers))
+    tokens = [t for w in workers if (t := w.communicate(timeout=LOCK_TIMEOUT)[0])]
     refreshes = sandbox.counts["refresh_token"] - before
     return (
         f"8 processes find an expired token: {refreshes} refresh,"
         f" {len(tokens)} of 8 have a token, {len(set(tokens))} token in all"
     )
 
-
-_COMMANDS: Final = (
-    _login, _status, _token, _refresh, _profile, _api_key, _logout, _sandbox, _demo
-)
 
 # The parsers of each option, then its help, metavar, type and default; a flag's help.
 _OPTIONS: Final[Mapping[str, Any]] = {
@@ -5266,7 +5261,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     parsers = {"claude-oauth": parser}
-    for run in _COMMANDS:
+    for run in (
+        _login, _status, _token, _refresh, _profile, _api_key, _logout, _sandbox, _demo
+    ):
         name, text = run.__name__[1:].replace("_", "-"), run.__doc__
         parsers[name] = commands.add_parser(name, help=text, description=text)
         parsers[name].set_defaults(run=run)
