@@ -5204,7 +5204,7 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
 
     python, program = python_program(), os.path.abspath(__file__)
     if python is None or not os.path.isfile(program):  # frozen, or in a zip archive
-        return "left out: this program has no Python to start"
+        return "left out: no Python can be started with this file"
     before = sandbox.counts["refresh_token"]
     command = [python, program, "--dir", directory, "--store", "file", "token"]
     environ = {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin}

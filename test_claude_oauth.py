@@ -15261,7 +15261,7 @@ HOSTS_WITHOUT_PYTHON = {
 def test_the_demo_does_not_start_a_host_program_again(host):
     done = run_python(f"import sys, claude_oauth\n{host}\nclaude_oauth.main(['demo'])")
 
-    assert "stampede  left out: this program has no Python to start" in done.stdout
+    assert "stampede  left out: no Python can be started with this file" in done.stdout
     assert "nothing is left in the store" in done.stdout
 
 
