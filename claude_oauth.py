@@ -4635,8 +4635,6 @@ class Sandbox:
         *,
         port: int = 0,
         lifetime: float = 28800,
-        login_lifetime: float = 30 * 86400,
-        rotate: bool = True,
         scopes: Iterable[str] = CLAUDE_AI_SCOPES,
     ) -> None:
         import threading
@@ -4644,14 +4642,11 @@ class Sandbox:
         self.origin = ""
         self.lifetime = lifetime
         self.scopes = tuple(scopes)
-        self.counts = dict.fromkeys((*_SANDBOX_PATHS.values(), *_SANDBOX_GRANTS), 0)
+        self.counts = {name: 0 for name, _ in _SANDBOX_ENDPOINTS.values()}
         self._port = port
-        self._login_lifetime = login_lifetime
-        self._rotate = rotate
-        self._threads: list[threading.Thread] = []
         # Guards counts and all below, while a request is answered.
         self._lock = threading.Lock()
-        self._failures: dict[str, list[_SandboxRefusal]] = {}
+        self._failures: dict[str, list[_SandboxRefusal]] = {n: [] for n in self.counts}
         # A login is a family of tokens that live and die together: by code and refresh
         # token, and by access token or key with its end.
         self._logins: dict[str, types.SimpleNamespace] = {}
@@ -4661,18 +4656,15 @@ class Sandbox:
         try:
             self._server = make_server("127.0.0.1", self._port, self._handle)
         except (OSError, OverflowError) as exc:
-            raise ConfigError(
-                f"no sandbox on port {self._port} ({exc}); choose another port"
-            ) from exc
+            raise ConfigError(f"port {self._port} ({exc}): use another port") from exc
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._start(self._server.serve_forever, 0.05)
+        if start_thread("sandbox", self._server.serve_forever, 0.05) is None:
+            raise Unavailable("a sandbox needs threads, and none can be started")
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        for thread in self._threads:
-            thread.join()
 
     @property
     def config(self) -> OAuthConfig:
@@ -4683,10 +4675,8 @@ class Sandbox:
         """Approve what an authorize URL asks for, as a person with a browser would.
 
         Fits as ``open_browser=``: a loopback callback is visited, in a thread.  Returns
-        the address that the browser is sent to, which can be pasted as well.
-
-        Raises:
-            ValueError: The request is not a valid one; the text says why.
+        the address that the browser is sent to, which can be pasted as well.  A
+        ValueError says which parameter of the URL is not valid.
         """
         return self._decide(url, b"decision=approve")
 
@@ -4709,34 +4699,19 @@ class Sandbox:
         retry_after: float = 0,
         times: int = 1,
     ) -> None:
-        """Answer the next requests of an endpoint, as `counts` calls it, with an error.
-
-        ``code`` is the error's name, like ``invalid_grant``; ``retry_after`` is in
-        seconds, 0 for no such header.
-        """
-        if endpoint not in self.counts:
-            raise ValueError(f"a sandbox has no endpoint {endpoint!r}")
+        """Answer the next requests of an endpoint, a key of `counts`, with an error."""
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
-        with self._lock:
-            self._failures.setdefault(endpoint, []).extend([refusal] * times)
-
-    def _start(self, function: Callable[..., object], argument: object) -> None:
-        thread = start_thread("sandbox", function, argument)
-        if thread is None:
-            raise Unavailable("a sandbox needs threads, and none can be started")
-        self._threads.append(thread)
+        self._failures[endpoint].extend([refusal] * times)
 
     def _decide(self, url: str, decision: bytes) -> str:
-        is_ours = url.startswith(self.origin + "/oauth/authorize?")
-        path = url[len(self.origin) :] if is_ours else ""
+        path = "/oauth/authorize?" + url.partition(f"{self.origin}/oauth/authorize?")[2]
         request = types.SimpleNamespace(command="POST", path=path, body=decision)
         try:
             location = str(self._answer(request))
         except _SandboxRefusal as refusal:
-            problem = refusal.args[2]
-            raise ValueError(f"this login cannot be decided on: {problem}") from None
+            raise ValueError(f"this cannot be decided on: {refusal.args[2]}") from None
         if not location.startswith(self.origin + "/"):
-            self._start(_visit, location)
+            start_thread("sandbox-visit", _visit, location)
         return location
 
     def _handle(self, request: Any) -> None:
@@ -4766,41 +4741,35 @@ class Sandbox:
         request.end_headers()
         request.wfile.write(content.encode())
 
-    def _answer(self, request: Any) -> str | dict[str, object]:
+    def _answer(self, request: Any) -> Any:
         """Return a page, an address to go to, or an object."""
         from urllib.parse import parse_qsl
 
-        path, _, query = request.path.partition("?")
-        pairs = parse_qsl(query, keep_blank_values=True)
-        request.asked, grant = dict(pairs), ""
-        if len(pairs) != len(request.asked):  # RFC 6749 section 3.1
-            raise _SandboxRefusal(400, "invalid_request", "a parameter stands twice")
-        if path.startswith("/v1/oauth/"):
-            request.asked = parse_json_object(request.body) or {"": None}
-            if not all(isinstance(value, str) for value in request.asked.values()):
-                code = "oauth_request_parse_error"
-                raise _SandboxRefusal(400, code, "not JSON strings")
-            grant = str(request.asked.get("grant_type", ""))
-        request.endpoint = _SANDBOX_PATHS.get(path, grant)
-        if request.endpoint not in self.counts:
+        endpoint, _, query = request.path.partition("?")
+        asked: dict[str, Any] = dict(parse_qsl(query))
+        if endpoint.startswith("/v1/oauth/"):
+            asked = parse_json_object(request.body) or {"": None}
+            if not all(isinstance(value, str) for value in asked.values()):
+                raise _SandboxRefusal(400, "oauth_request_parse_error", "not strings")
+            endpoint = asked.get("grant_type", endpoint)
+        if endpoint not in _SANDBOX_ENDPOINTS:
             raise _SandboxRefusal(404, "not_found_error", "no such endpoint")
+        name, scope = _SANDBOX_ENDPOINTS[endpoint]
         with self._lock:
-            self.counts[request.endpoint] += 1
-            if self._failures.get(request.endpoint):
-                raise self._failures[request.endpoint].pop(0)
-            do = getattr(self, "_do_" + request.endpoint, self._do_resource)
-            answer: str | dict[str, object] = do(request)
-            return answer
+            self.counts[name] += 1
+            if self._failures[name]:
+                raise self._failures[name].pop(0)
+            if scope:
+                self._check_access(request.token, scope)
+            return getattr(self, "_do_" + name)(asked, request)
 
-    def _do_authorize(self, request: Any) -> str:
+    def _do_authorize(self, asked: Any, request: Any) -> str:
         """Return the page with the question, or where its answer leads."""
         import re
         from urllib.parse import urlencode
 
-        asked = request.asked
         for name, rule in _SANDBOX_RULES.items():
-            pattern = rule.replace("ORIGIN", re.escape(self.origin))
-            if not re.fullmatch(pattern, asked.get(name, "")):
+            if not re.fullmatch(rule, asked.get(name, "")):
                 raise _SandboxRefusal(400, "invalid_request", f"{name} is not valid")
         if request.command != "POST":
             return _SANDBOX_PAGE
@@ -4812,15 +4781,14 @@ class Sandbox:
                 scopes=sorted({*asked["scope"].split()} & {*self.scopes}),
                 grant=callback["code"],  # the code or refresh token that is not spent
                 is_alive=True,
-                ends=time.monotonic() + self._login_lifetime,
+                ends=time.monotonic() + 30 * 86400,
             )
         query = urlencode({**callback, "state": asked["state"]})
         return f"{asked['redirect_uri']}?{query}"
 
-    def _do_authorization_code(self, request: Any) -> dict[str, object]:
+    def _do_authorization_code(self, asked: Any, request: Any) -> dict[str, object]:
         import re
 
-        asked = request.asked
         if not asked.get("state"):  # required by the service, not by RFC 6749
             raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
         login = self._login_of(asked.get("code", ""))
@@ -4834,55 +4802,64 @@ class Sandbox:
                 raise _SandboxRefusal(400, "invalid_grant", f"{name} is another one")
         return self._issue(login)
 
-    def _do_refresh_token(self, request: Any) -> dict[str, object]:
-        asked = request.asked
+    def _do_refresh_token(self, asked: Any, request: Any) -> dict[str, object]:
         login = self._login_of(asked.get("refresh_token", ""))
-        is_same_client = login.asked["client_id"] == asked.get("client_id")
-        if login.ends < time.monotonic() or not is_same_client:
-            problem = "the login is over, or another client's"
-            raise _SandboxRefusal(400, "invalid_grant", problem)
+        if login.asked["client_id"] != asked.get("client_id"):
+            raise _SandboxRefusal(400, "invalid_grant", "the login is another client's")
         wanted = set(asked.get("scope", "").split())
         if not wanted <= {*login.scopes, *ALLOWED_SCOPE_EXPANSIONS}:
             raise _SandboxRefusal(400, "invalid_scope", "more than can be granted")
         login.scopes = sorted(wanted) or login.scopes
         return self._issue(login)
 
-    def _do_resource(self, request: Any) -> dict[str, object]:
-        """Answer what takes an access token or a key."""
-        login, end = self._access.get(request.token, (None, 0.0))
-        if login is None or not login.is_alive or end <= time.monotonic():
-            raise _SandboxRefusal(401, "authentication_error", "the token is dead")
-        scope = _SANDBOX_SCOPES[request.endpoint]
-        if scope not in login.scopes:
-            raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
-        if request.endpoint == "profile":
-            return {**_SANDBOX_PROFILE}
-        if request.endpoint == "messages":
-            return {"echo": request.body.decode("utf-8", "replace")}
+    def _do_profile(self, *_: Any) -> dict[str, object]:
+        return {
+            "account": {
+                "uuid": "sandbox-account",
+                "email": "sandbox@example.com",
+                "created_at": "2024-01-01T00:00:00Z",
+            },
+            "organization": {
+                "uuid": "sandbox-organization",
+                "name": "Sandbox",
+                "organization_type": "claude_max",
+                "rate_limit_tier": "default_claude_max_5x",
+                "billing_type": "stripe_subscription",
+                "subscription_created_at": "2024-01-01T00:00:00Z",
+            },
+        }
+
+    def _do_messages(self, asked: Any, request: Any) -> dict[str, object]:
+        return {"echo": request.body.decode("utf-8", "replace")}
+
+    def _do_api_key(self, *_: Any) -> dict[str, object]:
         key = "sk-ant-api03-sandbox-" + generate_state()
         holder = types.SimpleNamespace(is_alive=True, scopes=[SCOPE_USER_INFERENCE])
         self._access[key] = holder, float("inf")
         return {"raw_key": key}
 
-    def _do_callback(self, request: Any) -> str:
+    def _check_access(self, token: str, scope: str) -> None:
+        login, end = self._access.get(token, (None, 0.0))
+        if login is None or not login.is_alive or end <= time.monotonic():
+            raise _SandboxRefusal(401, "authentication_error", "the token is dead")
+        if scope not in login.scopes:
+            raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
+
+    def _do_callback(self, asked: Any, request: Any) -> str:
         from html import escape
 
-        asked = {"code": "", "state": "", **request.asked}
-        shown = asked.get("error") or "{code}#{state}".format_map(asked)
+        shown = asked.get("error") or f"{asked.get('code')}#{asked.get('state')}"
         return f"<!doctype html><title>Sandbox</title><p><code>{escape(shown)}</code>"
 
-    def _do_revoke(self, request: Any) -> dict[str, object]:
-        token = request.asked.get("token", "")
+    def _do_revoke(self, asked: Any, request: Any) -> dict[str, object]:
+        token = asked.get("token", "")
         login = self._access.get(token, (None,))[0] or self._logins.get(token)
         if login:
             login.is_alive = False
         return {}  # for an unknown token too: RFC 7009 section 2.2
 
     def _login_of(self, grant: str) -> types.SimpleNamespace:
-        """Return the login of a code or refresh token; reuse of one ends it.
-
-        Source: RFC 6749 section 4.1.2, RFC 9700 section 4.14.
-        """
+        """Return the login of a code or refresh token; its reuse ends it (RFC 9700)."""
         login = self._logins.get(grant)
         if login is None or not login.is_alive:
             raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
@@ -4894,9 +4871,8 @@ class Sandbox:
     def _issue(self, login: types.SimpleNamespace) -> dict[str, object]:
         access_token = "sk-ant-oat01-sandbox-" + generate_state()
         self._access[access_token] = login, time.monotonic() + self.lifetime
-        if self._rotate or not login.grant:
-            login.grant = "sk-ant-ort01-sandbox-" + generate_state()
-            self._logins[login.grant] = login
+        login.grant = "sk-ant-ort01-sandbox-" + generate_state()
+        self._logins[login.grant] = login
         return {
             "token_type": "bearer",
             "access_token": access_token,
@@ -4919,48 +4895,27 @@ def _visit(url: str) -> None:
         return
 
 
-_SANDBOX_PATHS: Final = {
-    "/oauth/authorize": "authorize",
-    "/oauth/code/callback": "callback",
-    "/v1/oauth/token/revoke": "revoke",
-    "/api/oauth/profile": "profile",
-    "/api/oauth/claude_cli/create_api_key": "api_key",
-    "/v1/messages": "messages",
+# By path, or grant_type: the name that `counts` has, and the scope that it requires.
+_SANDBOX_ENDPOINTS: Final = {
+    "/oauth/authorize": ("authorize", ""),
+    "/oauth/code/callback": ("callback", ""),
+    "authorization_code": ("authorization_code", ""),
+    "refresh_token": ("refresh_token", ""),
+    "/v1/oauth/token/revoke": ("revoke", ""),
+    "/api/oauth/profile": ("profile", SCOPE_USER_PROFILE),
+    "/api/oauth/claude_cli/create_api_key": ("api_key", SCOPE_ORG_CREATE_API_KEY),
+    "/v1/messages": ("messages", SCOPE_USER_INFERENCE),
 }
-_SANDBOX_GRANTS: Final = ("authorization_code", "refresh_token")  # /v1/oauth/token
 
-_SANDBOX_SCOPES: Final = {
-    "profile": SCOPE_USER_PROFILE,
-    "api_key": SCOPE_ORG_CREATE_API_KEY,
-    "messages": SCOPE_USER_INFERENCE,
-}
-"""The scope that each endpoint requires."""
-
+# The parameters of an authorize request, and the pattern of each value.
 _SANDBOX_RULES: Final = {
     "response_type": "code",
     "client_id": r"[!-~]+",
-    "redirect_uri": r"(http://localhost:[1-9]\d{0,4}|ORIGIN/oauth/code)/callback",
+    "redirect_uri": r"http://(localhost:[1-9]\d*|127\.0\.0\.1:\d+/oauth/code)/callback",
     "scope": r"[!-~]+( [!-~]+)*",
     "state": r"[!-~]{8,}",
     "code_challenge": r"[A-Za-z0-9_-]{43}",
     "code_challenge_method": "S256",
-}
-"""The parameters of an authorize request, and the pattern of each value."""
-
-_SANDBOX_PROFILE: Final[Mapping[str, object]] = {
-    "account": {
-        "uuid": "sandbox-account",
-        "email": "sandbox@example.com",
-        "created_at": "2024-01-01T00:00:00Z",
-    },
-    "organization": {
-        "uuid": "sandbox-organization",
-        "name": "Sandbox",
-        "organization_type": "claude_max",
-        "rate_limit_tier": "default_claude_max_5x",
-        "billing_type": "stripe_subscription",
-        "subscription_created_at": "2024-01-01T00:00:00Z",
-    },
 }
 
 _SANDBOX_PAGE: Final = """<!doctype html>
@@ -4974,13 +4929,12 @@ _SANDBOX_PAGE: Final = """<!doctype html>
 # -- Command line ----------------------------------------------------------------------
 
 _EXIT_CODES: Final[Mapping[int, Any]] = {
-    2: ConfigError,
+    2: ConfigError,  # and what argparse refuses
     3: (NotLoggedIn, TokenRefused, LoginError),
     4: Unavailable,
     5: StorageError,
     1: Exception,
 }
-"""The exit code of each kind of error; argparse too uses 2, and Ctrl-C is 130."""
 
 
 @hides_locals
@@ -5022,8 +4976,7 @@ def _run(argv: list[str]) -> int:
         import logging
 
         logging.basicConfig(level=logging.DEBUG)
-    code: int = options.run(options)
-    return code
+    return int(options.run(options) or 0)
 
 
 def _report(error: BaseException) -> int:
@@ -5046,15 +4999,12 @@ def _report(error: BaseException) -> int:
 
 
 def _service(options: Any) -> OAuthService:
-    config = OAuthConfig.from_env()
-    if options.client_id:
-        config = config.replace(client_id=options.client_id)
-    if getattr(options, "scope", None):
-        config = config.replace(scopes=tuple(options.scope))
+    given = {"client_id": options.client_id, "scopes": getattr(options, "scope", None)}
+    config = OAuthConfig.from_env().replace(**{k: v for k, v in given.items() if v})
     return OAuthService(config, make_storage(options.store, options.dir))
 
 
-def _login(options: Any) -> int:
+def _login(options: Any) -> None:
     """Sign in by browser, or paste the code that the page shows on any machine."""
     service = _service(options)
     service.login(
@@ -5068,7 +5018,6 @@ def _login(options: Any) -> int:
     name = f" as {printable(status['email'])}" if status["email"] else ""
     say(f"Signed in{name}; the login is kept in {service.storage.describe()}.")
     _print(options, status, {})
-    return 0
 
 
 def _status(options: Any) -> int:
@@ -5077,11 +5026,10 @@ def _status(options: Any) -> int:
     check = _check(service) if options.check else ""
     status, stored = service.status(), service.credentials() or Credentials("")
     missing = sorted({*service.config.scopes} - {*stored.scopes})
-    source = "CLAUDE_OAUTH_TOKEN, not the store"
     rows = {
         "logged in": status["logged_in"],
         "check": check,
-        "source": source if status["source"] == "environment" else "",
+        "source": "CLAUDE_OAUTH_TOKEN" if status["source"] == "environment" else "",
         "account": status["email"],
         "organization": status["organization"],
         "plan": status["subscription_type"],
@@ -5127,9 +5075,7 @@ def _until(moment: float | None) -> str:
     return f"{span} ({describe_moment(moment)})"
 
 
-def _print(
-    options: Any, answer: Mapping[str, Any], rows: Mapping[str, object]
-) -> None:
+def _print(options: Any, answer: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
     """Print an answer as JSON, or else its rows; its warnings go to stderr."""
     if options.json:
         print(dump_json(answer))
@@ -5143,7 +5089,7 @@ def _print(
         say(f"! {warning}")
 
 
-def _token(options: Any) -> int:
+def _token(options: Any) -> None:
     """Print an access token that works; on the Console path, the API key."""
     service = _service(options)
     token = service.api_token(min_validity=options.min_validity)
@@ -5155,44 +5101,39 @@ def _token(options: Any) -> int:
             answer = {"api_key": token, "expires_at": None}
         token = dump_json({**answer, "token": token})
     print(token)
-    return 0
 
 
-def _refresh(options: Any) -> int:
+def _refresh(options: Any) -> None:
     """Ask the server for a new token, however long the present one lives."""
     service = _service(options)
     left = (service.refresh().expires_at or 0) - time.time()
     say(f"Refreshed; the new token is good for {describe_seconds(left)}.")
     _print(options, service.status(), {})
-    return 0
 
 
-def _profile(options: Any) -> int:
+def _profile(options: Any) -> None:
     """Ask the server whose login it is."""
     profile = vars(_service(options).profile(force=True))
     _print(options, profile, {k.replace("_", " "): v for k, v in profile.items()})
-    return 0
 
 
-def _api_key(options: Any) -> int:
+def _api_key(options: Any) -> None:
     """Make one more permanent API key of the Console, store it and print it."""
     print(_service(options).create_api_key())
     say("This key is permanent; delete it on the Console's page of API keys.")
-    return 0
 
 
-def _logout(options: Any) -> int:
+def _logout(options: Any) -> None:
     """Revoke the login where the server can, and delete it here."""
     service = _service(options)
     found = service.logout()
     where = service.storage.describe()
     say(f"Logged out of {where}." if found else f"There was no login in {where}.")
     for name in filter(setting, SIGNS_IN):
-        say(f"{name} is set, and still signs programs in.")
-    return 0
+        say(f"{name} is set, and may still sign programs in.")
 
 
-def _sandbox(options: Any) -> int:
+def _sandbox(options: Any) -> None:
     """Serve a login to play with; the lines it prints point claude-oauth at it."""
     import contextlib
     import shlex
@@ -5200,45 +5141,38 @@ def _sandbox(options: Any) -> int:
     from tempfile import TemporaryDirectory
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
-    # A SIGTERM too must remove the temporary folder.
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
-            print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
-            print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
-            print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
-            print("export CLAUDE_OAUTH_STORE=file", flush=True)
-            say("Paste these lines into another terminal; Ctrl-C ends this one.")
-            while True:
-                time.sleep(3600)  # Windows: Ctrl-C ends a sleep, but not an Event.wait
-    except KeyboardInterrupt:
-        return 0
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it too cleans up
+    ctrl_c = contextlib.suppress(KeyboardInterrupt)
+    with ctrl_c, TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
+        print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
+        print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
+        print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
+        print("export CLAUDE_OAUTH_STORE=file", flush=True)
+        say("Paste these lines into another terminal; Ctrl-C ends this one.")
+        while True:
+            time.sleep(3600)  # Windows: Ctrl-C ends a sleep, but not an Event.wait
 
 
-def _demo(options: Any) -> int:
+def _demo(options: Any) -> None:
     """Play a login's whole life against a sandbox, in a temporary folder."""
     from tempfile import TemporaryDirectory
 
-    names = [name for name in os.environ if name.startswith("CLAUDE_")]
-    hidden = {name: os.environ.pop(name) for name in names}
-    temporary = TemporaryDirectory(prefix="claude-oauth-")
+    hidden = {n: os.environ.pop(n) for n in [*os.environ] if n.startswith("CLAUDE_")}
     try:
-        with temporary as directory, Sandbox() as sandbox:
-            _play(sandbox, directory, uses_browser=options.browser)
+        with TemporaryDirectory(prefix="claude-oauth-") as folder, Sandbox() as sandbox:
+            _play(sandbox, folder, uses_browser=options.browser)
     finally:
         os.environ.update(hidden)
-    return 0
 
 
 def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     from functools import partial
 
     show = partial(print, flush=True)
-    storage = make_storage("file", directory)
     service = OAuthService(
         sandbox.config,
-        storage,
+        make_storage("file", directory),
         flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
     )
     show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
@@ -5247,12 +5181,13 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     show(f"login     {status['email']}, plan {status['subscription_type']}")
     first = service.access_token()
     show(f"token     {first[:13]}… from the file, no request")
-    _expire(storage)
-    news = "the same token" if service.access_token() == first else "a new token"
-    show(f"expiry    {news}, {sandbox.counts['refresh_token']} refresh")
-    _expire(storage)
+    sandbox.lifetime = 0.001  # from now on, a token has expired when it comes
+    expired = service.refresh().access_token
+    news = "the same token" if service.access_token() == expired else "a new token"
+    show(f"expiry    {news}, {sandbox.counts['refresh_token'] - 1} refresh")
+    sandbox.lifetime = 28800
     show(f"stampede  {_stampede(sandbox, directory)}")
-    time.sleep(LOOK_INTERVAL)  # until the service has seen the processes' token
+    service.access_token()  # the processes' token
     sandbox.expire_access_tokens()
     url, auth = sandbox.origin + "/v1/messages", BearerAuth(service)
     post = import_requests().post
@@ -5261,38 +5196,24 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     text = "a token that died early is refreshed and the request repeated"
     show(f"401       {text}: {codes}")
     service.logout()
-    left = "nothing" if storage.load() is None else "something"
+    left = "nothing" if service.credentials() is None else "something"
     show(f"          the grant is revoked; {left} is left in the store")
-
-
-def _expire(storage: Storage) -> None:
-    """Set the stored token's expiry to the past, and wait until that is noticed."""
-    with storage.lock(LOCK_TIMEOUT):
-        stored = storage.load() or Credentials("")
-        storage.save(stored.replace(expires_at=time.time() - 1))
-    time.sleep(LOOK_INTERVAL)
 
 
 def _stampede(sandbox: Sandbox, directory: str) -> str:
     """Let 8 processes ask for a token at once; return the result as text."""
     import subprocess
 
-    python = python_program()
-    if python is None:
-        return "left out: this program has no Python to start"
+    python, program = python_program(), os.path.abspath(__file__)
+    if python is None or not os.path.isfile(program):  # frozen, or in a zip archive
+        return "left out: no Python can be started with this file"
     before = sandbox.counts["refresh_token"]
-    # A script has no spec; a zip file's or a folder's says __main__.
-    name = getattr(globals().get("__spec__"), "name", "__main__")
-    program = ["-m", name] if name != "__main__" else [os.path.abspath(sys.argv[0])]
-    command = [python, *program, "--dir", directory, "--store", "file", "token"]
-    paths = os.pathsep.join(map(os.path.abspath, sys.path))
-    environ = {**os.environ, "PYTHONPATH": paths, "CLAUDE_OAUTH_SERVER": sandbox.origin}
-    # From a folder with nothing to import by mistake; Ctrl-C would print tracebacks.
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    start = subprocess.Popen
-    workers = [start(command, env=environ, cwd=directory, **pipes) for _ in range(8)]
-    answers = [worker.communicate(timeout=LOCK_TIMEOUT)[0] for worker in workers]
-    tokens: list[bytes] = list(filter(None, answers))
+    command = [python, program, "--dir", directory, "--store", "file", "token"]
+    environ = {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin}
+    # Without stderr, where Ctrl-C would print tracebacks.
+    start, pipe, null = subprocess.Popen, subprocess.PIPE, subprocess.DEVNULL
+    workers = [start(command, env=environ, stdout=pipe, stderr=null) for _ in range(8)]
+    tokens = [t for w in workers if (t := w.communicate(timeout=LOCK_TIMEOUT)[0])]
     refreshes = sandbox.counts["refresh_token"] - before
     return (
         f"8 processes find an expired token: {refreshes} refresh,"
@@ -5300,39 +5221,24 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     )
 
 
-_STORES: Final = ("auto", "file", "keychain", "keyring")
-
+# The parsers of each option, then its help, metavar, type and default; a flag's help.
 _OPTIONS: Final[Mapping[str, Any]] = {
-    "--client-id": ("ID", str.strip, None, "the client id of your program"),
-    "--dir": ("PATH", str.strip, None, "folder of the login's files"),
-    "--store": (None, None, None, "auto: the Keychain on macOS, else a file", _STORES),
-    "--verbose": "log, without secrets, to stderr",
-    "--console": "sign in at the Console, for an API key",
-    "--no-browser": "open none, print the address",
-    "--port": ("N", int, 0, "a fixed one, for `ssh -L` (default: free)"),
-    "--timeout": ("SECONDS", float, LOGIN_TIMEOUT, "to sign in within"),
-    "--scope": ("SCOPE", str.strip, None, "ask for this one (may be repeated)"),
-    "--email": ("ADDRESS", str.strip, None, "the account to suggest on the page"),
-    "--check": "ask the server too: ends with 0 (works), 3 (refused) or 4 (unknown)",
-    "--json": "print one JSON object",
-    "--min-validity": ("SECONDS", float, REFRESH_BUFFER, "that it must live on"),
-    "--lifetime": ("SECONDS", float, 28800, "that access tokens live"),
-    "--browser": "sign in with your own browser",
+    "--client-id": ("claude-oauth", "the client id of your program", "ID", str.strip),
+    "--dir": ("claude-oauth", "folder of the login's files", "PATH", str.strip),
+    "--store": ("claude-oauth", "auto: the Keychain on macOS, else a file", None),
+    "--verbose": ("claude-oauth", "log, without secrets, to stderr"),
+    "--console": ("login", "sign in at the Console, for an API key"),
+    "--no-browser": ("login", "open none, print the address"),
+    "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", int, 0),
+    "--timeout": ("login", "to sign in within", "SECONDS", float, LOGIN_TIMEOUT),
+    "--scope": ("login", "ask for this one (may be repeated)", "SCOPE", str.strip),
+    "--email": ("login", "the account to suggest on the page", "ADDRESS", str.strip),
+    "--check": ("status", "ask the server too: works (0), refused (3) or unknown (4)"),
+    "--min-validity": ("token", "that it must live", "SECONDS", float, REFRESH_BUFFER),
+    "--lifetime": ("sandbox", "that access tokens live", "SECONDS", float, 28800),
+    "--browser": ("demo", "sign in with your own browser"),
+    "--json": ("login status token refresh profile", "print one JSON object"),
 }
-"""For a flag its help; else metavar, type, default, help and choices."""
-
-_COMMANDS: Final = {
-    "login": (_login, "--console --no-browser --port --timeout --scope --email --json"),
-    "status": (_status, "--check --json"),
-    "token": (_token, "--min-validity --json"),
-    "refresh": (_refresh, "--json"),
-    "profile": (_profile, "--json"),
-    "api-key": (_api_key, ""),
-    "logout": (_logout, ""),
-    "sandbox": (_sandbox, "--port --lifetime"),
-    "demo": (_demo, "--browser"),
-}
-"""Each command: the function, whose docstring is its help; and its options."""
 
 _EPILOG: Final = """\
 environment: CLAUDE_OAUTH_CLIENT_ID, CLAUDE_OAUTH_DIR, CLAUDE_OAUTH_STORE,
@@ -5355,22 +5261,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    parsers = [(parser, "--client-id --dir --store --verbose")]
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (run, options) in _COMMANDS.items():
-        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.set_defaults(run=run)
-        parsers.append((command, options))
-    keys = ("metavar", "type", "default", "help", "choices")
-    for command, options in parsers:
-        for name in options.split():
-            option = _OPTIONS[name]
-            settings: dict[str, Any] = dict(zip(keys, option))
-            if isinstance(option, str):
-                settings = {"action": "store_true", "help": option}
-            elif name == "--scope":
-                settings["action"] = "append"
-            command.add_argument(name, **settings)
+    parsers = {"claude-oauth": parser}
+    for run in (
+        _login, _status, _token, _refresh, _profile, _api_key, _logout, _sandbox, _demo
+    ):
+        name, text = run.__name__[1:].replace("_", "-"), run.__doc__
+        parsers[name] = commands.add_parser(name, help=text, description=text)
+        parsers[name].set_defaults(run=run)
+    for option, (names, *values) in _OPTIONS.items():
+        settings = dict(zip(("help", "metavar", "type", "default"), values))
+        if len(values) == 1:
+            settings["action"] = "store_true"
+        elif option == "--scope":
+            settings["action"] = "append"
+        elif option == "--store":
+            settings["choices"] = ("auto", "file", "keychain", "keyring")
+        for name in names.split():
+            parsers[name].add_argument(option, **settings)
     return parser
 
 

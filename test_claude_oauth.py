@@ -13740,14 +13740,8 @@ def test_a_sandbox_does_not_approve_a_request_that_breaks_a_rule(at_sandbox, cha
 
 
 def test_a_sandbox_approves_its_own_addresses_alone(sandbox):
-    with pytest.raises(ValueError, match="no such endpoint"):
+    with pytest.raises(ValueError, match="cannot be decided on"):
         sandbox.approve("https://claude.com/cai/oauth/authorize?state=x")
-
-
-def test_a_doubled_parameter_is_refused_by_a_sandbox(at_sandbox):
-    page = requests.get(at_sandbox.url() + "&state=another-state")
-    assert page.status_code == 400
-    assert "a parameter stands twice" in page.text
 
 
 def test_a_browser_is_asked_and_sent_to_the_page_with_the_code(at_sandbox):
@@ -13772,6 +13766,13 @@ def test_what_the_address_says_is_no_markup_on_the_page(sandbox):
     assert "<code>&lt;b&gt;#&lt;i&gt;</code>" in requests.get(address).text
 
 
+def join_visits():
+    """Wait until the callbacks of all decisions have been visited."""
+    for thread in threading.enumerate():
+        if thread.name == "claude-oauth-sandbox-visit":
+            thread.join(LIMIT)
+
+
 @pytest.mark.parametrize("decision", ["approve", "deny"])
 def test_a_decision_visits_the_loopback_callback_as_a_browser_does(decision):
     with ScriptedServer() as program, claude_oauth.Sandbox() as sandbox:
@@ -13779,6 +13780,7 @@ def test_a_decision_visits_the_loopback_callback_as_a_browser_does(decision):
         program.add(200, "<p>done")
         at_sandbox = ByHand(sandbox, f"http://localhost:{program.port}/callback")
         callback = getattr(sandbox, decision)(at_sandbox.url())
+        join_visits()
     assert [r.path for r in program.requests] == ["/callback", "/done"]
     assert callback.endswith(program.requests[0].target)
     assert program.requests[0].query["state"] == at_sandbox.asked["state"]
@@ -13791,6 +13793,7 @@ def test_a_program_that_is_gone_does_not_trouble_the_sandbox(sandbox):
         port = unused.getsockname()[1]
         at_sandbox = ByHand(sandbox, f"http://localhost:{port}/callback")
         assert "code=" in sandbox.approve(at_sandbox.url())
+        join_visits()
 
 
 def test_an_access_token_of_a_sandbox_opens_the_api_until_it_is_expired(at_sandbox):
@@ -13812,25 +13815,9 @@ def test_an_access_token_of_a_sandbox_lives_as_long_as_it_was_told(at_sandbox):
     assert answer.status_code == 401
 
 
-def test_a_sandbox_says_when_the_login_ends():
-    with claude_oauth.Sandbox(login_lifetime=5000) as sandbox:
-        tokens = ByHand(sandbox).exchange().json()
-        assert 4000 < tokens["refresh_token_expires_in"] <= 5000
-
-
-def test_a_login_at_a_sandbox_ends_whatever_is_refreshed():
-    with claude_oauth.Sandbox(login_lifetime=-1) as sandbox:
-        at_sandbox = ByHand(sandbox)
-        token = at_sandbox.exchange().json()["refresh_token"]
-        assert at_sandbox.refresh(token).json()["error"] == "invalid_grant"
-
-
-def test_a_sandbox_that_does_not_rotate_keeps_the_refresh_token():
-    with claude_oauth.Sandbox(rotate=False) as sandbox:
-        at_sandbox = ByHand(sandbox)
-        token = at_sandbox.exchange().json()["refresh_token"]
-        assert at_sandbox.refresh(token).json()["refresh_token"] == token
-        assert at_sandbox.refresh(token).status_code == 200
+def test_a_sandbox_says_when_the_login_ends(at_sandbox):
+    tokens = at_sandbox.exchange().json()
+    assert 29 * 86400 < tokens["refresh_token_expires_in"] <= 30 * 86400
 
 
 def test_a_console_login_at_a_sandbox_makes_keys_that_open_the_api():
@@ -13886,7 +13873,7 @@ def test_a_failure_is_repeated_as_often_as_asked(at_sandbox):
 
 
 def test_a_failure_of_an_endpoint_that_is_not_there_is_a_mistake(sandbox):
-    with pytest.raises(ValueError, match="no endpoint 'token'"):
+    with pytest.raises(KeyError, match="token"):
         sandbox.fail_next("token")
 
 
@@ -13989,6 +13976,7 @@ def test_a_decision_is_delivered_where_localhost_does_not_resolve(monkeypatch):
         with claude_oauth.Sandbox() as sandbox:
             callback = f"http://localhost:{program.port}/callback"
             sandbox.approve(ByHand(sandbox, callback).url())
+            join_visits()
         assert program.requests[0].headers["Host"] == f"localhost:{program.port}"
 
 
@@ -14008,6 +13996,7 @@ def test_a_decision_is_delivered_to_a_program_on_ipv6_alone():
 def test_a_port_that_cannot_be_is_no_traceback_of_a_thread(sandbox):
     at_sandbox = ByHand(sandbox, "http://localhost:70000/callback")
     assert "code=" in sandbox.approve(at_sandbox.url())
+    join_visits()
 
 
 def test_a_sandbox_takes_a_suggested_account(at_sandbox):
@@ -14404,7 +14393,7 @@ def test_a_logout_names_what_still_signs_in(member, command, monkeypatch, name):
     said = command("logout")
 
     assert said.code == 0
-    assert f"{name} is set, and still signs programs in." in said.err
+    assert f"{name} is set, and may still sign programs in." in said.err
     assert "from-outside" not in said.err
 
 
@@ -15275,7 +15264,7 @@ HOSTS_WITHOUT_PYTHON = {
 def test_the_demo_does_not_start_a_host_program_again(host):
     done = run_python(f"import sys, claude_oauth\n{host}\nclaude_oauth.main(['demo'])")
 
-    assert "stampede  left out: this program has no Python to start" in done.stdout
+    assert "stampede  left out: no Python can be started with this file" in done.stdout
     assert "nothing is left in the store" in done.stdout
 
 
