@@ -118,21 +118,19 @@ SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
 SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
+# Both paths ask for these; the server grants those that fit the account.
 ALL_SCOPES: Final = (
     *(SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE, SCOPE_USER_INFERENCE),
     *(SCOPE_USER_SESSIONS_CLAUDE_CODE, SCOPE_USER_MCP_SERVERS, SCOPE_USER_FILE_UPLOAD),
 )
-"""Both paths ask for these; the server grants those that fit the account."""
 CONSOLE_SCOPES: Final = ALL_SCOPES[:2]
-CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
-"""A Claude.ai subscriber's: all but the one for Console API keys."""
-ALLOWED_SCOPE_EXPANSIONS: Final = ALL_SCOPES[3:]
-"""Scopes that a refresh may add to an older login, without a new login."""
+CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]  # all but the one for Console API keys
+ALLOWED_SCOPE_EXPANSIONS: Final = ALL_SCOPES[3:]  # a refresh may add to an older login
 
+# The credential's subscription type for each organization_type of the profile.
 SUBSCRIPTION_TYPES: Final = {
     "claude_" + plan: plan for plan in ("max", "pro", "team", "enterprise")
 }
-"""The credential's subscription type for each organization_type of the profile."""
 
 # The anthropic-beta header that the API requires with an OAuth token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
@@ -1445,6 +1443,7 @@ def _without_redirect(request: Any) -> Any:
 
 _DROPPED: Final = "{way} dropped the connection; try again later"
 
+# The text for an exception of a class, or with one inside; the first match counts.
 _FAILURES: Final = {
     "SSLError": "TLS to {way} failed, or its certificate is not trusted; if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
@@ -1457,7 +1456,6 @@ _FAILURES: Final = {
     "ConnectionError": "no connection to {way}; check the network and try again",
     "Exception": "no usable answer from {way} ({kind}); try again later",
 }
-"""The text for an exception of a class, or with one inside; the first match counts."""
 
 
 def _error_of_failure(error: BaseException, way: str) -> BaseException:
@@ -1522,11 +1520,11 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
     raise ConfigError(f"{name or 'the proxy of the session or the system'} {problem}")
 
 
+# A proxy's URL that every `requests` takes; the group is its host and port.
 _PROXY_URL: Final = (
     r"(?i)(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?"
     r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?"
 )
-"""A proxy's URL that every `requests` takes; the group is its host and port."""
 
 
 def _check_tls_files(bundle: object, cert: Any) -> None:
@@ -1623,9 +1621,7 @@ def warn(message: str, *, once: bool = False) -> None:
         _WARNED.add(message)
 
 
-_WARNED: Final[set[str]] = set()
-"""What this process says only once."""
-
+_WARNED: Final[set[str]] = set()  # what this process says only once
 _NO_MODES: Final = "others can read this, by its mode; set its mode to 0600 if you can"
 
 
@@ -1782,9 +1778,7 @@ class _AtomicFile:
             _sync(file, self._directory)
 
 
-RESERVED_BYTES: Final = 16384
-"""Room for what a credential's successor may be longer."""
-
+RESERVED_BYTES: Final = 16384  # room for what a credential's successor may be longer
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 
 
@@ -1928,10 +1922,8 @@ class _RecordStorage:
 
     _read_record: Callable[[], dict[str, object]]
     _write_record: Callable[[dict[str, object]], None]
-    _watched: str
-    """The file that changes when the record does."""
-    _cure: ClassVar[str]
-    """What helps against a damaged record."""
+    _watched: str  # the file that changes when the record does
+    _cure: ClassVar[str]  # what helps against a damaged record
     describe: Callable[[], str]
 
     def load(self) -> Credentials | None:
@@ -1994,8 +1986,8 @@ class FileStorage(_RecordStorage):
         self.path = self._watched = absolute_path(path)
         self.read_only = read_only
         self._cipher = cipher
+        # By the process that holds the lock: the file that its next save will use.
         self._reserved: dict[int, _AtomicFile | None] = {}
-        """By the process that holds the lock: the file that its next save will use."""
 
     @property
     def account_file(self) -> str | None:
@@ -2092,8 +2084,8 @@ class MemoryStorage:
 
     def __init__(self, credentials: Credentials | None = None) -> None:
         self._stored = credentials
+        # By process: nobody in a forked child would free its parent's.
         self._mutexes: dict[int, threading.Lock] = {}
-        """By process: nobody in a forked child would free its parent's."""
         self._changes = 0
 
     def load(self) -> Credentials | None:
@@ -2151,11 +2143,11 @@ class _SecretStorage(_RecordStorage):
 
     read_only = False
     _cure = "`claude-oauth logout` removes it"
+    # Its name, and what helps where it cannot be used, or is locked.
     _title = _hint = _unlock = ""
-    """Its name, and what helps where it cannot be used, or is locked."""
+    # Does "get", "set" (with data) or "delete" for a service's item.  None: it is
+    # certain that there is no such item.
     _call: Callable[..., bytes | None]
-    """Does "get", "set" (with data) or "delete" for a service's item.  None: it is
-    certain that there is no such item."""
 
     def __init__(
         self,
@@ -2170,8 +2162,7 @@ class _SecretStorage(_RecordStorage):
         directory = os.path.dirname(self._lock_path)
         self.account_file = os.path.join(directory, "account.json")
         self._watched = os.path.join(directory, "store.changed")
-        self.time_limit = STORE_TIMEOUT
-        """Seconds for one operation; give more if a person can answer."""
+        self.time_limit = STORE_TIMEOUT  # give more if a person can answer
         if account is None:
             import hashlib
 
@@ -2239,21 +2230,15 @@ class _SecretStorage(_RecordStorage):
         return kind(f"the {self._title} {text}, or {_USE_FILE}")
 
 
-STORE_TIMEOUT: Final = 10.0
-"""Seconds for one operation: a dialog that nobody sees waits for ever."""
-
 _USE_FILE: Final = "choose a file with `--store file`"
-
-SECURITY: Final = "/usr/bin/security"
-"""The Keychain's program by its whole path: the first on PATH could be anybody's."""
-
+STORE_TIMEOUT: Final = 10.0  # seconds: a dialog that nobody sees waits for ever
+SECURITY: Final = "/usr/bin/security"  # the first on PATH could be anybody's
+# Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
+# that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c.
 SECURITY_LINE: Final = 4094
-"""Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
-that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c."""
-
+# What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
+# -U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h.
 _LOCKED: Final = frozenset({29, 36, 45, 51, 128, 152, 155, 227, 234})
-"""What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
--U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h."""
 
 
 class KeychainStorage(_SecretStorage):
@@ -2375,12 +2360,10 @@ class FernetCipher:
     RFC 7914; OWASP's password storage cheat sheet for the cost.
     """
 
-    _COST = (1 << 15, 8, 3)
-    """scrypt's n, r and p: 32 MiB and some 0.2 s."""
-
+    _COST = (1 << 15, 8, 3)  # scrypt's n, r and p: 32 MiB and some 0.2 s
+    # Before the salt and Fernet's own.  A planted record with another cost could make
+    # reading slow: it is refused.
     _START = b"scrypt:%d:%d:%d" % _COST
-    """What the text begins with; the salt and Fernet's own follow.  No other cost is
-    taken: a planted record could make reading slow."""
 
     def __init__(self, passphrase: str | bytes) -> None:
         if isinstance(passphrase, str):
@@ -2390,8 +2373,7 @@ class FernetCipher:
         self._fernet = import_package("cryptography.fernet")
         self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
-        self._boxes: dict[bytes, Any] = {}
-        """What encrypts, by salt: deriving a key is slow on purpose."""
+        self._boxes: dict[bytes, Any] = {}  # by salt: to derive a key is slow
 
     def encrypt(self, data: bytes) -> bytes:
         """Return ASCII text that carries the cost and the salt along."""
