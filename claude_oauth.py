@@ -285,14 +285,8 @@ def hides_locals(subject: _T) -> _T:
         return subject
 
     def call(*args: Any, **options: Any) -> Any:
-        has_failed = True
-        try:
-            result = function(*args, **options)
-            has_failed = False
-        finally:
-            if has_failed:
-                _clear_frames(sys.exc_info()[1])
-        return result
+        with _FrameCleaner():
+            return function(*args, **options)
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(call, name, getattr(function, name))
@@ -302,18 +296,24 @@ def hides_locals(subject: _T) -> _T:
     return decorated
 
 
-def _clear_frames(error: BaseException | None) -> None:
-    # Not traceback.clear_frames: where no file can be opened, its import would fail.
-    chain = [error]
-    for failure in filter(None, chain):  # grows in the loop
-        step = failure.__traceback__
-        if step and failure is not error and not _clear_frame(step.tb_frame):
-            continue  # the caller is handling it: those frames are the caller's
-        while step:
-            _clear_frame(step.tb_frame)
-            step = step.tb_next
-        others = (failure.__cause__, failure.__context__)
-        chain += [other for other in others if other not in chain]
+class _FrameCleaner:
+    """Clears the frames of an exception that leaves, and of those behind it."""
+
+    def __enter__(self) -> None:
+        """Do nothing yet."""
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _: Any) -> None:
+        # Not traceback.clear_frames: where no file can be opened, its import would fail.
+        chain = [error]
+        for failure in filter(None, chain):  # grows in the loop
+            step = failure.__traceback__
+            if step and failure is not error and not _clear_frame(step.tb_frame):
+                continue  # the caller is handling it: those frames are the caller's
+            while step:
+                _clear_frame(step.tb_frame)
+                step = step.tb_next
+            others = (failure.__cause__, failure.__context__)
+            chain += [other for other in others if other not in chain]
 
 
 def _clear_frame(frame: FrameType) -> bool:
@@ -707,7 +707,7 @@ class Profile(_Value):
     ) -> Profile | None:
         """Read the part from account.json, with plan and tier from the credential."""
         found: dict[str, Any] = {
-            name: _text_or_flag(record[key]) if key in record else None
+            name: _text_or_flag(record.get(key))
             for name, (_, key) in _PROFILE_FIELDS.items()
         }
         for name in ("subscription_type", "rate_limit_tier"):
@@ -1116,15 +1116,13 @@ def success_page(account: str | None) -> str:
 def failure_page(reason: str) -> str:
     """Return the page after a login that failed: what happened, and what to do."""
     reason = printable(reason, limit=400)
-    reason = reason[:1].upper() + reason[1:]
-    text = f"{reason}.\nClose this window and see the terminal."
+    text = f"{reason[:1].upper()}{reason[1:]}.\nClose this window and see the terminal."
     return result_page("!", "Sign-in failed", text)
 
 
 def denied_page() -> str:
     """Return the page after the server's, or the person's, no."""
-    hint = "If that was a mistake, close this window and try again."
-    text = f"Nothing was stored.\n{hint}"
+    text = "Nothing was stored.\nIf that was a mistake, close this window and try again."
     return result_page("\u2715", "Access was not granted", text)
 
 
@@ -1390,15 +1388,14 @@ class OAuthClient:
             headers["Authorization"] = f"Bearer {bearer}"
             headers["anthropic-beta"] = OAUTH_BETA
         answers: list[requests.Response] = []
-        content = bytearray()
-        # `requests` limits the wait for each packet only: slow headers, or a resolver
-        # that hangs, would hold the lock for ever.
-        deadline = Deadline(3 * self.config.timeout)
-        with ExitStack() as stack:
-            session = self._session or stack.enter_context(import_requests().Session())
-            way, proxies = check_way(url, session)
+        content, way = bytearray(), url.split("/")[2]
 
-            def request() -> None:
+        def request() -> None:
+            nonlocal way
+            with ExitStack() as stack:
+                requests = import_requests()
+                session = self._session or stack.enter_context(requests.Session())
+                way, proxies = check_way(url, session)
                 response = session.request(
                     ("POST", "GET")[body is None],
                     url,
@@ -1412,21 +1409,22 @@ class OAuthClient:
                     allow_redirects=False,
                     stream=True,
                 )
-                answers.append(response)
-                with response:
-                    # In small pieces: urllib3 2 drops the one that is cut.
-                    for piece in response.iter_content(16):
-                        content.extend(piece)
-                        if len(content) >= MAX_ANSWER_BYTES:
-                            break
+                answers.append(stack.enter_context(response))
+                # In small pieces: urllib3 2 drops the one that is cut.
+                for piece in response.iter_content(16):
+                    content.extend(piece)
+                    if len(content) >= MAX_ANSWER_BYTES:
+                        break
 
-            error = None
-            for _ in range(tries):
-                _nothing, failure = call_with_limit(request, deadline.left())
-                error = failure and _error_of_failure(failure, way)
-                # Once an answer has begun, the token is spent.
-                if answers or str(error) != _DROPPED.format(way=way):
-                    break
+        # `requests` limits the wait for each packet only: slow headers, or a resolver
+        # that hangs, would hold the lock for ever.
+        deadline, error = Deadline(3 * self.config.timeout), None
+        for _ in range(tries):
+            _nothing, failure = call_with_limit(request, deadline.left())
+            error = failure and _error_of_failure(failure, way)
+            # Once an answer has begun, the token is spent.
+            if answers or str(error) != _DROPPED.format(way=way):
+                break
         data = bytes(content[:MAX_ANSWER_BYTES])
         # An exception of the session may hold the request, and so the tokens: what is
         # raised has a text alone.  Whole tokens count, whatever comes behind them.
@@ -1516,8 +1514,9 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
         else "is no usable proxy URL; give it as http://host:port, and write characters"
         " like # ? / [ @ of a password as %23 %3F %2F %5B %40"
     )
-    name = _variable(proxy, "HTTPS_PROXY", "ALL_PROXY")
-    raise ConfigError(f"{name or 'the proxy of the session or the system'} {problem}")
+    name = "the proxy of the session or the system"
+    name = _variable_or(name, proxy, ("HTTPS_PROXY", "ALL_PROXY"))
+    raise ConfigError(f"{name} {problem}")
 
 
 # A proxy's URL that every `requests` takes; the group is its host and port.
@@ -1527,37 +1526,31 @@ _PROXY_URL: Final = (
 )
 
 
-def _check_tls_files(bundle: object, cert: Any) -> None:
+def _check_tls_files(bundle: Any, cert: Any) -> None:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    name = path = ""
     try:
         if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
-            path = str(bundle)
-            name = _variable(path, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-            name = name or "the session's verify"
+            variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
+            name = _variable_or("the session's verify", path, variables)
             context.load_verify_locations(path)
         if cert:
-            files = (cert,) if isinstance(cert, str) else cert
-            name, path = "the session's cert", " and ".join(map(str, files))
-            context.load_cert_chain(*files)
+            name, path = "the session's cert", cert
+            context.load_cert_chain(*([cert] if isinstance(cert, str) else cert))
         if key_log := os.environ.get("SSLKEYLOGFILE"):
             name, path = "SSLKEYLOGFILE", key_log
             context.keylog_filename = key_log
-        return
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "") or type(error).__name__
-    raise ConfigError(
-        f"{name} names {printable(path)}, which cannot be used"
-        f" ({printable(reason).lower()}); correct or unset it"
-    )
+        reason = printable(getattr(error, "strerror", "") or type(error).__name__)
+        text = f"{name} names {printable(path)}, which cannot be used"
+        raise ConfigError(f"{text} ({reason.lower()}); correct or unset it") from None
 
 
-def _variable(value: str, *names: str) -> str:
-    """Return the variable of the environment that has this value, if one has."""
-    found = (n for n, v in sorted(os.environ.items()) if v == value)
-    return next((name for name in found if name.upper() in names), "")
+def _variable_or(name: str, value: str, variables: Iterable[str]) -> str:
+    """Return the variable of the environment that has this value, or the name."""
+    same = (n for n, v in sorted(os.environ.items()) if v == value)
+    return next((found for found in same if found.upper() in variables), name)
 
 
 # -- Storage ---------------------------------------------------------------------------
@@ -1873,27 +1866,26 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
 
 def _open_locked(path: str) -> io.BufferedRandom | None:
     """Open a lock file and lock it; return None if somebody else holds the lock."""
+    file = None
     try:
         file = _open_private(path, getattr(os, "O_NOFOLLOW", 0))
-        try:
-            if sys.platform == "win32":
-                import msvcrt
+        if sys.platform == "win32":
+            import msvcrt
 
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-                # Not lockf: it is lost as soon as any descriptor of the file is closed,
-                # and does not keep threads apart.
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            # Not lockf: it is lost as soon as any descriptor of the file is closed,
+            # and does not keep threads apart.
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # On Windows it is 0 under Wine, and the others by the documentation.
+        held = (errno.EACCES, errno.EDEADLK, 0) if os.name == "nt" else ()
+        if file:
             file.close()
-            # On Windows it is 0 under Wine, and the others by the documentation.
-            held = (errno.EACCES, errno.EDEADLK, 0) if os.name == "nt" else ()
             if error.errno in (*held, errno.EAGAIN):
                 return None
-            raise
-    except OSError as error:
         text = f"cannot lock {path}: {_reason(error)}; choose another directory"
         raise StorageError(text) from None
     return file

@@ -1226,7 +1226,7 @@ def test_a_guarded_call_holds_what_its_caller_passed_and_no_more():
         claude_oauth.hides_locals(spend)("sesame")
     (own,) = [found for name, found in traceback_of(caught.value) if name == "call"]
     assert (own["args"], own["options"]) == (("sesame",), {})
-    assert set(own) == {"args", "options", "function", "has_failed"}
+    assert set(own) == {"args", "options", "function"}
 
 
 def test_the_errors_that_a_caller_handles_are_left_alone():
@@ -3616,7 +3616,7 @@ def own_frames(error):
             if step.tb_frame.f_code.co_filename == claude_oauth.__file__:
                 shown = dict(step.tb_frame.f_locals)
                 if step.tb_frame.f_code.co_name == "call":
-                    own = ("args", "options", "has_failed", "function")
+                    own = ("args", "options", "function")
                     shown = {k: v for k, v in shown.items() if k not in own}
                 found.append((step.tb_frame.f_code.co_name, shown))
             step = step.tb_next
