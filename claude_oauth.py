@@ -303,7 +303,7 @@ class _FrameCleaner:
         """Do nothing yet."""
 
     def __exit__(self, _kind: Any, error: BaseException | None, _: Any) -> None:
-        # Not traceback.clear_frames: where no file can be opened, its import would fail.
+        # Not traceback.clear_frames: without a free descriptor its import fails.
         chain = [error]
         for failure in filter(None, chain):  # grows in the loop
             step = failure.__traceback__
@@ -742,9 +742,7 @@ def generate_state() -> str:
 # -- Messages --------------------------------------------------------------------------
 
 
-def parse_json_object(
-    data: bytes, *, lenient: bool = False
-) -> dict[str, object] | None:
+def parse_json_object(data: bytes, *, lenient: bool = False) -> dict[str, Any] | None:
     """Return the JSON object in data, or None if it holds anything else.
 
     With ``lenient``, broken characters are replaced and control characters accepted.
@@ -1122,7 +1120,8 @@ def failure_page(reason: str) -> str:
 
 def denied_page() -> str:
     """Return the page after the server's, or the person's, no."""
-    text = "Nothing was stored.\nIf that was a mistake, close this window and try again."
+    hint = "If that was a mistake, close this window and try again."
+    text = f"Nothing was stored.\n{hint}"
     return result_page("\u2715", "Access was not granted", text)
 
 
@@ -1285,7 +1284,7 @@ class OAuthClient:
             "code_verifier": verifier,
             "state": state,
         }
-        answer = self._send(self.config.token_url, body, field="access_token")
+        answer = self._send(self.config.token_url, body, "access_token")
         granted = Credentials.from_answer(answer, received_at=self._clock())
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
         scopes = granted.scopes or self.config.scopes
@@ -1324,20 +1323,18 @@ class OAuthClient:
         }
         if scopes := tuple(scopes):
             body["scope"] = " ".join(scopes)
-        # Repeated if the connection is dropped: if the server has spent the token, its
-        # successor is lost anyway, and any later try would send the same token.
-        return self._send(self.config.token_url, body, field="access_token", tries=2)
+        return self._send(self.config.token_url, body, "access_token")
 
     def fetch_profile(self, access_token: str) -> Profile:
         """Return the profile; TokenRefused if the token is dead or too narrow."""
         url = self.config.profile_url
-        answer = self._send(url, None, field="account", bearer=access_token, tries=2)
+        answer = self._send(url, None, "account", access_token)
         return Profile.from_answer(answer)
 
     def create_api_key(self, access_token: str) -> str:
         """Create another permanent Console API key; TokenRefused if not allowed."""
         url = self.config.api_key_url
-        answer = self._send(url, {}, field="raw_key", bearer=access_token)
+        answer = self._send(url, {}, "raw_key", access_token)
         if key := _header_text(answer.get("raw_key")):
             return key
         raise BadAnswer("raw_key")
@@ -1354,17 +1351,11 @@ class OAuthClient:
         self._send(self.config.revoke_url, body)
 
     def _send(
-        self,
-        url: str,
-        body: Mapping[str, str] | None,
-        *,
-        field: str = "",
-        bearer: str = "",
-        tries: int = 1,
+        self, url: str, body: Mapping[str, str] | None, field: str = "", token: str = ""
     ) -> dict[str, object]:
         """Send a request; return the answer's JSON object, {} without a field."""
-        status, headers, content = self._answer(url, body, bearer, tries)
-        sent = {"bearer": bearer, **(body or {})}
+        status, headers, content = self._answer(url, body, token)
+        sent = {"bearer": token, **(body or {})}
         names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
         secrets = [sent.get(name, "") for name in names]
         if not 200 <= status < 300:
@@ -1378,14 +1369,14 @@ class OAuthClient:
         return read_answer(status, content, field=field, secrets=secrets)
 
     def _answer(
-        self, url: str, body: Mapping[str, str] | None, bearer: str, tries: int
+        self, url: str, body: Mapping[str, str] | None, token: str
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Return status, headers and content of any answer."""
         from contextlib import ExitStack
 
         headers = {"Accept": "application/json", "User-Agent": self.config.user_agent}
-        if bearer:
-            headers["Authorization"] = f"Bearer {bearer}"
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
             headers["anthropic-beta"] = OAUTH_BETA
         answers: list[requests.Response] = []
         content, way = bytearray(), url.split("/")[2]
@@ -1419,7 +1410,9 @@ class OAuthClient:
         # `requests` limits the wait for each packet only: slow headers, or a resolver
         # that hangs, would hold the lock for ever.
         deadline, error = Deadline(3 * self.config.timeout), None
-        for _ in range(tries):
+        # Of two tries the second follows a dropped connection: if the server has spent
+        # a refresh token, its successor is lost, and any later try would send the same.
+        for _ in range(2 if body is None or "refresh_token" in body else 1):
             _nothing, failure = call_with_limit(request, deadline.left())
             error = failure and _error_of_failure(failure, way)
             # Once an answer has begun, the token is spent.
@@ -1428,7 +1421,7 @@ class OAuthClient:
         data = bytes(content[:MAX_ANSWER_BYTES])
         # An exception of the session may hold the request, and so the tokens: what is
         # raised has a text alone.  Whole tokens count, whatever comes behind them.
-        if error and not (answers and _fields_of(data)):
+        if error and not _fields_of(data):
             raise error
         return answers[0].status_code, answers[0].headers, data
 
@@ -1831,37 +1824,26 @@ def _quietly(function: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
-def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager[None]:
-    """Return a lock that processes and threads share, held while its context lasts.
+def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager[Any]:
+    """Return a lock that processes and threads share, held until its context ends.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
     processes hold locks on two files of one name.  Whoever holds it removes what dead
     processes have left.  Meanwhile the process id is a key of *held*, for the
     `_AtomicFile` that a check makes for the next save.
     """
-    from contextlib import contextmanager
+    from contextlib import ExitStack
 
-    @contextmanager
-    def hold() -> Iterator[None]:
-        deadline = Deadline(timeout)
-        # The kernel's lock has no time limit to wait with, so this tries again: a
-        # signal gets through at once, and nothing is left behind when the time is over.
-        while (file := _open_locked(path)) is None:
-            if deadline.passed():
-                raise Unavailable(f"another process holds the lock {path}; try later")
-            time.sleep(min(0.005, deadline.left()))
-        pid = os.getpid()
-        with file:
-            held[pid] = None
-            try:
-                yield
-            finally:
-                left = held.pop(pid)
-                # Not in a child that was forked under the lock: its parent holds it.
-                if pid == os.getpid():
-                    _release(file, path, left)
-
-    return hold()
+    deadline, stack = Deadline(timeout), ExitStack()
+    # The kernel's lock has no time limit to wait with, so this tries again: a signal
+    # gets through at once, and nothing is left behind when the time is over.
+    while (file := _open_locked(path)) is None:
+        if deadline.passed():
+            raise Unavailable(f"another process holds the lock {path}; try later")
+        time.sleep(min(0.005, deadline.left()))
+    held[os.getpid()] = None
+    stack.callback(_release, stack.enter_context(file), path, held, os.getpid())
+    return stack
 
 
 def _open_locked(path: str) -> io.BufferedRandom | None:
@@ -1891,10 +1873,13 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
     return file
 
 
-def _release(file: io.BufferedRandom, path: str, left: _AtomicFile | None) -> None:
+def _release(file: Any, path: str, held: dict[int, Any], pid: int) -> None:
     """Remove what this and dead processes have left beside a lock, and unlock it."""
     import glob
 
+    left = held.pop(pid)
+    if pid != os.getpid():
+        return  # a child that was forked under the lock: its parent holds it
     if left:
         left.discard()
     directory = glob.escape(os.path.dirname(path))
@@ -2012,7 +1997,7 @@ class FileStorage(_RecordStorage):
         if left:
             left.discard()
 
-    def lock(self, timeout: float) -> ContextManager[None]:
+    def lock(self, timeout: float) -> ContextManager[object]:
         """Return the lock of the file's folder: a file named ``lock`` in it."""
         self._refuse_if_read_only()
         folder = os.path.dirname(os.path.realpath(self.path))
@@ -2185,7 +2170,7 @@ class _SecretStorage(_RecordStorage):
         self._put(beside, b"x" * len(dump_json(self._read_record())))
         self._call("delete", beside)
 
-    def lock(self, timeout: float) -> ContextManager[None]:
+    def lock(self, timeout: float) -> ContextManager[object]:
         """Return the lock of the directory: a file named ``lock`` in it."""
         return file_lock(self._lock_path, timeout, {})
 
@@ -2463,12 +2448,7 @@ def default_storage() -> Storage:
 
 
 @hides_locals
-def make_storage(
-    kind: str | None = None,
-    directory: str | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-) -> Storage:
+def make_storage(kind: str | None = None, directory: str | None = None) -> Storage:
     """Return a store by its name: auto, file, keychain or keyring.
 
     None asks CLAUDE_OAUTH_STORE.  auto is the Keychain on macOS, unless
@@ -2476,10 +2456,9 @@ def make_storage(
     unknown store or an unusable passphrase is a ConfigError.
     """
     if kind is None:
-        kind = setting("CLAUDE_OAUTH_STORE", environ) or "auto"
-    chosen = default_directory(environ) if directory is None else directory
-    directory = absolute_path(chosen)
-    passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE", environ)
+        kind = setting("CLAUDE_OAUTH_STORE") or "auto"
+    directory = absolute_path(default_directory() if directory is None else directory)
+    passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE")
     if kind == "auto":
         kind = "file" if sys.platform != "darwin" or passphrase_file else "keychain"
     if kind == "file":

@@ -4173,20 +4173,22 @@ UNEXPANDED = {
 
 
 @pytest.mark.parametrize("path", UNEXPANDED.values(), ids=UNEXPANDED)
-def test_what_is_no_path_is_refused_wherever_one_is_given(path, home):
+def test_what_is_no_path_is_refused_wherever_one_is_given(path, home, monkeypatch):
     calls = [
         lambda: claude_oauth.FileStorage(path),
         lambda: claude_oauth.KeychainStorage(lock_path=path),
         lambda: claude_oauth.KeyringStorage(lock_path=path),
         lambda: claude_oauth.make_storage("file", path),
     ]
-    for name in ("OAUTH_DIR", "CONFIG_DIR", "OAUTH_PASSPHRASE_FILE"):
-        if path.strip():
-            environ = {f"CLAUDE_{name}": path}
-            calls.append(lambda e=environ: claude_oauth.make_storage("file", environ=e))
     for call in calls:
         with pytest.raises(claude_oauth.ConfigError, match="is no path"):
             call()
+    for name in ("OAUTH_DIR", "CONFIG_DIR", "OAUTH_PASSPHRASE_FILE"):
+        if path.strip() and "\0" not in path:
+            with monkeypatch.context() as environ:
+                environ.setenv(f"CLAUDE_{name}", path)
+                with pytest.raises(claude_oauth.ConfigError, match="is no path"):
+                    claude_oauth.make_storage("file")
     assert not list(home.iterdir())
 
 
@@ -6946,14 +6948,14 @@ def test_a_cipher_shows_no_passphrase(passphrase_file):
     assert "sesame" not in repr(claude_oauth.FernetCipher("open sesame"))
 
 
-def test_a_passphrase_may_be_a_file_of_the_system(tmp_path):
+def test_a_passphrase_may_be_a_file_of_the_system(tmp_path, monkeypatch):
     pytest.importorskip("cryptography")
     path = put_bytes(tmp_path / "passphrase", b"open sesame\r\n")
     if os.name == "posix" and os.geteuid() == 0:
         os.chown(path, 65534, 65534)
     path.chmod(0o440)
-    environ = {"CLAUDE_OAUTH_PASSPHRASE_FILE": f"{path}\r\n"}
-    store = claude_oauth.make_storage("file", str(tmp_path), environ=environ)
+    monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", f"{path}\r\n")
+    store = claude_oauth.make_storage("file", str(tmp_path))
     store.save(credentials_of_size(100))
     assert store.load() == credentials_of_size(100)
     assert mode_of(path) == 0o440
@@ -6973,14 +6975,14 @@ BAD_PASSPHRASES = {
 
 @needs_posix
 @pytest.mark.parametrize("make", BAD_PASSPHRASES.values(), ids=BAD_PASSPHRASES)
-def test_a_passphrase_file_without_a_passphrase_is_refused(tmp_path, make):
+def test_a_passphrase_file_without_a_passphrase_is_refused(tmp_path, monkeypatch, make):
     path = tmp_path / "there" / "passphrase"
     if make is not BAD_PASSPHRASES["below a file"]:
         path.parent.mkdir()
     make(path)
-    environ = {"CLAUDE_OAUTH_PASSPHRASE_FILE": str(path)}
+    monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", str(path))
     with pytest.raises(claude_oauth.ConfigError, match=re.escape(str(path))):
-        claude_oauth.make_storage("file", environ=environ)
+        claude_oauth.make_storage("file")
 
 
 def test_a_passphrase_file_that_others_can_read_is_used_with_a_warning(
@@ -7111,8 +7113,10 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("name", "environ", "expected"), CHOICES.values(), ids=CHOICES)
-def test_a_store_is_chosen(name, environ, expected, tmp_path):
-    store = claude_oauth.make_storage(name, str(tmp_path), environ=environ)
+def test_a_store_is_chosen(name, environ, expected, tmp_path, monkeypatch):
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    store = claude_oauth.make_storage(name, str(tmp_path))
 
     assert type(store).__name__ == expected
     assert store.account_file == str(tmp_path / "account.json")
@@ -7125,10 +7129,11 @@ def test_the_platform_chooses_where_nobody_does():
 
 
 @pytest.mark.parametrize("kind", ["vault", "", " ", "secret-service", "File"])
-def test_an_unknown_store_is_refused_with_those_that_there_are(kind):
+def test_an_unknown_store_is_refused_with_those_that_there_are(kind, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_STORE", "file")
     words = "auto, file, keychain or keyring"
     with pytest.raises(claude_oauth.ConfigError, match=words):
-        claude_oauth.make_storage(kind, environ={"CLAUDE_OAUTH_STORE": "file"})
+        claude_oauth.make_storage(kind)
 
 
 # -- Sign-in: the listener -------------------------------------------------------------
