@@ -361,8 +361,7 @@ class _Value:
         cls = type(self)
         names = cls.__annotations__
         given = {**dict(zip(names, values)), **named}
-        fields = {name: getattr(cls, name) for name in names if hasattr(cls, name)}
-        fields.update(given)
+        fields = {**{k: v for k, v in vars(cls).items() if k in names}, **given}
         if len(given) < len(values) + len(named) or fields.keys() != names.keys():
             got = f"it got {len(values)} values and {sorted(named)}"
             raise TypeError(f"{cls.__name__} takes {', '.join(names)}; {got}")
@@ -743,10 +742,7 @@ def generate_state() -> str:
 
 
 def parse_json_object(data: bytes, *, lenient: bool = False) -> dict[str, Any] | None:
-    """Return the JSON object in data, or None if it holds anything else.
-
-    With ``lenient``, broken characters are replaced and control characters accepted.
-    """
+    """Return the JSON object in data, if need be with broken characters, else None."""
     import json
 
     try:  # a JSONDecodeError carries the whole text, tokens included
@@ -782,8 +778,8 @@ def read_answer(
 ) -> dict[str, object]:
     """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    The grant is spent already: a defect elsewhere must not lose the tokens.  Without
-    the field, an ``error`` in it counts as it does with another status.
+    The grant is spent: a defect elsewhere must not lose the tokens.  Without the field,
+    an ``error`` in it counts as with another status.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
@@ -854,13 +850,11 @@ def error_of_answer(
     request_id: str | None = None,
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
-    """Return the error for an answer, without the secrets that it may quote.
-
-    RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
-    """
+    """Return the error for an answer, without the secrets that it may quote."""
     if b"error code: 1010" in body:
         problem = "the edge refuses this User-Agent"
         return ConfigError(f"{problem}; set user_agent to name your program")
+    # RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
     answer = _object(parse_json_object(body, lenient=True))
     error = _object(answer.get("error"))
     codes = (answer.get("error"), error.get("type"), error.get("code"))
@@ -975,9 +969,8 @@ class GrantedCode(_Value):
 
 
 def parse_callback(query: str, *, state: str) -> str:
-    """Return the code of a callback's query; LoginDenied if it says ``error=``.
+    """Return a callback's code; LoginDenied for ``error=``, else ValueError says why.
 
-    Any other answer is a ValueError, which says why, for a person.
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
     import hmac
@@ -1004,9 +997,8 @@ def parse_callback(query: str, *, state: str) -> str:
 def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
     """Return the code in what a person pasted: `code#state`, a code, or the address.
 
-    Terminals, mail programs and people add to it.  The state vouches for the code
-    beside it; a code without a state has to look like one.  Raises what
-    `parse_callback` does.
+    The state vouches for the code beside it; a code without a state has to look like
+    one.  Raises what `parse_callback` does.
     """
     import re
 
@@ -1270,11 +1262,11 @@ class OAuthClient:
     def exchange_code(
         self, code: str, *, verifier: str, redirect_uri: str, state: str
     ) -> Credentials:
-        """Trade an authorization code for tokens.  A code works once.
+        """Trade an authorization code for tokens; it works once.
 
         Raises TokenRefused if it is wrong, used or too old; Unavailable or BadAnswer if
-        the answer is not usable, and the code may be spent all the same.  Source: RFC
-        6749 section 4.1.3; the service refuses a request without ``state``.
+        the answer is not usable, and the code may be spent.  Source: RFC 6749 section
+        4.1.3; the service refuses a request without ``state``.
         """
         body = {
             "grant_type": "authorization_code",
@@ -1297,7 +1289,7 @@ class OAuthClient:
 
         Save what this returns before using it: the token that was sent is dead.  Raises
         NotLoggedIn without one; TokenRefused if it is dead, or a scope is out of reach;
-        Unavailable if the answer is not usable, and it may be spent all the same.
+        Unavailable if the answer is not usable, and it may be spent.
         """
         answer = self.request_refresh(credentials, scopes or ())
         renewed = Credentials.from_answer(
@@ -1474,9 +1466,8 @@ def import_requests() -> Any:
 def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
     """Return a text that names the host and its proxy, and the proxies to use.
 
-    Raises:
-        ConfigError: The proxy's URL, or a file that TLS needs, is unusable.  No URL of
-            a proxy is shown: a password may be in it.
+    ConfigError if the proxy's URL, which is not shown (a password may be in it), or a
+    file that TLS needs is unusable.
     """
     import re
     from urllib.parse import urlsplit
@@ -1638,10 +1629,10 @@ def _make_directory(path: str) -> None:
 def read_private(
     path: str, *, is_ours: bool = True, any_owner: bool = False
 ) -> bytes | None:
-    """Return a private file's content, None if there is no file or only blanks in it.
+    """Return a private file's content, None if there is none, or only blanks and NULs.
 
-    NULs, which a crash leaves, count as blanks.  A file of ours that others can read is
-    set to 0600 with a warning.  What is no regular file of this user is a StorageError.
+    A file of ours that others can read is set to 0600 with a warning.  What is no
+    regular file of this user is a StorageError.
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
@@ -1678,18 +1669,15 @@ def _reason(error: OSError) -> str:
 
 
 def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
-    """Replace a private file whole, or raise StorageError.  Hold the lock.
-
-    It is on the disk when this returns; a cache is not worth the wait.
-    """
+    """Replace a private file whole, and on the disk but for caches.  Hold the lock."""
     _AtomicFile(path).commit(data, sync=not is_cache)
 
 
 class _AtomicFile:
     """The successor of a private file: made beside it, and renamed over it once whole.
 
-    It can be made before a refresh token is spent, with room on the disk for what comes
-    back: then neither a disk that fills meanwhile nor a mode can cost the answer.
+    Made with room before a refresh token is spent, it can take the answer even if the
+    disk fills meanwhile.
     """
 
     def __init__(self, path: str, *, reserve: bool = False) -> None:
@@ -1828,9 +1816,8 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     """Return a lock that processes and threads share, held until its context ends.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
-    processes hold locks on two files of one name.  Whoever holds it removes what dead
-    processes have left.  Meanwhile the process id is a key of *held*, for the
-    `_AtomicFile` that a check makes for the next save.
+    processes hold locks on two files of one name.  Meanwhile the process id is a key of
+    *held*, for the `_AtomicFile` that a check makes for the next save.
     """
     from contextlib import ExitStack
 
@@ -2086,20 +2073,14 @@ class MemoryStorage:
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a lock between the threads of this process."""
         import threading
-        from contextlib import contextmanager
+        from contextlib import ExitStack
 
         mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
-
-        @contextmanager
-        def hold() -> Iterator[None]:
-            if not mutex.acquire(timeout=timeout):
-                raise Unavailable("another thread holds the lock; try again later")
-            try:
-                yield
-            finally:
-                mutex.release()
-
-        return hold()
+        stack = ExitStack()
+        if not mutex.acquire(timeout=timeout):
+            raise Unavailable("another thread holds the lock; try again later")
+        stack.callback(mutex.release)
+        return stack
 
     def stamp(self) -> object:
         """Return how often the credential has changed."""
@@ -2114,8 +2095,8 @@ class MemoryStorage:
 class _SecretStorage(_RecordStorage):
     """A record in a store of the system, which may be locked, slow or gone at any time.
 
-    An empty file beside the lock tells other processes of a save.  If it cannot be
-    written, they notice when they refresh, which begins with a read.
+    An empty file beside the lock tells other processes of a save; without it, they
+    notice when they refresh.
     """
 
     read_only = False
@@ -2161,10 +2142,9 @@ class _SecretStorage(_RecordStorage):
         return found
 
     def check(self) -> None:
-        """Raise StorageError if a save could not succeed now.
+        """Raise StorageError if a save could not succeed now, by a trial of its size.
 
-        A store that can be read may be full, or refuse writes all the same: so an item
-        of the record's size is written beside it, read back and removed.
+        A store that can be read may be full, or refuse writes.
         """
         beside = f"{self._service} check"
         self._put(beside, b"x" * len(dump_json(self._read_record())))
@@ -2221,10 +2201,9 @@ _LOCKED: Final = frozenset({29, 36, 45, 51, 128, 152, 155, 227, 234})
 class KeychainStorage(_SecretStorage):
     """A credential in the macOS Keychain; any program of this user can have it read.
 
-    Each operation is one process of `security -i` and one line on its stdin, because
-    every user of the machine can read arguments.  Numbers decide, never texts.  The
-    arguments are the item's ``service``, its ``account`` (default: one for each
-    directory of the lock) and the ``lock_path``.  Source: Apple's SecurityTool.
+    Each operation is one process of `security -i` and one line on its stdin: every user
+    of the machine can read arguments.  ``account`` names the item beside ``service``
+    (default: one for each directory of ``lock_path``).  Source: Apple's SecurityTool.
     """
 
     _title = "macOS Keychain"
@@ -2262,10 +2241,7 @@ class KeychainStorage(_SecretStorage):
         return bytes.fromhex(output.decode()) if is_hex else output[:-1]
 
     def _run(self, line: bytes) -> bytes | None:
-        """Return a command's output, or None if it is certain that there is no item.
-
-        All that it prints may hold the secret, so it is never part of an error.
-        """
+        """Return a command's output, which may hold the secret; None: no such item."""
         import re
         import subprocess
 
@@ -2301,9 +2277,8 @@ class KeychainStorage(_SecretStorage):
 class KeyringStorage(_SecretStorage):
     """A credential in the desktop's keyring, through the PyPI package `keyring`.
 
-    That is the Secret Service (GNOME Keyring), KWallet or the Windows Credential
-    Locker, which takes 1,280 characters; any program of the session can read it.  The
-    arguments are those of KeychainStorage.
+    It is the Secret Service, KWallet or the Windows Credential Locker (at most 1,280
+    characters); any program of the session can read it.  Arguments: KeychainStorage's.
     """
 
     _title = "keyring"
@@ -2452,8 +2427,7 @@ def make_storage(kind: str | None = None, directory: str | None = None) -> Stora
     """Return a store by its name: auto, file, keychain or keyring.
 
     None asks CLAUDE_OAUTH_STORE.  auto is the Keychain on macOS, unless
-    CLAUDE_OAUTH_PASSPHRASE_FILE asks for an encrypted file, and a file elsewhere.  An
-    unknown store or an unusable passphrase is a ConfigError.
+    CLAUDE_OAUTH_PASSPHRASE_FILE asks for an encrypted file, and a file elsewhere.
     """
     if kind is None:
         kind = setting("CLAUDE_OAUTH_STORE") or "auto"
