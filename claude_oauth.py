@@ -666,10 +666,7 @@ class Credentials(_Value):
 
 @hides_locals
 class Profile(_Value):
-    """The account and organization of a login.  Times are ISO 8601, as received.
-
-    ``subscription_type`` is None for a kind of organization that is not known here.
-    """
+    """The account and organization of a login.  Times are ISO 8601, as received."""
 
     account_uuid: str
     email: str | None = None
@@ -1561,7 +1558,7 @@ class Storage(Protocol):
         """Raise StorageError if a save could not succeed now, under the same lock."""
 
     def lock(self, timeout: float) -> ContextManager[object]:
-        """Return a lock across processes; Unavailable if entered too late (0: once)."""
+        """Return a lock across processes; Unavailable if not free in time (0: once)."""
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the record may have; None: read it."""
@@ -1732,8 +1729,7 @@ class _AtomicFile:
     def _replace(self, data: bytes) -> None:
         """Rename over the file, or rewrite it in place where that is refused.
 
-        That is a mount of its own, as in containers, a sticky directory, or on Windows
-        another program that has the file open for more than a moment.
+        As for a mount of its own, in a sticky directory, or if it is open on Windows.
         """
         try:
             _try_for_a_while(os.replace, self._temporary, self._real)
@@ -1793,8 +1789,7 @@ def _sync(file: io.BufferedRandom, directory: str) -> None:
 
 
 def _sync_directory(directory: str) -> None:
-    # Not on Windows, nor where it may be written but not read; some network file
-    # systems cannot.  The file itself is on the disk.
+    # Impossible on Windows and some mounts; the file itself is on the disk.
     try:
         fd = os.open(directory, os.O_RDONLY)
     except OSError:
@@ -2308,13 +2303,11 @@ class KeyringStorage(_SecretStorage):
 class FernetCipher:
     """Encrypts with a passphrase: scrypt, then Fernet (AES-128-CBC and HMAC-SHA256).
 
-    Needs the package `cryptography`.  An empty passphrase is a ConfigError.  Source:
-    RFC 7914; OWASP's password storage cheat sheet for the cost.
+    Needs `cryptography`.  Source: RFC 7914; OWASP's password storage cheat sheet.
     """
 
     _COST = (1 << 15, 8, 3)  # scrypt's n, r and p: 32 MiB and some 0.2 s
-    # Before the salt and Fernet's own.  A planted record with another cost could make
-    # reading slow: it is refused.
+    # The text begins with it; a planted record's other cost could make reading slow.
     _START = b"scrypt:%d:%d:%d" % _COST
 
     def __init__(self, passphrase: str | bytes) -> None:

@@ -2731,7 +2731,10 @@ def test_what_is_no_code_is_called_what_it_is(reason):
 
 @pytest.mark.parametrize(
     "paste",
-    ["c" * 16, "c" * 16 + "\nc\nc", "!~" * 8, "X" * 16, "\u2029" + "c" * 16, "c" * 4096],
+    [
+        *("c" * 16, "c" * 16 + "\nc\nc", "!~" * 8, "X" * 16),
+        *("\u2029" + "c" * 16, "c" * 4096),
+    ],
     ids=["shortest", "three-pieces", "ends-of-ascii", "X", "separator", "longest"],
 )
 def test_a_bare_code_at_the_edge_of_what_is_allowed_is_a_code(paste):
@@ -3100,6 +3103,21 @@ def test_no_answer_may_take_longer_than_its_time(scripted_server, call, fault):
     error = failure_of(call, client_for(scripted_server, timeout=0.2))
     assert isinstance(error, claude_oauth.Unavailable)
     assert not scripted_server.exhausted
+
+
+def test_a_look_up_of_the_proxies_exceptions_has_a_time_limit_too():
+    """macOS asks a resolver for them, which may hang."""
+    over = threading.Event()
+
+    class Hanging(requests.Session):
+        def merge_environment_settings(self, *settings):
+            over.wait(LIMIT)
+
+    config = claude_oauth.OAuthConfig(CLIENT_ID, timeout=0.1)
+    error = failure_of("refresh", claude_oauth.OAuthClient(config, session=Hanging()))
+    over.set()
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert "no answer from platform.claude.com in time" in str(error)
 
 
 def test_the_edge_that_refuses_the_user_agent_is_no_logout(scripted_server):
