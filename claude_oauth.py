@@ -118,21 +118,19 @@ SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
 SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
+# Both paths ask for these; the server grants those that fit the account.
 ALL_SCOPES: Final = (
     SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE, SCOPE_USER_INFERENCE,
     SCOPE_USER_SESSIONS_CLAUDE_CODE, SCOPE_USER_MCP_SERVERS, SCOPE_USER_FILE_UPLOAD,
 )
-"""Both paths ask for these; the server grants those that fit the account."""
 CONSOLE_SCOPES: Final = ALL_SCOPES[:2]
-CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]
-"""A Claude.ai subscriber's: all but the one for Console API keys."""
-ALLOWED_SCOPE_EXPANSIONS: Final = ALL_SCOPES[3:]
-"""Scopes that a refresh may add to an older login, without a new login."""
+CLAUDE_AI_SCOPES: Final = ALL_SCOPES[1:]  # all but the one for Console API keys
+ALLOWED_SCOPE_EXPANSIONS: Final = ALL_SCOPES[3:]  # a refresh may add to an older login
 
+# The credential's subscription type for each organization_type of the profile.
 SUBSCRIPTION_TYPES: Final = {
     "claude_" + plan: plan for plan in ("max", "pro", "team", "enterprise")
 }
-"""The credential's subscription type for each organization_type of the profile."""
 
 # The anthropic-beta header that the API requires with an OAuth token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
@@ -287,14 +285,8 @@ def hides_locals(subject: _T) -> _T:
         return subject
 
     def call(*args: Any, **options: Any) -> Any:
-        has_failed = True
-        try:
-            result = function(*args, **options)
-            has_failed = False
-        finally:
-            if has_failed:
-                _clear_frames(sys.exc_info()[1])
-        return result
+        with _FrameCleaner():
+            return function(*args, **options)
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(call, name, getattr(function, name))
@@ -304,18 +296,24 @@ def hides_locals(subject: _T) -> _T:
     return decorated
 
 
-def _clear_frames(error: BaseException | None) -> None:
-    # Not traceback.clear_frames: where no file can be opened, its import would fail.
-    chain = [error]
-    for failure in filter(None, chain):  # grows in the loop
-        step = failure.__traceback__
-        if step and failure is not error and not _clear_frame(step.tb_frame):
-            continue  # the caller is handling it: those frames are the caller's
-        while step:
-            _clear_frame(step.tb_frame)
-            step = step.tb_next
-        others = (failure.__cause__, failure.__context__)
-        chain += [other for other in others if other not in chain]
+class _FrameCleaner:
+    """Clears the frames of an exception that leaves, and of those behind it."""
+
+    def __enter__(self) -> None:
+        """Do nothing yet."""
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _: Any) -> None:
+        # Not traceback.clear_frames: without a free descriptor its import fails.
+        chain = [error]
+        for failure in filter(None, chain):  # grows in the loop
+            step = failure.__traceback__
+            if step and failure is not error and not _clear_frame(step.tb_frame):
+                continue  # the caller is handling it: those frames are the caller's
+            while step:
+                _clear_frame(step.tb_frame)
+                step = step.tb_next
+            others = (failure.__cause__, failure.__context__)
+            chain += [other for other in others if other not in chain]
 
 
 def _clear_frame(frame: FrameType) -> bool:
@@ -363,8 +361,7 @@ class _Value:
         cls = type(self)
         names = cls.__annotations__
         given = {**dict(zip(names, values)), **named}
-        fields = {name: getattr(cls, name) for name in names if hasattr(cls, name)}
-        fields.update(given)
+        fields = {**{k: v for k, v in vars(cls).items() if k in names}, **given}
         if len(given) < len(values) + len(named) or fields.keys() != names.keys():
             got = f"it got {len(values)} values and {sorted(named)}"
             raise TypeError(f"{cls.__name__} takes {', '.join(names)}; {got}")
@@ -669,10 +666,7 @@ class Credentials(_Value):
 
 @hides_locals
 class Profile(_Value):
-    """The account and organization of a login.  Times are ISO 8601, as received.
-
-    ``subscription_type`` is None for a kind of organization that is not known here.
-    """
+    """The account and organization of a login.  Times are ISO 8601, as received."""
 
     account_uuid: str
     email: str | None = None
@@ -709,7 +703,7 @@ class Profile(_Value):
     ) -> Profile | None:
         """Read the part from account.json, with plan and tier from the credential."""
         found: dict[str, Any] = {
-            name: _text_or_flag(record[key]) if key in record else None
+            name: _text_or_flag(record.get(key))
             for name, (_, key) in _PROFILE_FIELDS.items()
         }
         for name in ("subscription_type", "rate_limit_tier"):
@@ -744,13 +738,8 @@ def generate_state() -> str:
 # -- Messages --------------------------------------------------------------------------
 
 
-def parse_json_object(
-    data: bytes, *, lenient: bool = False
-) -> dict[str, object] | None:
-    """Return the JSON object in data, or None if it holds anything else.
-
-    With ``lenient``, broken characters are replaced and control characters accepted.
-    """
+def parse_json_object(data: bytes, *, lenient: bool = False) -> dict[str, Any] | None:
+    """Return the JSON object in data, if need be with broken characters, else None."""
     import json
 
     try:  # a JSONDecodeError carries the whole text, tokens included
@@ -786,8 +775,8 @@ def read_answer(
 ) -> dict[str, object]:
     """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    The grant is spent already: a defect elsewhere must not lose the tokens.  Without
-    the field, an ``error`` in it counts as it does with another status.
+    The grant is spent: a defect elsewhere must not lose the tokens.  Without the field,
+    an ``error`` in it counts as with another status.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
@@ -858,13 +847,11 @@ def error_of_answer(
     request_id: str | None = None,
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
-    """Return the error for an answer, without the secrets that it may quote.
-
-    RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
-    """
+    """Return the error for an answer, without the secrets that it may quote."""
     if b"error code: 1010" in body:
         problem = "the edge refuses this User-Agent"
         return ConfigError(f"{problem}; set user_agent to name your program")
+    # RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
     answer = _object(parse_json_object(body, lenient=True))
     error = _object(answer.get("error"))
     codes = (answer.get("error"), error.get("type"), error.get("code"))
@@ -979,9 +966,8 @@ class GrantedCode(_Value):
 
 
 def parse_callback(query: str, *, state: str) -> str:
-    """Return the code of a callback's query; LoginDenied if it says ``error=``.
+    """Return a callback's code; LoginDenied for ``error=``, else ValueError says why.
 
-    Any other answer is a ValueError, which says why, for a person.
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
     import hmac
@@ -1008,9 +994,8 @@ def parse_callback(query: str, *, state: str) -> str:
 def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
     """Return the code in what a person pasted: `code#state`, a code, or the address.
 
-    Terminals, mail programs and people add to it.  The state vouches for the code
-    beside it; a code without a state has to look like one.  Raises what
-    `parse_callback` does.
+    The state vouches for the code beside it; a code without a state has to look like
+    one.  Raises what `parse_callback` does.
     """
     import re
 
@@ -1118,8 +1103,7 @@ def success_page(account: str | None) -> str:
 def failure_page(reason: str) -> str:
     """Return the page after a login that failed: what happened, and what to do."""
     reason = printable(reason, limit=400)
-    reason = reason[:1].upper() + reason[1:]
-    text = f"{reason}.\nClose this window and see the terminal."
+    text = f"{reason[:1].upper()}{reason[1:]}.\nClose this window and see the terminal."
     return result_page("!", "Sign-in failed", text)
 
 
@@ -1275,11 +1259,11 @@ class OAuthClient:
     def exchange_code(
         self, code: str, *, verifier: str, redirect_uri: str, state: str
     ) -> Credentials:
-        """Trade an authorization code for tokens.  A code works once.
+        """Trade an authorization code for tokens; it works once.
 
         Raises TokenRefused if it is wrong, used or too old; Unavailable or BadAnswer if
-        the answer is not usable, and the code may be spent all the same.  Source: RFC
-        6749 section 4.1.3; the service refuses a request without ``state``.
+        the answer is not usable, and the code may be spent.  Source: RFC 6749 section
+        4.1.3; the service refuses a request without ``state``.
         """
         body = {
             "grant_type": "authorization_code",
@@ -1289,7 +1273,7 @@ class OAuthClient:
             "code_verifier": verifier,
             "state": state,
         }
-        answer = self._send(self.config.token_url, body, field="access_token")
+        answer = self._send(self.config.token_url, body, "access_token")
         granted = Credentials.from_answer(answer, received_at=self._clock())
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
         scopes = granted.scopes or self.config.scopes
@@ -1302,7 +1286,7 @@ class OAuthClient:
 
         Save what this returns before using it: the token that was sent is dead.  Raises
         NotLoggedIn without one; TokenRefused if it is dead, or a scope is out of reach;
-        Unavailable if the answer is not usable, and it may be spent all the same.
+        Unavailable if the answer is not usable, and it may be spent.
         """
         answer = self.request_refresh(credentials, scopes or ())
         renewed = Credentials.from_answer(
@@ -1328,20 +1312,18 @@ class OAuthClient:
         }
         if scopes := tuple(scopes):
             body["scope"] = " ".join(scopes)
-        # Repeated if the connection is dropped: if the server has spent the token, its
-        # successor is lost anyway, and any later try would send the same token.
-        return self._send(self.config.token_url, body, field="access_token", tries=2)
+        return self._send(self.config.token_url, body, "access_token")
 
     def fetch_profile(self, access_token: str) -> Profile:
         """Return the profile; TokenRefused if the token is dead or too narrow."""
         url = self.config.profile_url
-        answer = self._send(url, None, field="account", bearer=access_token, tries=2)
+        answer = self._send(url, None, "account", access_token)
         return Profile.from_answer(answer)
 
     def create_api_key(self, access_token: str) -> str:
         """Create another permanent Console API key; TokenRefused if not allowed."""
         url = self.config.api_key_url
-        answer = self._send(url, {}, field="raw_key", bearer=access_token)
+        answer = self._send(url, {}, "raw_key", access_token)
         if key := _header_text(answer.get("raw_key")):
             return key
         raise BadAnswer("raw_key")
@@ -1358,17 +1340,11 @@ class OAuthClient:
         self._send(self.config.revoke_url, body)
 
     def _send(
-        self,
-        url: str,
-        body: Mapping[str, str] | None,
-        *,
-        field: str = "",
-        bearer: str = "",
-        tries: int = 1,
+        self, url: str, body: Mapping[str, str] | None, field: str = "", token: str = ""
     ) -> dict[str, object]:
         """Send a request; return the answer's JSON object, {} without a field."""
-        status, headers, content = self._answer(url, body, bearer, tries)
-        sent = {"bearer": bearer, **(body or {})}
+        status, headers, content = self._answer(url, body, token)
+        sent = {"bearer": token, **(body or {})}
         names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
         secrets = [sent.get(name, "") for name in names]
         if not 200 <= status < 300:
@@ -1382,25 +1358,24 @@ class OAuthClient:
         return read_answer(status, content, field=field, secrets=secrets)
 
     def _answer(
-        self, url: str, body: Mapping[str, str] | None, bearer: str, tries: int
+        self, url: str, body: Mapping[str, str] | None, token: str
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Return status, headers and content of any answer."""
         from contextlib import ExitStack
 
         headers = {"Accept": "application/json", "User-Agent": self.config.user_agent}
-        if bearer:
-            headers["Authorization"] = f"Bearer {bearer}"
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
             headers["anthropic-beta"] = OAUTH_BETA
         answers: list[requests.Response] = []
-        content = bytearray()
-        # `requests` limits the wait for each packet only: slow headers, or a resolver
-        # that hangs, would hold the lock for ever.
-        deadline = Deadline(3 * self.config.timeout)
-        with ExitStack() as stack:
-            session = self._session or stack.enter_context(import_requests().Session())
-            way, proxies = check_way(url, session)
+        content, way = bytearray(), url.split("/")[2]
 
-            def request() -> None:
+        def request() -> None:
+            nonlocal way
+            with ExitStack() as stack:
+                requests = import_requests()
+                session = self._session or stack.enter_context(requests.Session())
+                way, proxies = check_way(url, session)
                 response = session.request(
                     ("POST", "GET")[body is None],
                     url,
@@ -1414,25 +1389,28 @@ class OAuthClient:
                     allow_redirects=False,
                     stream=True,
                 )
-                answers.append(response)
-                with response:
-                    # In small pieces: urllib3 2 drops the one that is cut.
-                    for piece in response.iter_content(16):
-                        content.extend(piece)
-                        if len(content) >= MAX_ANSWER_BYTES:
-                            break
+                answers.append(stack.enter_context(response))
+                # In small pieces: urllib3 2 drops the one that is cut.
+                for piece in response.iter_content(16):
+                    content.extend(piece)
+                    if len(content) >= MAX_ANSWER_BYTES:
+                        break
 
-            error = None
-            for _ in range(tries):
-                _nothing, failure = call_with_limit(request, deadline.left())
-                error = failure and _error_of_failure(failure, way)
-                # Once an answer has begun, the token is spent.
-                if answers or str(error) != _DROPPED.format(way=way):
-                    break
+        # `requests` limits the wait for each packet only: slow headers, or a resolver
+        # that hangs, would hold the lock for ever.
+        deadline, error = Deadline(3 * self.config.timeout), None
+        # Of two tries the second follows a dropped connection: if the server has spent
+        # a refresh token, its successor is lost, and any later try would send the same.
+        for _ in range(2 if body is None or "refresh_token" in body else 1):
+            _nothing, failure = call_with_limit(request, deadline.left())
+            error = failure and _error_of_failure(failure, way)
+            # Once an answer has begun, the token is spent.
+            if answers or str(error) != _DROPPED.format(way=way):
+                break
         data = bytes(content[:MAX_ANSWER_BYTES])
         # An exception of the session may hold the request, and so the tokens: what is
         # raised has a text alone.  Whole tokens count, whatever comes behind them.
-        if error and not (answers and _fields_of(data)):
+        if error and not _fields_of(data):
             raise error
         return answers[0].status_code, answers[0].headers, data
 
@@ -1445,6 +1423,7 @@ def _without_redirect(request: Any) -> Any:
 
 _DROPPED: Final = "{way} dropped the connection; try again later"
 
+# The text for an exception of a class, or with one inside; the first match counts.
 _FAILURES: Final = {
     "SSLError": "TLS to {way} failed, or its certificate is not trusted; if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
@@ -1457,7 +1436,6 @@ _FAILURES: Final = {
     "ConnectionError": "no connection to {way}; check the network and try again",
     "Exception": "no usable answer from {way} ({kind}); try again later",
 }
-"""The text for an exception of a class, or with one inside; the first match counts."""
 
 
 def _error_of_failure(error: BaseException, way: str) -> BaseException:
@@ -1485,9 +1463,8 @@ def import_requests() -> Any:
 def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
     """Return a text that names the host and its proxy, and the proxies to use.
 
-    Raises:
-        ConfigError: The proxy's URL, or a file that TLS needs, is unusable.  No URL of
-            a proxy is shown: a password may be in it.
+    ConfigError if the proxy's URL, which is not shown (a password may be in it), or a
+    file that TLS needs is unusable.
     """
     import re
     from urllib.parse import urlsplit
@@ -1518,48 +1495,43 @@ def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]
         else "is no usable proxy URL; give it as http://host:port, and write characters"
         " like # ? / [ @ of a password as %23 %3F %2F %5B %40"
     )
-    name = _variable(proxy, "HTTPS_PROXY", "ALL_PROXY")
-    raise ConfigError(f"{name or 'the proxy of the session or the system'} {problem}")
+    name = "the proxy of the session or the system"
+    name = _variable_or(name, proxy, ("HTTPS_PROXY", "ALL_PROXY"))
+    raise ConfigError(f"{name} {problem}")
 
 
+# A proxy's URL that every `requests` takes; the group is its host and port.
 _PROXY_URL: Final = (
     r"(?i)(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?"
     r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?"
 )
-"""A proxy's URL that every `requests` takes; the group is its host and port."""
 
 
-def _check_tls_files(bundle: object, cert: Any) -> None:
+def _check_tls_files(bundle: Any, cert: Any) -> None:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    name = path = ""
     try:
         if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
-            path = str(bundle)
-            name = _variable(path, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-            name = name or "the session's verify"
+            variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
+            name = _variable_or("the session's verify", path, variables)
             context.load_verify_locations(path)
         if cert:
-            files = (cert,) if isinstance(cert, str) else cert
-            name, path = "the session's cert", " and ".join(map(str, files))
-            context.load_cert_chain(*files)
+            name, path = "the session's cert", cert
+            context.load_cert_chain(*([cert] if isinstance(cert, str) else cert))
         if key_log := os.environ.get("SSLKEYLOGFILE"):
             name, path = "SSLKEYLOGFILE", key_log
             context.keylog_filename = key_log
-        return
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "") or type(error).__name__
-    raise ConfigError(
-        f"{name} names {printable(path)}, which cannot be used"
-        f" ({printable(reason).lower()}); correct or unset it"
-    )
+        reason = printable(getattr(error, "strerror", "") or type(error).__name__)
+        text = f"{name} names {printable(path)}, which cannot be used"
+        raise ConfigError(f"{text} ({reason.lower()}); correct or unset it") from None
 
 
-def _variable(value: str, *names: str) -> str:
-    """Return the variable of the environment that has this value, if one has."""
-    found = (n for n, v in sorted(os.environ.items()) if v == value)
-    return next((name for name in found if name.upper() in names), "")
+def _variable_or(name: str, value: str, variables: Iterable[str]) -> str:
+    """Return the variable of the environment that has this value, or the name."""
+    same = (n for n, v in sorted(os.environ.items()) if v == value)
+    return next((found for found in same if found.upper() in variables), name)
 
 
 # -- Storage ---------------------------------------------------------------------------
@@ -1586,7 +1558,7 @@ class Storage(Protocol):
         """Raise StorageError if a save could not succeed now, under the same lock."""
 
     def lock(self, timeout: float) -> ContextManager[object]:
-        """Return a lock across processes; Unavailable if entered too late (0: once)."""
+        """Return a lock across processes; Unavailable if not free in time (0: once)."""
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the record may have; None: read it."""
@@ -1623,9 +1595,7 @@ def warn(message: str, *, once: bool = False) -> None:
         _WARNED.add(message)
 
 
-_WARNED: Final[set[str]] = set()
-"""What this process says only once."""
-
+_WARNED: Final[set[str]] = set()  # what this process says only once
 _NO_MODES: Final = "others can read this, by its mode; set its mode to 0600 if you can"
 
 
@@ -1656,10 +1626,10 @@ def _make_directory(path: str) -> None:
 def read_private(
     path: str, *, is_ours: bool = True, any_owner: bool = False
 ) -> bytes | None:
-    """Return a private file's content, None if there is no file or only blanks in it.
+    """Return a private file's content, None if there is none, or only blanks and NULs.
 
-    NULs, which a crash leaves, count as blanks.  A file of ours that others can read is
-    set to 0600 with a warning.  What is no regular file of this user is a StorageError.
+    A file of ours that others can read is set to 0600 with a warning.  What is no
+    regular file of this user is a StorageError.
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
@@ -1696,18 +1666,15 @@ def _reason(error: OSError) -> str:
 
 
 def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
-    """Replace a private file whole, or raise StorageError.  Hold the lock.
-
-    It is on the disk when this returns; a cache is not worth the wait.
-    """
+    """Replace a private file whole, and on the disk but for caches.  Hold the lock."""
     _AtomicFile(path).commit(data, sync=not is_cache)
 
 
 class _AtomicFile:
     """The successor of a private file: made beside it, and renamed over it once whole.
 
-    It can be made before a refresh token is spent, with room on the disk for what comes
-    back: then neither a disk that fills meanwhile nor a mode can cost the answer.
+    Made with room before a refresh token is spent, it can take the answer even if the
+    disk fills meanwhile.
     """
 
     def __init__(self, path: str, *, reserve: bool = False) -> None:
@@ -1762,8 +1729,7 @@ class _AtomicFile:
     def _replace(self, data: bytes) -> None:
         """Rename over the file, or rewrite it in place where that is refused.
 
-        That is a mount of its own, as in containers, a sticky directory, or on Windows
-        another program that has the file open for more than a moment.
+        As for a mount of its own, in a sticky directory, or if it is open on Windows.
         """
         try:
             _try_for_a_while(os.replace, self._temporary, self._real)
@@ -1782,9 +1748,7 @@ class _AtomicFile:
             _sync(file, self._directory)
 
 
-RESERVED_BYTES: Final = 16384
-"""Room for what a credential's successor may be longer."""
-
+RESERVED_BYTES: Final = 16384  # room for what a credential's successor may be longer
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 
 
@@ -1825,8 +1789,7 @@ def _sync(file: io.BufferedRandom, directory: str) -> None:
 
 
 def _sync_directory(directory: str) -> None:
-    # Not on Windows, nor where it may be written but not read; some network file
-    # systems cannot.  The file itself is on the disk.
+    # Impossible on Windows and some mounts; the file itself is on the disk.
     try:
         fd = os.open(directory, os.O_RDONLY)
     except OSError:
@@ -1844,72 +1807,61 @@ def _quietly(function: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
-def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager[None]:
-    """Return a lock that processes and threads share, held while its context lasts.
+def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager[Any]:
+    """Return a lock that processes and threads share, held until its context ends.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
-    processes hold locks on two files of one name.  Whoever holds it removes what dead
-    processes have left.  Meanwhile the process id is a key of *held*, for the
-    `_AtomicFile` that a check makes for the next save.
+    processes hold locks on two files of one name.  Meanwhile the process id is a key of
+    *held*, for the `_AtomicFile` that a check makes for the next save.
     """
-    from contextlib import contextmanager
+    from contextlib import ExitStack
 
-    @contextmanager
-    def hold() -> Iterator[None]:
-        deadline = Deadline(timeout)
-        # The kernel's lock has no time limit to wait with, so this tries again: a
-        # signal gets through at once, and nothing is left behind when the time is over.
-        while (file := _open_locked(path)) is None:
-            if deadline.passed():
-                raise Unavailable(f"another process holds the lock {path}; try later")
-            time.sleep(min(0.005, deadline.left()))
-        pid = os.getpid()
-        with file:
-            held[pid] = None
-            try:
-                yield
-            finally:
-                left = held.pop(pid)
-                # Not in a child that was forked under the lock: its parent holds it.
-                if pid == os.getpid():
-                    _release(file, path, left)
-
-    return hold()
+    deadline, stack = Deadline(timeout), ExitStack()
+    # The kernel's lock has no time limit to wait with, so this tries again: a signal
+    # gets through at once, and nothing is left behind when the time is over.
+    while (file := _open_locked(path)) is None:
+        if deadline.passed():
+            raise Unavailable(f"another process holds the lock {path}; try later")
+        time.sleep(min(0.005, deadline.left()))
+    held[os.getpid()] = None
+    stack.callback(_release, stack.enter_context(file), path, held, os.getpid())
+    return stack
 
 
 def _open_locked(path: str) -> io.BufferedRandom | None:
     """Open a lock file and lock it; return None if somebody else holds the lock."""
+    file = None
     try:
         file = _open_private(path, getattr(os, "O_NOFOLLOW", 0))
-        try:
-            if sys.platform == "win32":
-                import msvcrt
+        if sys.platform == "win32":
+            import msvcrt
 
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-                # Not lockf: it is lost as soon as any descriptor of the file is closed,
-                # and does not keep threads apart.
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            # On Windows EACCES or EDEADLK, and under Wine anything that came before.
-            is_windows_fault = error.errno in (errno.EBADF, errno.EINVAL)
-            is_held = os.name == "nt" and not is_windows_fault
-            if is_held or error.errno == errno.EAGAIN:
-                return None
-            raise
+            # Not lockf: it is lost as soon as any descriptor of the file is closed,
+            # and does not keep threads apart.
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        # On Windows EACCES or EDEADLK, and under Wine anything that came before.
+        is_odd = os.name != "nt" or error.errno in (errno.EBADF, errno.EINVAL)
+        if file:
+            file.close()
+            if error.errno == errno.EAGAIN or not is_odd:
+                return None
         text = f"cannot lock {path}: {_reason(error)}; choose another directory"
         raise StorageError(text) from None
     return file
 
 
-def _release(file: io.BufferedRandom, path: str, left: _AtomicFile | None) -> None:
+def _release(file: Any, path: str, held: dict[int, Any], pid: int) -> None:
     """Remove what this and dead processes have left beside a lock, and unlock it."""
     import glob
 
+    left = held.pop(pid)
+    if pid != os.getpid():
+        return  # a child that was forked under the lock: its parent holds it
     if left:
         left.discard()
     directory = glob.escape(os.path.dirname(path))
@@ -1929,10 +1881,8 @@ class _RecordStorage:
 
     _read_record: Callable[[], dict[str, object]]
     _write_record: Callable[[dict[str, object]], None]
-    _watched: str
-    """The file that changes when the record does."""
-    _cure: ClassVar[str]
-    """What helps against a damaged record."""
+    _watched: str  # the file that changes when the record does
+    _cure: ClassVar[str]  # what helps against a damaged record
     describe: Callable[[], str]
 
     def load(self) -> Credentials | None:
@@ -1995,8 +1945,8 @@ class FileStorage(_RecordStorage):
         self.path = self._watched = absolute_path(path)
         self.read_only = read_only
         self._cipher = cipher
+        # By the process that holds the lock: the file that its next save will use.
         self._reserved: dict[int, _AtomicFile | None] = {}
-        """By the process that holds the lock: the file that its next save will use."""
 
     @property
     def account_file(self) -> str | None:
@@ -2029,7 +1979,7 @@ class FileStorage(_RecordStorage):
         if left:
             left.discard()
 
-    def lock(self, timeout: float) -> ContextManager[None]:
+    def lock(self, timeout: float) -> ContextManager[object]:
         """Return the lock of the file's folder: a file named ``lock`` in it."""
         self._refuse_if_read_only()
         folder = os.path.dirname(os.path.realpath(self.path))
@@ -2093,8 +2043,8 @@ class MemoryStorage:
 
     def __init__(self, credentials: Credentials | None = None) -> None:
         self._stored = credentials
+        # By process: nobody in a forked child would free its parent's.
         self._mutexes: dict[int, threading.Lock] = {}
-        """By process: nobody in a forked child would free its parent's."""
         self._changes = 0
 
     def load(self) -> Credentials | None:
@@ -2118,20 +2068,14 @@ class MemoryStorage:
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a lock between the threads of this process."""
         import threading
-        from contextlib import contextmanager
+        from contextlib import ExitStack
 
         mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
-
-        @contextmanager
-        def hold() -> Iterator[None]:
-            if not mutex.acquire(timeout=timeout):
-                raise Unavailable("another thread holds the lock; try again later")
-            try:
-                yield
-            finally:
-                mutex.release()
-
-        return hold()
+        stack = ExitStack()
+        if not mutex.acquire(timeout=timeout):
+            raise Unavailable("another thread holds the lock; try again later")
+        stack.callback(mutex.release)
+        return stack
 
     def stamp(self) -> object:
         """Return how often the credential has changed."""
@@ -2146,17 +2090,17 @@ class MemoryStorage:
 class _SecretStorage(_RecordStorage):
     """A record in a store of the system, which may be locked, slow or gone at any time.
 
-    An empty file beside the lock tells other processes of a save.  If it cannot be
-    written, they notice when they refresh, which begins with a read.
+    An empty file beside the lock tells other processes of a save; without it, they
+    notice when they refresh.
     """
 
     read_only = False
     _cure = "`claude-oauth logout` removes it"
+    # Its name, and what helps where it cannot be used, or is locked.
     _title = _hint = _unlock = ""
-    """Its name, and what helps where it cannot be used, or is locked."""
+    # Does "get", "set" (with data) or "delete" for a service's item.  None: it is
+    # certain that there is no such item.
     _call: Callable[..., bytes | None]
-    """Does "get", "set" (with data) or "delete" for a service's item.  None: it is
-    certain that there is no such item."""
 
     def __init__(
         self,
@@ -2171,8 +2115,7 @@ class _SecretStorage(_RecordStorage):
         directory = os.path.dirname(self._lock_path)
         self.account_file = os.path.join(directory, "account.json")
         self._watched = os.path.join(directory, "store.changed")
-        self.time_limit = STORE_TIMEOUT
-        """Seconds for one operation; give more if a person can answer."""
+        self.time_limit = STORE_TIMEOUT  # give more if a person can answer
         if account is None:
             import hashlib
 
@@ -2194,16 +2137,15 @@ class _SecretStorage(_RecordStorage):
         return found
 
     def check(self) -> None:
-        """Raise StorageError if a save could not succeed now.
+        """Raise StorageError if a save could not succeed now, by a trial of its size.
 
-        A store that can be read may be full, or refuse writes all the same: so an item
-        of the record's size is written beside it, read back and removed.
+        A store that can be read may be full, or refuse writes.
         """
         beside = f"{self._service} check"
         self._put(beside, b"x" * len(dump_json(self._read_record())))
         self._call("delete", beside)
 
-    def lock(self, timeout: float) -> ContextManager[None]:
+    def lock(self, timeout: float) -> ContextManager[object]:
         """Return the lock of the directory: a file named ``lock`` in it."""
         return file_lock(self._lock_path, timeout, {})
 
@@ -2240,30 +2182,23 @@ class _SecretStorage(_RecordStorage):
         return kind(f"the {self._title} {text}, or {_USE_FILE}")
 
 
-STORE_TIMEOUT: Final = 10.0
-"""Seconds for one operation: a dialog that nobody sees waits for ever."""
-
 _USE_FILE: Final = "choose a file with `--store file`"
-
-SECURITY: Final = "/usr/bin/security"
-"""The Keychain's program by its whole path: the first on PATH could be anybody's."""
-
+STORE_TIMEOUT: Final = 10.0  # seconds: a dialog that nobody sees waits for ever
+SECURITY: Final = "/usr/bin/security"  # the first on PATH could be anybody's
+# Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
+# that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c.
 SECURITY_LINE: Final = 4094
-"""Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
-that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c."""
-
+# What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
+# -U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h.
 _LOCKED: Final = frozenset({29, 36, 45, 51, 128, 152, 155, 227, 234})
-"""What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
--U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h."""
 
 
 class KeychainStorage(_SecretStorage):
     """A credential in the macOS Keychain; any program of this user can have it read.
 
-    Each operation is one process of `security -i` and one line on its stdin, because
-    every user of the machine can read arguments.  Numbers decide, never texts.  The
-    arguments are the item's ``service``, its ``account`` (default: one for each
-    directory of the lock) and the ``lock_path``.  Source: Apple's SecurityTool.
+    Each operation is one process of `security -i` and one line on its stdin: every user
+    of the machine can read arguments.  ``account`` names the item beside ``service``
+    (default: one for each directory of ``lock_path``).  Source: Apple's SecurityTool.
     """
 
     _title = "macOS Keychain"
@@ -2301,10 +2236,7 @@ class KeychainStorage(_SecretStorage):
         return bytes.fromhex(output.decode()) if is_hex else output[:-1]
 
     def _run(self, line: bytes) -> bytes | None:
-        """Return a command's output, or None if it is certain that there is no item.
-
-        All that it prints may hold the secret, so it is never part of an error.
-        """
+        """Return a command's output, which may hold the secret; None: no such item."""
         import re
         import subprocess
 
@@ -2340,9 +2272,8 @@ class KeychainStorage(_SecretStorage):
 class KeyringStorage(_SecretStorage):
     """A credential in the desktop's keyring, through the PyPI package `keyring`.
 
-    That is the Secret Service (GNOME Keyring), KWallet or the Windows Credential
-    Locker, which takes 1,280 characters; any program of the session can read it.  The
-    arguments are those of KeychainStorage.
+    It is the Secret Service, KWallet or the Windows Credential Locker (at most 1,280
+    characters); any program of the session can read it.  Arguments: KeychainStorage's.
     """
 
     _title = "keyring"
@@ -2372,16 +2303,12 @@ class KeyringStorage(_SecretStorage):
 class FernetCipher:
     """Encrypts with a passphrase: scrypt, then Fernet (AES-128-CBC and HMAC-SHA256).
 
-    Needs the package `cryptography`.  An empty passphrase is a ConfigError.  Source:
-    RFC 7914; OWASP's password storage cheat sheet for the cost.
+    Needs `cryptography`.  Source: RFC 7914; OWASP's password storage cheat sheet.
     """
 
-    _COST = (1 << 15, 8, 3)
-    """scrypt's n, r and p: 32 MiB and some 0.2 s."""
-
+    _COST = (1 << 15, 8, 3)  # scrypt's n, r and p: 32 MiB and some 0.2 s
+    # The text begins with it; a planted record's other cost could make reading slow.
     _START = b"scrypt:%d:%d:%d" % _COST
-    """What the text begins with; the salt and Fernet's own follow.  No other cost is
-    taken: a planted record could make reading slow."""
 
     def __init__(self, passphrase: str | bytes) -> None:
         if isinstance(passphrase, str):
@@ -2391,8 +2318,7 @@ class FernetCipher:
         self._fernet = import_package("cryptography.fernet")
         self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
-        self._boxes: dict[bytes, Any] = {}
-        """What encrypts, by salt: deriving a key is slow on purpose."""
+        self._boxes: dict[bytes, Any] = {}  # by salt: to derive a key is slow
 
     def encrypt(self, data: bytes) -> bytes:
         """Return ASCII text that carries the cost and the salt along."""
@@ -2490,23 +2416,16 @@ def default_storage() -> Storage:
 
 
 @hides_locals
-def make_storage(
-    kind: str | None = None,
-    directory: str | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-) -> Storage:
+def make_storage(kind: str | None = None, directory: str | None = None) -> Storage:
     """Return a store by its name: auto, file, keychain or keyring.
 
     None asks CLAUDE_OAUTH_STORE.  auto is the Keychain on macOS, unless
-    CLAUDE_OAUTH_PASSPHRASE_FILE asks for an encrypted file, and a file elsewhere.  An
-    unknown store or an unusable passphrase is a ConfigError.
+    CLAUDE_OAUTH_PASSPHRASE_FILE asks for an encrypted file, and a file elsewhere.
     """
     if kind is None:
-        kind = setting("CLAUDE_OAUTH_STORE", environ) or "auto"
-    chosen = default_directory(environ) if directory is None else directory
-    directory = absolute_path(chosen)
-    passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE", environ)
+        kind = setting("CLAUDE_OAUTH_STORE") or "auto"
+    directory = absolute_path(default_directory() if directory is None else directory)
+    passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE")
     if kind == "auto":
         kind = "file" if sys.platform != "darwin" or passphrase_file else "keychain"
     if kind == "file":

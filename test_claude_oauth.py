@@ -1226,7 +1226,7 @@ def test_a_guarded_call_holds_what_its_caller_passed_and_no_more():
         claude_oauth.hides_locals(spend)("sesame")
     (own,) = [found for name, found in traceback_of(caught.value) if name == "call"]
     assert (own["args"], own["options"]) == (("sesame",), {})
-    assert set(own) == {"args", "options", "function", "has_failed"}
+    assert set(own) == {"args", "options", "function"}
 
 
 def test_the_errors_that_a_caller_handles_are_left_alone():
@@ -3105,6 +3105,21 @@ def test_no_answer_may_take_longer_than_its_time(scripted_server, call, fault):
     assert not scripted_server.exhausted
 
 
+def test_a_look_up_of_the_proxies_exceptions_has_a_time_limit_too():
+    """macOS asks a resolver for them, which may hang."""
+    over = threading.Event()
+
+    class Hanging(requests.Session):
+        def merge_environment_settings(self, *settings):
+            over.wait(LIMIT)
+
+    config = claude_oauth.OAuthConfig(CLIENT_ID, timeout=0.1)
+    error = failure_of("refresh", claude_oauth.OAuthClient(config, session=Hanging()))
+    over.set()
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert "no answer from platform.claude.com in time" in str(error)
+
+
 def test_the_edge_that_refuses_the_user_agent_is_no_logout(scripted_server):
     scripted_server.add(403, "error code: 1010")
     error = failure_of("refresh", client_for(scripted_server))
@@ -3619,7 +3634,7 @@ def own_frames(error):
             if step.tb_frame.f_code.co_filename == claude_oauth.__file__:
                 shown = dict(step.tb_frame.f_locals)
                 if step.tb_frame.f_code.co_name == "call":
-                    own = ("args", "options", "has_failed", "function")
+                    own = ("args", "options", "function")
                     shown = {k: v for k, v in shown.items() if k not in own}
                 found.append((step.tb_frame.f_code.co_name, shown))
             step = step.tb_next
@@ -4176,20 +4191,22 @@ UNEXPANDED = {
 
 
 @pytest.mark.parametrize("path", UNEXPANDED.values(), ids=UNEXPANDED)
-def test_what_is_no_path_is_refused_wherever_one_is_given(path, home):
+def test_what_is_no_path_is_refused_wherever_one_is_given(path, home, monkeypatch):
     calls = [
         lambda: claude_oauth.FileStorage(path),
         lambda: claude_oauth.KeychainStorage(lock_path=path),
         lambda: claude_oauth.KeyringStorage(lock_path=path),
         lambda: claude_oauth.make_storage("file", path),
     ]
-    for name in ("OAUTH_DIR", "CONFIG_DIR", "OAUTH_PASSPHRASE_FILE"):
-        if path.strip():
-            environ = {f"CLAUDE_{name}": path}
-            calls.append(lambda e=environ: claude_oauth.make_storage("file", environ=e))
     for call in calls:
         with pytest.raises(claude_oauth.ConfigError, match="is no path"):
             call()
+    for name in ("OAUTH_DIR", "CONFIG_DIR", "OAUTH_PASSPHRASE_FILE"):
+        if path.strip() and "\0" not in path:
+            with monkeypatch.context() as environ:
+                environ.setenv(f"CLAUDE_{name}", path)
+                with pytest.raises(claude_oauth.ConfigError, match="is no path"):
+                    claude_oauth.make_storage("file")
     assert not list(home.iterdir())
 
 
@@ -6949,14 +6966,14 @@ def test_a_cipher_shows_no_passphrase(passphrase_file):
     assert "sesame" not in repr(claude_oauth.FernetCipher("open sesame"))
 
 
-def test_a_passphrase_may_be_a_file_of_the_system(tmp_path):
+def test_a_passphrase_may_be_a_file_of_the_system(tmp_path, monkeypatch):
     pytest.importorskip("cryptography")
     path = put_bytes(tmp_path / "passphrase", b"open sesame\r\n")
     if os.name == "posix" and os.geteuid() == 0:
         os.chown(path, 65534, 65534)
     path.chmod(0o440)
-    environ = {"CLAUDE_OAUTH_PASSPHRASE_FILE": f"{path}\r\n"}
-    store = claude_oauth.make_storage("file", str(tmp_path), environ=environ)
+    monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", f"{path}\r\n")
+    store = claude_oauth.make_storage("file", str(tmp_path))
     store.save(credentials_of_size(100))
     assert store.load() == credentials_of_size(100)
     assert mode_of(path) == 0o440
@@ -6976,14 +6993,14 @@ BAD_PASSPHRASES = {
 
 @needs_posix
 @pytest.mark.parametrize("make", BAD_PASSPHRASES.values(), ids=BAD_PASSPHRASES)
-def test_a_passphrase_file_without_a_passphrase_is_refused(tmp_path, make):
+def test_a_passphrase_file_without_a_passphrase_is_refused(tmp_path, monkeypatch, make):
     path = tmp_path / "there" / "passphrase"
     if make is not BAD_PASSPHRASES["below a file"]:
         path.parent.mkdir()
     make(path)
-    environ = {"CLAUDE_OAUTH_PASSPHRASE_FILE": str(path)}
+    monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", str(path))
     with pytest.raises(claude_oauth.ConfigError, match=re.escape(str(path))):
-        claude_oauth.make_storage("file", environ=environ)
+        claude_oauth.make_storage("file")
 
 
 def test_a_passphrase_file_that_others_can_read_is_used_with_a_warning(
@@ -7114,8 +7131,10 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("name", "environ", "expected"), CHOICES.values(), ids=CHOICES)
-def test_a_store_is_chosen(name, environ, expected, tmp_path):
-    store = claude_oauth.make_storage(name, str(tmp_path), environ=environ)
+def test_a_store_is_chosen(name, environ, expected, tmp_path, monkeypatch):
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    store = claude_oauth.make_storage(name, str(tmp_path))
 
     assert type(store).__name__ == expected
     assert store.account_file == str(tmp_path / "account.json")
@@ -7128,10 +7147,11 @@ def test_the_platform_chooses_where_nobody_does():
 
 
 @pytest.mark.parametrize("kind", ["vault", "", " ", "secret-service", "File"])
-def test_an_unknown_store_is_refused_with_those_that_there_are(kind):
+def test_an_unknown_store_is_refused_with_those_that_there_are(kind, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_STORE", "file")
     words = "auto, file, keychain or keyring"
     with pytest.raises(claude_oauth.ConfigError, match=words):
-        claude_oauth.make_storage(kind, environ={"CLAUDE_OAUTH_STORE": "file"})
+        claude_oauth.make_storage(kind)
 
 
 # -- Sign-in: the listener -------------------------------------------------------------
