@@ -425,8 +425,12 @@ class OAuthConfig(_Value):
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
         """Return the settings for a server that has every endpoint at one origin."""
         origin = origin.rstrip("/")
-        if origin.count("/") != 2 or "?" in origin or "#" in origin:
-            raise ConfigError("a server is given as https://host:port, without a path")
+        is_origin = origin.count("/") == 2 and not set("?#@") & set(origin)
+        if not is_origin or not may_carry_token(origin):
+            raise ConfigError(
+                "the server (CLAUDE_OAUTH_SERVER) must be like https://host:port, with"
+                " no path; plain http is for loopback alone"
+            )
         endpoints = {
             name: f"{origin}/{url.split('/', 3)[3]}"
             for name, url in vars(OAuthConfig).items()
@@ -1159,10 +1163,6 @@ class Deadline:
         """Return the seconds that are left, 0 when it has passed."""
         return max(self._ends - time.monotonic(), 0.0)
 
-    def passed(self) -> bool:
-        """Tell whether the limit is reached."""
-        return self.left() == 0
-
 
 def call_with_limit(
     function: Callable[[], _T], seconds: float
@@ -1814,18 +1814,26 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     processes hold locks on two files of one name.  Meanwhile the process id is a key of
     *held*, for the `_AtomicFile` that a check makes for the next save.
     """
-    from contextlib import ExitStack
+    from contextlib import contextmanager
 
-    deadline, stack = Deadline(timeout), ExitStack()
-    # The kernel's lock has no time limit to wait with, so this tries again: a signal
-    # gets through at once, and nothing is left behind when the time is over.
-    while (file := _open_locked(path)) is None:
-        if deadline.passed():
-            raise Unavailable(f"another process holds the lock {path}; try later")
-        time.sleep(min(0.005, deadline.left()))
-    held[os.getpid()] = None
-    stack.callback(_release, stack.enter_context(file), path, held, os.getpid())
-    return stack
+    @contextmanager
+    def hold() -> Iterator[None]:
+        deadline = Deadline(timeout)
+        # The kernel's lock has no time limit to wait with, so this tries again: a
+        # signal gets through at once, and nothing is left behind at the end.
+        while (file := _open_locked(path)) is None:
+            if not deadline.left():
+                raise Unavailable(f"another process holds the lock {path}; try later")
+            time.sleep(min(0.005, deadline.left()))
+        pid = os.getpid()
+        with file:
+            held[pid] = None
+            try:
+                yield
+            finally:
+                _release(file, path, held, pid)
+
+    return hold()
 
 
 def _open_locked(path: str) -> io.BufferedRandom | None:
@@ -2068,14 +2076,20 @@ class MemoryStorage:
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a lock between the threads of this process."""
         import threading
-        from contextlib import ExitStack
+        from contextlib import contextmanager
 
         mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
-        stack = ExitStack()
-        if not mutex.acquire(timeout=timeout):
-            raise Unavailable("another thread holds the lock; try again later")
-        stack.callback(mutex.release)
-        return stack
+
+        @contextmanager
+        def hold() -> Iterator[None]:
+            if not mutex.acquire(timeout=timeout):
+                raise Unavailable("another thread holds the lock; try again later")
+            try:
+                yield
+            finally:
+                mutex.release()
+
+        return hold()
 
     def stamp(self) -> object:
         """Return how often the credential has changed."""
@@ -2467,7 +2481,6 @@ MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corre
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
-
 # Browsers that would take the terminal for themselves.
 TEXT_BROWSERS: Final = (
     r"(?<![\w-])"
@@ -2535,7 +2548,7 @@ def make_server(
             self.connection.shutdown(socket.SHUT_WR)
             deadline = Deadline(1.0)
             self.connection.settimeout(1.0)
-            while self.connection.recv(65536) and not deadline.passed():
+            while self.connection.recv(65536) and deadline.left():
                 pass
 
         def send_error(
@@ -2569,14 +2582,12 @@ def make_server(
 
 
 def respond(request: Any, status: int, page: str, **headers: str) -> None:
-    """Send a page that has no banner, for no cache and no other site to learn of.
-
-    Source: Content Security Policy Level 3 (style by its hash).
-    """
+    """Send a page that has no banner, for no cache and no other site to learn of."""
     import base64
     import hashlib
 
     body = page.encode("utf-8", "replace")
+    # Source: Content Security Policy Level 3 (style by its hash).
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     all_headers = {
         "Content-Type": "text/html; charset=utf-8",
@@ -2607,7 +2618,7 @@ def _read_head(sock: socket.socket) -> bytes:
     while b"\n\n" not in head.replace(b"\r", b""):
         sock.settimeout(deadline.left() + 0.001)
         chunk = sock.recv(65536)
-        if not chunk or deadline.passed():
+        if not chunk or not deadline.left():
             return b""
         head += chunk
         if not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
@@ -2837,12 +2848,10 @@ def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]
 
 
 def python_program() -> str | None:
-    """Return the Python that may be started as a child, None if there is none.
-
-    A frozen program (PyInstaller, Nuitka) or one that embeds Python (QGIS) is not one.
-    """
+    """Return the Python that may be started as a child; None if this is no Python."""
     import re
 
+    # A frozen program (PyInstaller, Nuitka), or one that embeds Python (QGIS).
     name = os.path.basename(sys.executable or "").lower()
     is_compiled = getattr(sys, "frozen", False) or "__compiled__" in globals()
     is_python = re.fullmatch(r"(python|pypy)[\d.]*[a-z]?(\.exe)?", name)
@@ -3022,10 +3031,7 @@ class _PastePrompt:
         return self.is_open and (is_line or len(self._held) > 2 * MAX_PASTE_CHARS)
 
     def take(self) -> GrantedCode | None:
-        """Return the code in what was pasted, once it is known to be whole.
-
-        With its state it is.  Anything else may go on, until a moment of silence.
-        """
+        """Return the code in what was pasted, once its state or silence ends it."""
         if not self.has_line():
             return None
         text = self._held.decode("utf-8", "replace")
@@ -3134,10 +3140,7 @@ def obtain_code(
         url_for: Returns the authorize URL for a redirect_uri.
         port: The one that was asked for, 0 if none: that alone counts as a way.
 
-    Raises:
-        LoginDenied: The server answered with an error.
-        LoginTimeout: Nobody finished within `timeout` seconds.
-        LoginCancelled: Neither a browser nor a paste can bring a code.
+    Raises LoginDenied, LoginTimeout, or LoginCancelled if no way to answer is left.
     """
     deadline = Deadline(timeout)
     automatic_url = url_for(listener.redirect_uri) if listener else ""
@@ -3147,7 +3150,7 @@ def obtain_code(
     browser = _Browser(open_browser, prompt.wake)
 
     def check_that_a_way_is_left() -> None:
-        if deadline.passed():
+        if not deadline.left():
             raise LoginTimeout(TOO_LATE)
         if not prompt.is_open and not (listener and (port or browser.is_open)):
             raise LoginCancelled(
@@ -3469,11 +3472,8 @@ class StoreView:
     def look(self) -> Credentials | None:
         """Return the login in force; read the store only if it may have changed.
 
-        While the store fails, what was read before is served, with one warning: a
-        failure never means "not logged in".
-
-        Raises:
-            StorageError: The store fails, and nothing was read before.
+        While it fails, what was read before is served, with one warning; a StorageError
+        if that is nothing: a failure never means "not logged in".
         """
         if self._pid != os.getpid():
             # Forked: the parent saves what is pending, and refreshes it as well.
@@ -3543,20 +3543,17 @@ class StoreView:
         return served
 
     def _load(self, known: Credentials | None) -> Credentials | None:
-        """Read the store; while that fails, return what is known.
-
-        After a slow failure it is not read for a while: it may have shown a dialog.
-        """
+        """Read the store; while that fails, return what is known."""
         began = time.monotonic()
         try:
-            if self._failure and not self._failed_until.passed():
+            if self._failure and self._failed_until.left():
                 raise _copy_of(self._failure)
             found = self.storage.load()
             self._failure = None
             return found
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
-            if took > SLOW_FAILURE:
+            if took > SLOW_FAILURE:  # a dialog was shown, maybe: not again at once
                 self._failed_until = Deadline(5 * took)
             if known and not self._failure:
                 warn(f"{error} (going on with what was read before)")
@@ -3578,9 +3575,8 @@ class StoreView:
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
     """Call a function to its end, although a signal tells the program to end.
 
-    In the main thread signals come afterwards, except SIGQUIT, as a way out.  Another
-    thread gets none, but the program may end: then its exit waits.  SIGKILL, and a
-    SIGTERM while this runs in another thread, cannot be deferred.
+    In the main thread signals come afterwards, but for SIGQUIT.  Another thread gets
+    none: then the program's exit waits, but neither for SIGKILL nor for SIGTERM.
     """
     import atexit
     import signal
@@ -3682,10 +3678,8 @@ class Refresher:
     ) -> tuple[Credentials, bool]:
         """Return a valid login, and whether this call has refreshed it.
 
-        While the present token is valid, it is returned rather than wait or fail.
-
-        Args:
-            other_than: An access token to replace, however long it is valid.
+        While the present token is valid, it is returned rather than wait or fail.  A
+        token that is *other_than* the given one is wanted, however long that is valid.
         """
         is_alive = other_than is None and seconds_left(present, self._clock()) > 0
         limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
@@ -3818,8 +3812,7 @@ class OAuthService:
         storage: Default: the platform's store, see ``default_storage``.
         session: A ``requests.Session`` for this service's own requests.
         account_file: Where the account is cached, and the pauses that processes share.
-            Default: what the storage says (``account_file``); in memory if it says
-            nothing.
+            Default: the storage's ``account_file``; in memory if it has none.
         flush_telemetry: Called at logout, before anything is deleted, with the seconds
             that it may take.
         clock: Seconds since the epoch.
@@ -4342,11 +4335,7 @@ SIGNS_IN: Final = (
 
 
 def environment_token() -> str | None:
-    """Return the token that CLAUDE_OAUTH_TOKEN holds, None if it is unset or blank.
-
-    Raises:
-        ConfigError: Its value is not a token.
-    """
+    """Return CLAUDE_OAUTH_TOKEN, None if it is unset; ConfigError if it is no token."""
     value = setting("CLAUDE_OAUTH_TOKEN")
     return clean_token(value) if value else None
 

@@ -1494,6 +1494,7 @@ BAD_ORIGINS = {
 def test_a_server_that_is_not_safe_is_refused(origin):
     with pytest.raises(claude_oauth.ConfigError) as caught:
         claude_oauth.OAuthConfig.for_server(origin, client_id=CLIENT_ID)
+    assert "CLAUDE_OAUTH_SERVER" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
@@ -15539,7 +15540,7 @@ def test_the_module_is_no_larger_than_the_readme_promises():
     promise = re.search(r"at most ([\d,]+) lines", README_TEXT)[1]
     lines = MODULE.read_text("utf-8").splitlines()
 
-    assert len(lines) <= int(promise.replace(",", ""))
+    assert len(lines) <= int(promise.replace(",", "")) <= 5200
 
 
 def test_the_readme_is_read_in_one_sitting():
