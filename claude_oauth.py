@@ -134,7 +134,7 @@ SUBSCRIPTION_TYPES: Final = {
 
 # The anthropic-beta header that the API requires with an OAuth token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
-# The edge refuses an empty one, and those of scripting libraries.
+# The service's CDN refuses an empty one, and those of scripting libraries.
 USER_AGENT: Final = "claude-oauth-py/" + __version__
 
 # Seconds.
@@ -145,7 +145,7 @@ LOGIN_END_WARNING: Final = 3 * 86400.0  # before the login itself ends: `status`
 LOGIN_TIMEOUT: Final = 300.0  # for a person to sign in
 REQUEST_TIMEOUT: Final = 30.0  # to connect, and to answer; under 15, slow proxies fail
 MAX_REQUEST_TIMEOUT: Final = 86400.0  # far longer ones exceed the system's own limits
-LOOK_INTERVAL: Final = 0.5  # a token is served so long without a look at the store
+LOOK_INTERVAL: Final = 0.5  # a token is served this long without a look at the store
 SLOW_FAILURE: Final = 0.1  # a store that takes longer to fail is left alone for a time
 LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT  # as long as one request may take elsewhere
 PUT_OFF: Final = 30.0  # to the next try, if a refresh fails while the token is alive
@@ -333,7 +333,7 @@ def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def import_package(name: str) -> Any:
-    """Import a module of an optional package; ConfigError if it cannot be."""
+    """Import a module of an optional package; ConfigError if that fails."""
     from importlib import import_module
 
     package = name.partition(".")[0]
@@ -804,7 +804,7 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
     # A truncated answer may lack the refresh token, and is useless without it.
     is_cut = not content.rstrip().endswith(b"}")
-    is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
+    is_whole = "refresh_token" in found or ("access_token" in found and not is_cut)
     is_object = content.lstrip().startswith(b"{")
     return found if is_object and (is_whole or "raw_key" in found) else None
 
@@ -1009,7 +1009,7 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
     for pattern, reason in PASTE_REFUSALS:
         if re.search(pattern, re.sub("[ \n]", "", cleaned)):
             raise ValueError(reason)
-    # A terminal that marks the begin of a paste, but not its end, will send more.
+    # A terminal that marks the start of a paste, but not its end, will send more.
     if "\x1b[200~" in text and "\x1b[201~" not in text and state not in cleaned:
         raise ValueError("that is not a code")
     # The whole screen may have been copied: then the state stands behind the code.
@@ -1112,7 +1112,7 @@ def failure_page(reason: str) -> str:
 
 
 def denied_page() -> str:
-    """Return the page after the server's, or the person's, no."""
+    """Return the page for a login that was denied."""
     hint = "If that was a mistake, close this window and try again."
     text = f"Nothing was stored.\n{hint}"
     return result_page("\u2715", "Access was not granted", text)
@@ -2392,7 +2392,7 @@ def _dpapi(function: str, data: bytes) -> bytes:
     import ctypes
 
     if sys.platform != "win32":
-        raise ConfigError("DPAPI is there on Windows alone")
+        raise ConfigError("DPAPI exists only on Windows")
 
     class Blob(ctypes.Structure):
         _fields_ = [("size", ctypes.c_uint32), ("data", ctypes.c_void_p)]
@@ -2507,7 +2507,7 @@ def start_thread(
     import threading
 
     def run() -> None:
-        # What a caller's function or a notebook's raises is nobody's to handle.
+        # What a caller's function or a notebook's raises has nobody to handle it.
         with contextlib.suppress(BaseException):
             function(*args)
 
@@ -2582,7 +2582,7 @@ def make_server(
 
 
 def respond(request: Any, status: int, page: str, **headers: str) -> None:
-    """Send a page that has no banner, for no cache and no other site to learn of."""
+    """Send a page without a banner, which no cache or other site may keep."""
     import base64
     import hashlib
 
@@ -3568,15 +3568,15 @@ class StoreView:
                 stored, newest = self.read()
                 if self.pending and newest:
                     self.save(newest, stored)
-        except (StorageError, Unavailable):
+        except ClaudeOAuthError:
             pass  # there was a warning already; the next call tries again
 
 
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
     """Call a function to its end, although a signal tells the program to end.
 
-    In the main thread signals come afterwards, but for SIGQUIT.  Another thread gets
-    none: then the program's exit waits, but neither for SIGKILL nor for SIGTERM.
+    In the main thread they come afterwards, except SIGQUIT.  In another thread the
+    program's exit waits; SIGKILL, and a SIGTERM without a handler, do not.
     """
     import atexit
     import signal
@@ -3642,7 +3642,7 @@ class Refresher:
     3. Look again: somebody may have refreshed meanwhile, and their token will do.
     4. Check that the new login can be written, before anything is spent.
     5. Spend the refresh token, with signals deferred.
-    6. Save the new login; it is on the disk before anybody gets it.
+    6. Save the new login; it is on the disk, or pending, before anybody gets it.
     7. Note the result for the other processes, and unlock.
 
     A crash before 5 loses nothing.  Between 5 and 6 the login can be lost, by a power
@@ -3941,7 +3941,7 @@ class OAuthService:
         self, present: Credentials, min_validity: float, other_than: str | None = None
     ) -> Credentials:
         credentials, is_new = self._refresher.refresh(present, min_validity, other_than)
-        # The token is on the disk: nobody has to wait for the profile.
+        # The token is on the disk: a slow profile costs only time.
         return self._complete_account(credentials) if is_new else credentials
 
     @hides_locals
@@ -4219,7 +4219,7 @@ class OAuthService:
         flush = self._flush_telemetry
         try:
             has_login = self._view.look() is not None
-        except StorageError:
+        except (StorageError, ConfigError):
             has_login = True  # there may be one
         if flush and has_login:
             _try_within_limit("the telemetry flush", lambda: flush(FLUSH_TIMEOUT))
@@ -4227,7 +4227,7 @@ class OAuthService:
         with self.storage.lock(LOCK_TIMEOUT):
             try:
                 self._revoke(self._view.read()[1])
-            except StorageError as error:
+            except (StorageError, ConfigError) as error:
                 warn(f"nothing is revoked: {error}")
             found = self.storage.delete()
             if found:  # else the account may belong to another store's login
@@ -4290,7 +4290,7 @@ class OAuthService:
         warning = "CLAUDE_OAUTH_TOKEN is in force"
         try:
             return [warning + hides if self._view.look() else warning]
-        except StorageError as error:
+        except (StorageError, ConfigError) as error:
             return [warning, str(error)]
 
     def _condition(self, stored: Credentials) -> tuple[bool, list[str]]:
@@ -4979,8 +4979,8 @@ def _until(moment: float | None) -> str:
     if moment is None:
         return ""
     left = moment - time.time()
-    span = ("in " if left > 0 else "over for ") + describe_seconds(abs(left))
-    return f"{span} ({describe_moment(moment)})"
+    span = "in {}" if left > 0 else "ended {} ago"
+    return f"{span.format(describe_seconds(abs(left)))} ({describe_moment(moment)})"
 
 
 def _print(options: Any, answer: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
@@ -5129,7 +5129,7 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     )
 
 
-# The parsers of each option, then its help, metavar, type and default; a flag's help.
+# Each option: its parsers, help, metavar, type, default; a flag: parsers and help.
 _OPTIONS: Final[Mapping[str, Any]] = {
     "--client-id": ("claude-oauth", "the client id of your program", "ID", str.strip),
     "--dir": ("claude-oauth", "folder of the login's files", "PATH", str.strip),
@@ -5138,12 +5138,12 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "--console": ("login", "sign in at the Console, for an API key"),
     "--no-browser": ("login", "open none, print the address"),
     "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", int, 0),
-    "--timeout": ("login", "to sign in within", "SECONDS", float, LOGIN_TIMEOUT),
+    "--timeout": ("login", "limit for the person", "SECONDS", float, LOGIN_TIMEOUT),
     "--scope": ("login", "ask for this one (may be repeated)", "SCOPE", str.strip),
     "--email": ("login", "the account to suggest on the page", "ADDRESS", str.strip),
     "--check": ("status", "ask the server too: works (0), refused (3) or unknown (4)"),
-    "--min-validity": ("token", "that it must live", "SECONDS", float, REFRESH_BUFFER),
-    "--lifetime": ("sandbox", "that access tokens live", "SECONDS", float, 28800),
+    "--min-validity": ("token", "least life left", "SECONDS", float, REFRESH_BUFFER),
+    "--lifetime": ("sandbox", "life of an access token", "SECONDS", float, 28800),
     "--browser": ("demo", "sign in with your own browser"),
     "--json": ("login status token refresh profile", "print one JSON object"),
 }

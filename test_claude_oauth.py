@@ -3975,6 +3975,9 @@ def test_a_certificate_of_a_session_is_looked_at_too(outside):
             client.check()
 
 
+@pytest.mark.skipif(
+    sys.implementation.name == "pypy", reason="PyPy's ssl writes no key log"
+)
 def test_a_key_log_that_cannot_be_written_is_a_setting_to_fix(outside, monkeypatch):
     monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/keys")
     with pytest.raises(claude_oauth.ConfigError, match="SSLKEYLOGFILE names /nowhere"):
@@ -9823,6 +9826,19 @@ def test_one_dropped_connection_is_got_through(kept, scripted_server, fault):
     scripted_server.add(200, kept.server.new_tokens("user:inference", True))
     assert kept.service().access_token() == kept.storage.load().access_token
     assert len(scripted_server.requests) == 2
+
+
+def test_a_new_refresh_token_outlives_an_answer_that_is_cut(kept, scripted_server):
+    """The access token is lost, the login is not: the next call refreshes again."""
+    kept.save(-1)
+    kept.config = claude_oauth.OAuthConfig.for_server(
+        scripted_server.origin, client_id=CLIENT_ID
+    )
+    cut = {"refresh_token": "next", "more": "x" * 900, "access_token": "y" * 100_000}
+    scripted_server.add(200, cut, fault="truncated")
+    with pytest.raises(claude_oauth.BadAnswer, match="access_token"):
+        kept.service().access_token()
+    assert kept.storage.load().refresh_token == "next"
 
 
 def test_a_network_that_is_down_is_tried_once_for_all_threads(kept, scripted_server):
