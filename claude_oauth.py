@@ -506,8 +506,10 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
-def _text_or_flag(value: object) -> str | bool | None:
-    return value if isinstance(value, bool) else _text(value)
+def _field(name: str, value: object) -> str | bool | None:
+    if name.startswith("has_"):
+        return value if isinstance(value, bool) else None
+    return _text(value)
 
 
 def _header_text(value: object) -> str | None:
@@ -653,7 +655,7 @@ class Credentials(_Value):
         access_token = _header_text(answer.get("access_token"))
         if access_token is None:
             raise BadAnswer("access_token")
-        if str(answer.get("token_type") or "bearer").strip().lower() != "bearer":
+        if (_text(answer.get("token_type")) or "bearer").strip().lower() != "bearer":
             raise BadAnswer("token_type", "is not bearer")
         base = previous or cls(access_token)
         lifetime = _lifetime(answer.get("expires_in")) or DEFAULT_LIFETIME
@@ -690,7 +692,7 @@ class Profile(_Value):
         found: dict[str, Any] = {}
         for name, (key, _stored) in _PROFILE_FIELDS.items():
             part = "account" if name in _ACCOUNT_FIELDS else "organization"
-            found[name] = _text_or_flag(_object(answer.get(part)).get(key))
+            found[name] = _field(name, _object(answer.get(part)).get(key))
         if not _text(found["account_uuid"]):
             raise BadAnswer("account.uuid")
         plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
@@ -707,7 +709,7 @@ class Profile(_Value):
     ) -> Profile | None:
         """Read the part from account.json, with plan and tier from the credential."""
         found: dict[str, Any] = {
-            name: _text_or_flag(record.get(key))
+            name: _field(name, record.get(key))
             for name, (_, key) in _PROFILE_FIELDS.items()
         }
         for name in ("subscription_type", "rate_limit_tier"):
@@ -852,7 +854,7 @@ def error_of_answer(
     secrets: Iterable[str] = (),
 ) -> ClaudeOAuthError:
     """Return the error for an answer, without the secrets that it may quote."""
-    if b"error code: 1010" in body:
+    if status == 403 and b"error code: 1010" in body:
         problem = "the edge refuses this User-Agent"
         return ConfigError(f"{problem}; set user_agent to name your program")
     # RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
@@ -1518,11 +1520,12 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
             context.load_verify_locations(path)
         if cert:
             name, path = "the session's cert", cert
-            context.load_cert_chain(*([cert] if isinstance(cert, str) else cert))
+            for path in [cert] if isinstance(cert, str) else cert:
+                open(path, "rb").close()  # to load it may ask for a passphrase
         if key_log := os.environ.get("SSLKEYLOGFILE"):
             name, path = "SSLKEYLOGFILE", key_log
             context.keylog_filename = key_log
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         reason = printable(getattr(error, "strerror", "") or type(error).__name__)
         text = f"{name} names {printable(path)}, which cannot be used"
         raise ConfigError(f"{text} ({reason.lower()}); correct or unset it") from None
@@ -2797,7 +2800,7 @@ class AuthCodeListener:
         port = "(:80)?" if self.port == 80 else f":{self.port}"
         ours = rf"(localhost|127\.0\.0\.1|\[::1\]){port}"
         hosts = request.headers.get_all("Host", [])
-        target = re.sub(f"(?i)^http://{ours}(?=/)", "", request.path)
+        target = re.sub(f"(?i)^http://{ours}(?=/)", "", request.requestline.split()[1])
         path, _, query = target.partition("?")
         if len(hosts) != 1:
             request.send_error(400)
@@ -5116,7 +5119,9 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     if python is None or not os.path.isfile(program):  # frozen, or in a zip archive
         return "left out: no Python can be started with this file"
     before = sandbox.counts["refresh_token"]
-    command = [python, program, "--dir", directory, "--store", "file", "token"]
+    # Not `python FILE`: its folder may hold names of the standard library's.
+    code = f"import sys; del sys.path[0]; exec(open({program!r}, 'rb').read())"
+    command = [python, "-c", code, "--dir", directory, "--store", "file", "token"]
     environ = {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin}
     # Without stderr, where Ctrl-C would print tracebacks.
     start, pipe, null = subprocess.Popen, subprocess.PIPE, subprocess.DEVNULL
