@@ -622,8 +622,7 @@ class Credentials(_Value):
     def from_record(cls, record: Mapping[str, object]) -> Credentials:
         """Read a stored JSON object.  Malformed fields beside the tokens are unknown.
 
-        Raises:
-            StorageCorrupt: A token has the wrong type, or no header can carry it.
+        Raises StorageCorrupt if a token has the wrong type, or no header can carry it.
         """
         key = record.get("consoleApiKey")
         stored = {**_object(record.get("claudeAiOauth")), "consoleApiKey": key}
@@ -644,11 +643,8 @@ class Credentials(_Value):
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        Beside the access token anything may be missing or malformed: the refresh token
-        is spent already.  Source: RFC 6749 section 5.1.
-
-        Raises:
-            BadAnswer: It has no usable access token.
+        Raises BadAnswer without a usable access token.  Beside that anything may be
+        missing or malformed: the refresh token is spent.  Source: RFC 6749 section 5.1.
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
@@ -1522,9 +1518,6 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
             name, path = "the session's cert", cert
             for path in [cert] if isinstance(cert, str) else cert:
                 open(path, "rb").close()  # to load it may ask for a passphrase
-        if key_log := os.environ.get("SSLKEYLOGFILE"):
-            name, path = "SSLKEYLOGFILE", key_log
-            context.keylog_filename = key_log
     except (OSError, TypeError, ValueError) as error:
         reason = printable(getattr(error, "strerror", "") or type(error).__name__)
         text = f"{name} names {printable(path)}, which cannot be used"
@@ -1814,9 +1807,10 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     """Return a lock that processes and threads share, held until its context ends.
 
     The kernel frees it when a process dies.  The file stays: to remove it would let two
-    processes hold locks on two files of one name.  Meanwhile the process id is a key of
-    *held*, for the `_AtomicFile` that a check makes for the next save.
+    processes hold locks on two files of one name.  Meanwhile the thread's id is a key
+    of *held*, for the `_AtomicFile` that a check makes for the next save.
     """
+    import threading
     from contextlib import contextmanager
 
     @contextmanager
@@ -1828,13 +1822,15 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
             if not deadline.left():
                 raise Unavailable(f"another process holds the lock {path}; try later")
             time.sleep(min(0.005, deadline.left()))
-        pid = os.getpid()
+        holder = threading.get_native_id()  # another one in a forked child
         with file:
-            held[pid] = None
+            held[holder] = None
             try:
                 yield
             finally:
-                _release(file, path, held, pid)
+                left = held.pop(holder, None)
+                if holder == threading.get_native_id():
+                    _release(file, path, left)
 
     return hold()
 
@@ -1863,16 +1859,16 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
                 return None
         text = f"cannot lock {path}: {_reason(error)}; choose another directory"
         raise StorageError(text) from None
-    return file
+    if os.name == "nt" or os.fstat(file.fileno()).st_nlink:
+        return file
+    file.close()  # removed meanwhile: others lock another file of the name
+    return None
 
 
-def _release(file: Any, path: str, held: dict[int, Any], pid: int) -> None:
+def _release(file: Any, path: str, left: _AtomicFile | None) -> None:
     """Remove what this and dead processes have left beside a lock, and unlock it."""
     import glob
 
-    left = held.pop(pid)
-    if pid != os.getpid():
-        return  # a child that was forked under the lock: its parent holds it
     if left:
         left.discard()
     directory = glob.escape(os.path.dirname(path))
@@ -1956,7 +1952,7 @@ class FileStorage(_RecordStorage):
         self.path = self._watched = absolute_path(path)
         self.read_only = read_only
         self._cipher = cipher
-        # By the process that holds the lock: the file that its next save will use.
+        # By the thread that holds the lock: the file that its next save will use.
         self._reserved: dict[int, _AtomicFile | None] = {}
 
     @property
@@ -2007,9 +2003,11 @@ class FileStorage(_RecordStorage):
 
     def _swap_reserved(self, file: _AtomicFile | None) -> _AtomicFile | None:
         """Under the lock keep a file, and return the one before; else return it."""
-        pid = os.getpid()
-        if pid in self._reserved:
-            file, self._reserved[pid] = self._reserved[pid], file
+        import threading
+
+        holder = threading.get_native_id()
+        if holder in self._reserved:
+            file, self._reserved[holder] = self._reserved[holder], file
         return file
 
     def _read_stored(self) -> dict[str, object]:
@@ -2635,10 +2633,8 @@ class AuthCodeListener:
     """Waits on the loopback interface for the browser to bring the code.
 
     Nothing ends the wait but a callback with the right state.  That request is held
-    until `finish` says what became of the login.
-
-    Raises:
-        OSError: On entry, if it cannot listen; the login can go on by paste.
+    until `finish` says what became of the login.  To enter it raises OSError if it
+    cannot listen; the login can go on by paste.
     """
 
     def __init__(self, state: str, *, port: int = 0) -> None:
@@ -2685,12 +2681,7 @@ class AuthCodeListener:
         self.close()
 
     def wait(self, timeout: float | None = None) -> str:
-        """Return the code.
-
-        Raises:
-            LoginDenied: The server answered with an error instead.
-            LoginTimeout: Neither came within `timeout` seconds.
-        """
+        """Return the code; raise LoginDenied for an error, LoginTimeout for neither."""
         if not self.arrived.wait(timeout):
             raise LoginTimeout(TOO_LATE)
         if isinstance(self._outcome, tuple):
@@ -3227,7 +3218,9 @@ def safe_text(error: BaseException) -> str:
 
 def _copy_of(error: _Error) -> _Error:
     """Return a copy of an error without its traceback, whose frames hold tokens."""
-    return type(error)(*error.args)
+    twin = type(error).__new__(type(error), *error.args)  # its __init__ may differ
+    twin.__dict__.update(error.__dict__)
+    return twin
 
 
 class AccountFile:
@@ -3373,7 +3366,9 @@ class AccountFile:
 
     def is_refused(self, credentials: Credentials) -> bool:
         """Tell whether the server is known to refuse this refresh token."""
-        is_known = self._clock() < self.number("refused_until")
+        left = self.number("refused_until") - self._clock()
+        # A longer one was noted before the clock was set back.
+        is_known = 0 < left <= 2 * MAX_LIFETIME
         return is_known and self.notes().get("refused") == self.fingerprint(credentials)
 
     def raise_known_failure(self, credentials: Credentials) -> None:
@@ -3521,10 +3516,10 @@ class StoreView:
         try:
             self.storage.save(credentials)
             pending = None
-        except (ClaudeOAuthError, OSError) as problem:
+        except Exception as problem:  # whatever it is: the token before it is spent
             error = StorageError(f"the storage fails ({type(problem).__name__})")
             error = problem if isinstance(problem, ClaudeOAuthError) else error
-        finally:  # whatever else a store raises: the token before it is spent
+        finally:
             self.pending = pending
             self.remember(credentials)
         if account is not None and not error:
@@ -3644,12 +3639,12 @@ class Refresher:
     2. Lock out the other threads, then the other processes.
     3. Look again: somebody may have refreshed meanwhile, and their token will do.
     4. Check that the new login can be written, before anything is spent.
-    5. Spend the refresh token, with signals deferred.
+    5. Spend the refresh token.
     6. Save the new login; it is on the disk, or pending, before anybody gets it.
     7. Note the result for the other processes, and unlock.
 
-    A crash before 5 loses nothing.  Between 5 and 6 the login can be lost, by a power
-    failure or a signal that cannot be deferred.
+    Between 5 and 6 a power failure, or a signal that cannot be deferred, loses the
+    login; a crash before loses nothing.  Signals wait until the end of 7.
     """
 
     def __init__(
@@ -3715,6 +3710,7 @@ class Refresher:
     ) -> tuple[Credentials, bool]:
         """Lock, and go through the steps from 3 on; or fail as a refresh just did."""
         import threading
+        from contextlib import ExitStack
 
         began, deadline = time.monotonic(), Deadline(timeout)
         if self._mutex[0] != os.getpid():  # the parent's thread cannot release it here
@@ -3722,24 +3718,30 @@ class Refresher:
         mutex = self._mutex[1]
         if not mutex.acquire(timeout=timeout):
             raise Unavailable("another thread refreshes the login; try again later")
-        try:
+        with ExitStack() as stack:
+            stack.callback(mutex.release)
             when, failure = self._failed
             if failure and when > began:
                 raise _copy_of(failure)  # or each thread would wait for the network
             self._failed = (0.0, None)
-            try:
-                with self._view.storage.lock(deadline.left()):
-                    return self._refresh_if_needed(min_validity, other_than)
-            except ClaudeOAuthError as error:
-                self._failed = (time.monotonic(), _copy_of(error))
-                raise
-        finally:
-            mutex.release()
+            stack.enter_context(self._view.storage.lock(deadline.left()))
+
+            def refresh() -> tuple[Credentials, bool]:
+                with stack:  # unlocks before the signals are delivered
+                    try:
+                        return self._refresh_if_needed(min_validity, other_than)
+                    except ClaudeOAuthError as error:
+                        self._failed = (time.monotonic(), _copy_of(error))
+                        raise
+
+            return with_signals_deferred(refresh)
 
     def _refresh_if_needed(
         self, min_validity: float, other_than: str | None
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
+        import contextlib
+
         scopes: tuple[str, ...] = ()
         for is_last in (False, True):
             stored, found = self._view.read()
@@ -3752,11 +3754,12 @@ class Refresher:
                 scopes = scopes_to_refresh(newest.scopes, self._client.config.scopes)
             self._view.storage.check()
             try:
-                renewed = with_signals_deferred(self._spend, newest, stored, scopes)
-                return renewed, True
+                return self._spend(newest, stored, scopes), True
             except (TokenRefused, Unavailable) as error:
                 pause = self._account_file.note_failure(error, newest, scopes)
-                found = self._view.read()[1]
+                found = None
+                with contextlib.suppress(StorageError):  # then the refusal counts
+                    found = self._view.read()[1]
                 is_other = found and found.refresh_token != newest.refresh_token
                 # Another program may have refreshed meanwhile.
                 if is_last or (pause is None and not is_other):
@@ -4214,10 +4217,7 @@ class OAuthService:
 
         Telemetry is flushed first, while events still belong to somebody; then the
         grant is revoked if a revoke_url is set; then this module's own keys are
-        deleted, and nothing else.
-
-        Raises:
-            StorageError: The credential could not be deleted.
+        deleted, and nothing else.  Raises StorageError if that fails.
         """
         flush = self._flush_telemetry
         try:
@@ -4241,7 +4241,8 @@ class OAuthService:
 
     def _revoke(self, login: Credentials | None) -> None:
         token = login and login.refresh_token
-        if login and token and self.config.revoke_url:
+        is_ours = not self._view.is_read_only
+        if login and token and is_ours and self.config.revoke_url:
             client_id = login.client_id or self.config.client_id
             config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
             client = OAuthClient(config, session=self._session)
@@ -4253,9 +4254,8 @@ class OAuthService:
     def status(self) -> dict[str, object]:
         """Return what `status --json` prints; no network, never a token.
 
-        Raises:
-            StorageError: The storage cannot be read.
-            ConfigError: CLAUDE_OAUTH_TOKEN is not a token.
+        Raises StorageError if the storage cannot be read, ConfigError for a malformed
+        CLAUDE_OAUTH_TOKEN.
         """
         source, method, stored = "none", None, None
         is_usable, warnings = False, []
