@@ -1722,7 +1722,16 @@ def test_an_answer_becomes_a_credential():
     )
 
 
-@pytest.mark.parametrize("kind", ["Bearer", "BEARER", "", None])
+def test_odd_fields_of_a_profile_are_unknown():
+    organization = {"name": True, "has_extra_usage_enabled": "no"}
+    answer = {"account": {"uuid": "u", "email": True}, "organization": organization}
+    found = claude_oauth.Profile.from_answer(answer)
+    assert found == claude_oauth.Profile("u")
+    record = {"emailAddress": True, "hasExtraUsageEnabled": "no"}
+    assert claude_oauth.Profile.from_record({**record, "accountUuid": "u"}) == found
+
+
+@pytest.mark.parametrize("kind", ["Bearer", "BEARER", "", None, ["bearer"], 1])
 def test_the_token_type_is_bearer_in_any_case(kind):
     answer = {**ANSWER, "token_type": kind}
     found = claude_oauth.Credentials.from_answer(answer, received_at=0.0)
@@ -2103,6 +2112,13 @@ def test_an_answer_that_is_not_about_the_grant_is_unavailable(status, body, matc
     assert type(error) is claude_oauth.Unavailable
     assert error.retry_after == 7.0
     assert re.search(match, str(error)) and str(error).endswith("; try again later")
+
+
+@pytest.mark.parametrize("status", [400, 429, 500])
+def test_the_number_of_the_edge_counts_with_its_status_alone(status):
+    body = b'{"error": "invalid_grant", "error_description": "error code: 1010"}'
+    error = claude_oauth.error_of_answer(status, body)
+    assert isinstance(error, (claude_oauth.TokenRefused, claude_oauth.Unavailable))
 
 
 def test_the_edge_that_refuses_a_user_agent_is_a_matter_of_settings():
@@ -9830,6 +9846,89 @@ def test_a_new_refresh_token_outlives_an_answer_that_is_cut(kept, scripted_serve
     with pytest.raises(claude_oauth.BadAnswer, match="access_token"):
         kept.service().access_token()
     assert kept.storage.load().refresh_token == "next"
+
+
+class OddStore(claude_oauth.MemoryStorage):
+    """A caller's own store, which raises what it is told to."""
+
+    load_error = save_error = None
+
+    def load(self):
+        if self.load_error:
+            raise self.load_error
+        return super().load()
+
+    def save(self, credentials):
+        if self.save_error:
+            raise self.save_error
+        super().save(credentials)
+
+    def stamp(self):
+        return None
+
+
+class DatabaseError(claude_oauth.StorageError):
+    """A caller's error, which cannot be made of its arguments alone."""
+
+    def __init__(self, code, *, host):
+        super().__init__(f"{code} at {host}")
+
+
+ODD_ERRORS = {
+    "foreign": ValueError("db"),
+    "of-the-module": claude_oauth.ConfigError("gone"),
+    "derived": DatabaseError(5, host="h"),
+}
+
+
+@pytest.mark.parametrize("error", ODD_ERRORS.values(), ids=ODD_ERRORS)
+def test_a_login_outlives_whatever_its_store_raises_at_a_save(kept, error):
+    store = OddStore()
+    store.save(kept.issue(-1))
+    store.save_error = error
+    service = kept.service(store)
+    tokens = {service.access_token(), service.access_token()}
+    assert len(tokens) == kept.requests == 1
+    store.save_error = None
+    assert {service.access_token(), store.load().access_token} == tokens
+
+
+@pytest.mark.parametrize("error", list(ODD_ERRORS.values())[1:], ids=[*ODD_ERRORS][1:])
+def test_what_was_read_outlives_the_errors_of_a_store(kept, error):
+    store = OddStore()
+    store.save(kept.issue(3600))
+    service = kept.service(store)
+    token = service.access_token()
+    store.load_error = error
+    kept.clock.advance(1)
+    assert service.access_token() == token
+
+
+def test_a_store_that_others_own_is_never_revoked(kept, auth_server):
+    store = OddStore()
+    store.read_only = True
+    claude_oauth.MemoryStorage.save(store, kept.issue(3600))
+    kept.service(store).logout()
+    assert auth_server.counts["revoke"] == 0
+
+
+def test_a_refusal_is_remembered_though_a_signal_comes(kept, auth_server, start_python):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    auth_server.fail_next("token", 400, {"error": "invalid_grant"})
+    program = PROGRAM + (
+        "import requests, signal\n"
+        "class Session(requests.Session):\n"
+        "    def request(self, *args, **options):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "        return super().request(*args, **options)\n"
+        "service = c.OAuthService(config, c.FileStorage(), session=Session())\n"
+        "service.access_token()\n"
+    )
+    start_python(program, kept.server.origin).wait(LIMIT)
+    with pytest.raises(claude_oauth.TokenRefused, match="not sent again"):
+        kept.service().access_token()
+    assert kept.requests == 1
 
 
 def test_a_network_that_is_down_is_tried_once_for_all_threads(kept, scripted_server):
