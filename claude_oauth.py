@@ -802,7 +802,7 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
     # A truncated answer may lack the refresh token, and is useless without it.
     is_cut = not content.rstrip().endswith(b"}")
-    is_whole = "refresh_token" in found or ("access_token" in found and not is_cut)
+    is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
     is_object = content.lstrip().startswith(b"{")
     return found if is_object and (is_whole or "raw_key" in found) else None
 

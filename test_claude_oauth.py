@@ -9835,19 +9835,6 @@ def test_one_dropped_connection_is_got_through(kept, scripted_server, fault):
     assert len(scripted_server.requests) == 2
 
 
-def test_a_new_refresh_token_outlives_an_answer_that_is_cut(kept, scripted_server):
-    """The access token is lost, the login is not: the next call refreshes again."""
-    kept.save(-1)
-    kept.config = claude_oauth.OAuthConfig.for_server(
-        scripted_server.origin, client_id=CLIENT_ID
-    )
-    cut = {"refresh_token": "next", "more": "x" * 900, "access_token": "y" * 100_000}
-    scripted_server.add(200, cut, fault="truncated")
-    with pytest.raises(claude_oauth.BadAnswer, match="access_token"):
-        kept.service().access_token()
-    assert kept.storage.load().refresh_token == "next"
-
-
 class OddStore(claude_oauth.MemoryStorage):
     """A caller's own store, which raises what it is told to."""
 
