@@ -5062,6 +5062,29 @@ def test_a_killed_process_leaves_the_lock_free(holder, saved):
 
 
 @needs_posix
+def test_a_lock_file_that_is_removed_does_its_holder_no_harm(saved):
+    def lock_and_unlock():
+        with saved.lock(LIMIT):
+            pass
+
+    with saved.lock(0), threads() as start:
+        Path(saved.path).with_name("lock").unlink()
+        start(lock_and_unlock).result(LIMIT)
+        saved.check()
+        saved.save(credentials_of_size(9))
+    assert saved.load() == credentials_of_size(9)
+
+
+def test_a_check_beside_the_lock_leaves_its_holder_the_room(saved):
+    with saved.lock(0), threads() as start:
+        saved.check()
+        start(saved.check).result(LIMIT)
+        saved.save(credentials_of_size(9))
+        left = [name for name in os.listdir(Path(saved.path).parent) if "tmp" in name]
+    assert (saved.load(), left) == (credentials_of_size(9), [])
+
+
+@needs_posix
 def test_a_stopped_process_is_waited_for_and_its_lock_file_is_named(holder, saved):
     holder.send_signal(signal.SIGSTOP)
     named = os.path.join(os.path.dirname(saved.path), "lock")
