@@ -832,10 +832,8 @@ def parse_retry_after(value: str | None, *, now: float) -> float | None:
 def seconds_to_wait(
     status: int, asked_for: float | None, *, failures: int, chance: float
 ) -> float:
-    """Return the seconds to pause after a 429 or a 5xx; each failure doubles them.
-
-    ``chance`` is random, 0 to 1: it keeps many machines from returning at once.
-    """
+    """Return the seconds to pause after a 429 or a 5xx; each failure doubles them."""
+    # `chance` is random, 0 to 1: it keeps many machines from returning at once.
     floor = RATE_LIMIT_FLOOR if status == 429 else WAIT_FLOOR
     seconds = asked_for or floor * 2 ** min(max(failures - 1, 0), 12)
     return min(max(seconds, WAIT_FLOOR) * (1 + chance / 4), WAIT_CEILING)
@@ -1508,7 +1506,7 @@ _PROXY_URL: Final = (
 def _check_tls_files(bundle: Any, cert: Any) -> None:
     import ssl
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context, name, path = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "", ""
     try:
         if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
             variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
@@ -1549,18 +1547,21 @@ class Storage(Protocol):
 
     def delete(self) -> bool:
         """Remove this module's own keys; return whether there were any."""
+        ...
 
     def check(self) -> None:
         """Raise StorageError if a save could not succeed now, under the same lock."""
 
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a lock across processes; Unavailable if not free in time (0: once)."""
+        ...
 
     def stamp(self) -> object:
         """Return a cheap value that changes when the record may have; None: read it."""
 
     def describe(self) -> str:
         """Say for people where the credential is."""
+        ...
 
 
 def absolute_path(path: str | os.PathLike[str]) -> str:
@@ -2689,10 +2690,7 @@ class AuthCodeListener:
         return str(self._outcome)
 
     def finish(self, page: str) -> None:
-        """Show the browser that brought the code this page, and stop listening.
-
-        Returns when nobody is left to fetch it, and after PAGE_SECONDS in any case.
-        """
+        """Show the browser this page, for PAGE_SECONDS at most, and stop listening."""
         try:
             with self._changed:
                 self._page = page
@@ -3312,7 +3310,7 @@ class AccountFile:
         """Note a successful refresh; the cached account stays with the login."""
         now = self._clock()
         settled = ("wait_until", "failures", "refused", "refused_until", "rejected")
-        notes: dict[str, object] = dict.fromkeys(settled)
+        notes: dict[str, object] = {**dict.fromkeys(settled)}
         if renewed.access_token != before.access_token:
             notes["lifetime"] = round(min(seconds_left(renewed, now), MAX_LIFETIME))
         if self.account(before):
@@ -5183,7 +5181,8 @@ def make_parser() -> argparse.ArgumentParser:
         parsers[name] = commands.add_parser(name, help=text, description=text)
         parsers[name].set_defaults(run=run)
     for option, (names, *values) in _OPTIONS.items():
-        settings = dict(zip(("help", "metavar", "type", "default"), values))
+        kinds: Sequence[str] = ("help", "metavar", "type", "default")
+        settings: dict[str, Any] = dict(zip(kinds, values))
         if len(values) == 1:
             settings["action"] = "store_true"
         elif option == "--scope":
