@@ -902,12 +902,12 @@ def clean_token(value: str) -> str:
     return token
 
 
-def fingerprint(refresh_token: str, *, client_id: str, token_url: str) -> str:
+def fingerprint(secret: str, *, client_id: str = "", token_url: str = "") -> str:
     """Return a hash that identifies a token or key without revealing it."""
     import hashlib
 
     # Another client or server may judge the token differently.
-    data = "\0".join(("claude-oauth refused", token_url, client_id, refresh_token))
+    data = "\0".join(("claude-oauth refused", token_url, client_id, secret))
     return hashlib.sha256(data.encode(errors="backslashreplace")).hexdigest()
 
 
@@ -1209,7 +1209,7 @@ class OAuthClient:
         self.client_id_for(None)
         session = self._session or import_requests().Session()
         for url in (self.config.token_url, self.config.profile_url):
-            check_way(url, session)
+            check_route(url, session)
 
     def client_id_for(self, credentials: Credentials | None) -> str:
         """Return the client id that a grant was issued to; ConfigError if unknown."""
@@ -1364,14 +1364,14 @@ class OAuthClient:
             headers["Authorization"] = f"Bearer {token}"
             headers["anthropic-beta"] = OAUTH_BETA
         answers: list[requests.Response] = []
-        content, way = bytearray(), url.split("/")[2]
+        content, route = bytearray(), url.split("/")[2]
 
         def request() -> None:
-            nonlocal way
+            nonlocal route
             with ExitStack() as stack:
                 requests = import_requests()
                 session = self._session or stack.enter_context(requests.Session())
-                way, proxies = check_way(url, session)
+                route, proxies = check_route(url, session)
                 response = session.request(
                     ("POST", "GET")[body is None],
                     url,
@@ -1399,9 +1399,9 @@ class OAuthClient:
         # a refresh token, its successor is lost, and any later try would send the same.
         for _ in range(2 if body is None or "refresh_token" in body else 1):
             _nothing, failure = call_with_limit(request, deadline.left())
-            error = failure and _error_of_failure(failure, way)
+            error = failure and _error_of_failure(failure, route)
             # Once an answer has begun, the token is spent.
-            if answers or str(error) != _DROPPED.format(way=way):
+            if answers or str(error) != _DROPPED.format(route=route):
                 break
         data = bytes(content[:MAX_ANSWER_BYTES])
         # An exception of the session may hold the request, and so the tokens: what is
@@ -1417,24 +1417,24 @@ def _without_redirect(request: Any) -> Any:
     return request
 
 
-_DROPPED: Final = "{way} dropped the connection; try again later"
+_DROPPED: Final = "{route} dropped the connection; try again later"
 
 # The text for an exception of a class, or with one inside; the first match counts.
 _FAILURES: Final = {
-    "SSLError": "TLS to {way} failed, or its certificate is not trusted; if a proxy"
+    "SSLError": "TLS to {route} failed, or its certificate is not trusted; if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
-    "ProxyError": "the way to {way} is closed: the proxy refused or did not answer;"
+    "ProxyError": "the way to {route} is closed: the proxy refused or did not answer;"
     " check HTTPS_PROXY with its name and password",
     "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
-    "Timeout TimeoutError": "no answer from {way} in time; try again later",
-    "ValueError FileNotFoundError PermissionError OSErrorNone": "no request to {way}"
+    "Timeout TimeoutError": "no answer from {route} in time; try again later",
+    "ValueError FileNotFoundError PermissionError OSErrorNone": "no request to {route}"
     " can be made ({kind}); check the address, the proxy and the certificates' files",
-    "ConnectionError": "no connection to {way}; check the network and try again",
-    "Exception": "no usable answer from {way} ({kind}); try again later",
+    "ConnectionError": "no connection to {route}; check the network and try again",
+    "Exception": "no usable answer from {route} ({kind}); try again later",
 }
 
 
-def _error_of_failure(error: BaseException, way: str) -> BaseException:
+def _error_of_failure(error: BaseException, route: str) -> BaseException:
     if isinstance(error, ClaudeOAuthError) or not isinstance(error, Exception):
         return error
     # `requests` wraps urllib3's error, and that the socket's; they nest by args.
@@ -1446,7 +1446,7 @@ def _error_of_failure(error: BaseException, way: str) -> BaseException:
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
-    text = _FAILURES[row].format(way=way, kind=kind)
+    text = _FAILURES[row].format(route=route, kind=kind)
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
 
@@ -1456,7 +1456,7 @@ def import_requests() -> Any:
     return sys.modules["requests"]
 
 
-def check_way(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
+def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
     """Return a text that names the host and its proxy, and the proxies to use.
 
     ConfigError if the proxy's URL, which is not shown (a password may be in it), or a
@@ -1853,10 +1853,10 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         # On Windows EACCES or EDEADLK, and under Wine anything that came before.
-        is_odd = os.name != "nt" or error.errno in (errno.EBADF, errno.EINVAL)
+        is_fault = os.name != "nt" or error.errno in (errno.EBADF, errno.EINVAL)
         if file:
             file.close()
-            if error.errno == errno.EAGAIN or not is_odd:
+            if error.errno == errno.EAGAIN or not is_fault:
                 return None
         text = f"cannot lock {path}: {_reason(error)}; choose another directory"
         raise StorageError(text) from None
@@ -3383,10 +3383,7 @@ class AccountFile:
         """Remove this module's own keys, and the file if nothing else is in it."""
         self.update({}, {})
         if self._path is not None and self._read() == {}:
-            try:
-                os.unlink(os.path.realpath(self._path))
-            except OSError:
-                pass
+            _quietly(os.unlink, os.path.realpath(self._path))
 
     def _load(self) -> dict[str, object]:
         found, (over, unwritten) = self._read(), self._unwritten
@@ -3408,7 +3405,7 @@ def key_owner_of(api_key: str | None, account: Mapping[str, object]) -> str:
     owner = _text(account.get("organizationUuid"))
     if not api_key or not owner:
         return ""
-    return fingerprint(api_key, client_id=owner, token_url="")
+    return fingerprint(api_key, client_id=owner)
 
 
 class PendingSave(_Value):
@@ -3951,14 +3948,14 @@ class OAuthService:
     @hides_locals
     def is_rejected(self, token: str) -> bool:
         """Tell whether the API refused an access token when it was new."""
-        return self._account_file.notes().get("rejected") == _rejected(token)
+        return self._account_file.notes().get("rejected") == fingerprint(token)
 
     @hides_locals
     def note_rejected(self, token: str) -> None:
         """Note that the API answers 401 to a new token: a refresh would not help."""
         try:
             with self.storage.lock(SHORT_WAIT):
-                self._account_file.note(rejected=_rejected(token))
+                self._account_file.note(rejected=fingerprint(token))
         except (StorageError, Unavailable):
             pass  # the next 401 notes it
 
@@ -4341,10 +4338,6 @@ def environment_token() -> str | None:
     return clean_token(value) if value else None
 
 
-def _rejected(token: str) -> str:
-    return fingerprint(token, client_id="", token_url="")
-
-
 def _with_plan(credentials: Credentials, profile: Profile | None) -> Credentials:
     if not profile or not profile.organization_uuid:
         return credentials  # nothing is known of a plan
@@ -4423,7 +4416,7 @@ class BearerAuth:
         if is_ours and response.status_code == 401 and self._renew(request):
             response = yield request
             if response.status_code == 401 and self._may_sign(str(response.url)):
-                self._service.note_rejected(_bearer_of(request))
+                self._note_rejected(request)
 
     def _may_sign(self, url: str) -> bool:
         return self._is_ours("/".join(url.split("/", 3)[:3]))
@@ -4457,6 +4450,10 @@ class BearerAuth:
         return True
 
     @hides_locals
+    def _note_rejected(self, request: Any) -> None:
+        self._service.note_rejected(_bearer_of(request))
+
+    @hides_locals
     def repeat(
         self, response: requests.Response, position: int | None, options: Any
     ) -> Any:
@@ -4482,7 +4479,7 @@ class BearerAuth:
         response.close()
         answer: Any = response.connection.send(repeated, **options)
         if answer.status_code == 401:
-            self._service.note_rejected(_bearer_of(repeated))
+            self._note_rejected(repeated)
         answer.history.append(response)
         answer.request = repeated
         return answer
@@ -4514,6 +4511,7 @@ def _rewind(body: Any, position: int | None) -> bool:
 
 
 # -- Sandbox ---------------------------------------------------------------------------
+
 
 class _SandboxRefusal(Exception):
     """An error to answer with: status, code, message, and Retry-After in seconds."""

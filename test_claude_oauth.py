@@ -5076,12 +5076,16 @@ def test_a_lock_file_that_is_removed_does_its_holder_no_harm(saved):
 
 
 def test_a_check_beside_the_lock_leaves_its_holder_the_room(saved):
+    def reserved():
+        return [name for name in os.listdir(Path(saved.path).parent) if "tmp" in name]
+
     with saved.lock(0), threads() as start:
         saved.check()
+        before = reserved()
         start(saved.check).result(LIMIT)
+        assert len(before) == 1 and reserved() == before
         saved.save(credentials_of_size(9))
-        left = [name for name in os.listdir(Path(saved.path).parent) if "tmp" in name]
-    assert (saved.load(), left) == (credentials_of_size(9), [])
+    assert (saved.load(), reserved()) == (credentials_of_size(9), [])
 
 
 @needs_posix
@@ -9861,12 +9865,15 @@ def test_one_dropped_connection_is_got_through(kept, scripted_server, fault):
 class OddStore(claude_oauth.MemoryStorage):
     """A caller's own store, which raises what it is told to."""
 
-    load_error = save_error = None
+    load_error = save_error = error_after_check = None
 
     def load(self):
         if self.load_error:
             raise self.load_error
         return super().load()
+
+    def check(self):
+        self.load_error = self.error_after_check
 
     def save(self, credentials):
         if self.save_error:
@@ -9912,6 +9919,60 @@ def test_what_was_read_outlives_the_errors_of_a_store(kept, error):
     store.load_error = error
     kept.clock.advance(1)
     assert service.access_token() == token
+
+
+def test_a_store_that_fails_after_a_refusal_does_not_hide_it(kept, auth_server):
+    store = OddStore(kept.issue(-1))
+    store.error_after_check = claude_oauth.StorageLocked("locked")
+    auth_server.fail_next("token", 400, {"error": "invalid_grant"})
+    with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant"):
+        kept.service(store).access_token()
+
+
+def test_a_refusal_that_is_noted_for_the_far_future_is_forgotten(kept, auth_server):
+    """The clock was wrong then; and a gateway may have answered."""
+    kept.save(-1)
+    now = kept.clock.now
+    kept.clock.advance(80 * 365 * 86400)
+    auth_server.fail_next("token", 404, failure("not_found_error", "no"))
+    with pytest.raises(claude_oauth.TokenRefused, match="not_found_error"):
+        kept.service().access_token()
+    kept.clock.now = now
+    assert kept.service().access_token() != kept.token
+
+
+class BusyLock(claude_oauth.MemoryStorage):
+    """A store whose lock is not free for who does not wait."""
+
+    def __init__(self, credentials):
+        super().__init__(credentials)
+        self.is_tried, self.is_over = threading.Event(), threading.Event()
+        self.looks = 0
+
+    def stamp(self):
+        self.looks += 1
+
+    def lock(self, timeout):
+        if timeout == 0:
+            self.is_tried.set()
+            self.is_over.wait(LIMIT)
+            raise claude_oauth.Unavailable("busy")
+        return super().lock(timeout)
+
+
+def test_who_may_wait_does_not_fail_for_who_does_not(kept):
+    store = BusyLock(kept.issue(100))
+    service = kept.service(store)
+    with threads(2) as start:
+        impatient = start(service.access_token)
+        assert store.is_tried.wait(LIMIT)
+        patient = start(service.refresh)
+        while store.looks < 2:
+            threading.Event().wait(0.01)
+        store.is_over.set()
+        renewed = patient.result(LIMIT).access_token
+        assert impatient.result(LIMIT) != renewed
+    assert kept.requests == 1
 
 
 def test_a_store_that_others_own_is_never_revoked(kept, auth_server):
@@ -13136,6 +13197,33 @@ def test_no_frame_of_a_flow_whose_refresh_fails_shows_a_secret(kept, auth_server
     with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant") as caught:
         flow.send(refused)
     assert locals_with_secrets(caught.value) == []
+
+
+class InterruptedLock(claude_oauth.MemoryStorage):
+    """A store where Ctrl-C comes in the wait for the lock, once it is to."""
+
+    is_interrupted = False
+
+    def lock(self, timeout):
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+        return super().lock(timeout)
+
+
+def test_no_frame_of_a_flow_that_is_interrupted_shows_a_secret(kept):
+    store = InterruptedLock(kept.issue(3600))
+    url = "https://api.anthropic.com/v1/messages"
+    request = requests.Request("GET", url).prepare()
+    flow = claude_oauth.BearerAuth(kept.service(store)).auth_flow(request)
+    next(flow)
+    refused = requests.Response()
+    refused.status_code, refused.url = 401, request.url
+    flow.send(refused)
+    store.is_interrupted = True
+    with pytest.raises(KeyboardInterrupt) as caught:
+        flow.send(refused)
+    assert locals_with_secrets(caught.value) == []
+    assert "auth_flow" in [entry.name for entry in caught.traceback]
 
 
 @pytest.mark.parametrize("answer", TROUBLE.values(), ids=TROUBLE)
