@@ -16,7 +16,7 @@ Copy this file into your tree, unchanged; it needs `requests`, and that only whe
 talks to a server.  Every section uses only the sections above it:
 
     Constants     endpoints, scopes, lifetimes and limits, each with its unit and source
-    Errors        ClaudeOAuthError and its subclasses
+    Errors        ClaudeOAuthError and its subclasses: a class for each thing to do next
     Values        OAuthConfig, Credentials, Profile: frozen, and silent about secrets
     PKCE          code verifier, code challenge, state
     Messages      build and parse what goes over the wire and what a person pastes; pure
@@ -27,22 +27,6 @@ talks to a server.  Every section uses only the sections above it:
     Service       OAuthService: login, access_token, profile, logout, status; BearerAuth
     Sandbox       a loopback authorization server, for demos and for tests
     Command line  main(argv=None) -> int
-
-What a caller can do about an error decides its class:
-
-    ClaudeOAuthError
-    +-- ConfigError       a setting is missing or unsafe: fix the call
-    +-- NotLoggedIn       there is no credential: log in
-    +-- LoginError        this attempt failed: try again
-    |   +-- LoginDenied      the server answered the callback with an error
-    |   +-- LoginTimeout     nobody finished in time
-    |   +-- LoginCancelled   the person gave up, or no way to answer is left
-    +-- TokenRefused      the server refused the grant: log in again
-    +-- Unavailable       network, TLS, 429, 5xx: try later
-    +-- BadAnswer         the server's answer is not what it should be
-    +-- StorageError      the credential could not be read or written
-        +-- StorageLocked    the keychain is locked; the text says how to unlock it
-        +-- StorageCorrupt   the record is unreadable; it is left as it was
 
 Not affiliated with Anthropic.  There is no default client id: bring the one that your
 program was issued.
@@ -912,13 +896,13 @@ def fingerprint(secret: str, *, client_id: str = "", token_url: str = "") -> str
 
 
 def describe_seconds(seconds: float) -> str:
-    """Return a duration as text: ``45 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
+    """Return a duration as text: ``90 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
     whole = max(int(min(seconds, 1e15)), 0)
     if whole >= 86400:
         return f"{whole // 86400} d {whole // 3600 % 24} h"
     if whole >= 3600:
         return f"{whole // 3600} h {whole // 60 % 60} min"
-    return f"{whole // 60} min" if whole >= 60 else f"{whole} s"
+    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"
 
 
 def describe_moment(moment: float | None) -> str | None:
@@ -1506,8 +1490,10 @@ _PROXY_URL: Final = (
 def _check_tls_files(bundle: Any, cert: Any) -> None:
     import ssl
 
-    context, name, path = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "", ""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name, path = "SSLKEYLOGFILE", os.environ.get("SSLKEYLOGFILE", "")
     try:
+        open(path or os.devnull, "ab").close()
         if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
             variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
             name = _variable_or("the session's verify", path, variables)
@@ -1868,13 +1854,15 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
 
 def _release(file: Any, path: str, left: _AtomicFile | None) -> None:
     """Remove what this and dead processes have left beside a lock, and unlock it."""
-    import glob
+    import contextlib
 
     if left:
         left.discard()
-    directory = glob.escape(os.path.dirname(path))
-    for name in glob.glob(os.path.join(directory, f".*{_TEMPORARY_SUFFIX}")):
-        _quietly(os.unlink, name)
+    directory = os.path.dirname(path)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            if name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX):
+                _quietly(os.unlink, os.path.join(directory, name))
     if sys.platform != "win32":
         import fcntl
 
@@ -2839,17 +2827,6 @@ def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]
     return None, f"{what} ({reason})"
 
 
-def python_program() -> str | None:
-    """Return the Python that may be started as a child; None if this is no Python."""
-    import re
-
-    # A frozen program (PyInstaller, Nuitka), or one that embeds Python (QGIS).
-    name = os.path.basename(sys.executable or "").lower()
-    is_compiled = getattr(sys, "frozen", False) or "__compiled__" in globals()
-    is_python = re.fullmatch(r"(python|pypy)[\d.]*[a-z]?(\.exe)?", name)
-    return sys.executable if is_python and not is_compiled else None
-
-
 def find_browsers() -> list[str]:
     """Return the commands to try, [] if the person would not see a browser."""
     import re
@@ -3171,11 +3148,11 @@ def obtain_code(
 
 def say(text: str, end: str = "\n") -> None:
     """Write a line for people to stderr, if the program has one that is open."""
-    try:
+    import contextlib
+
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text + end)
         sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
-        pass
 
 
 # -- Refresh ---------------------------------------------------------------------------
@@ -3279,6 +3256,8 @@ class AccountFile:
         self, account: Mapping[str, object], notes: Mapping[str, object]
     ) -> None:
         """Replace the account and the notes; write nothing if nothing changes."""
+        import contextlib
+
         kept = {name: value for name, value in notes.items() if value}
         own = {self._ACCOUNT: account, self._NOTES: kept}
         before, found = self._load(), self._read()
@@ -3286,12 +3265,10 @@ class AccountFile:
         if record == before:
             return
         self._unwritten = (found, record)
-        try:
-            if self._path is not None and found is not None:
+        if self._path is not None and found is not None:
+            with contextlib.suppress(StorageError):
                 write_private(self._path, dump_json(record).encode(), is_cache=True)
                 self._unwritten = (None, {})
-        except StorageError:
-            pass
 
     def note(self, **changes: object) -> None:
         """Change single notes."""
@@ -3556,13 +3533,13 @@ class StoreView:
             return known
 
     def _save_again(self) -> None:
-        try:
-            with self.storage.lock(0):
-                stored, newest = self.read()
-                if self.pending and newest:
-                    self.save(newest, stored)
-        except ClaudeOAuthError:
-            pass  # there was a warning already; the next call tries again
+        import contextlib
+
+        # There was a warning already; after an error the next call tries again.
+        with contextlib.suppress(ClaudeOAuthError), self.storage.lock(0):
+            stored, newest = self.read()
+            if self.pending and newest:
+                self.save(newest, stored)
 
 
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
@@ -3719,6 +3696,9 @@ class Refresher:
             if failure and when > began:
                 raise _copy_of(failure)  # or each thread would wait for the network
             self._failed = (0.0, None)
+            newest = self._view.look()  # another thread may have refreshed
+            if newest and self._suffices(newest, min_validity, other_than):
+                return newest, False
             stack.enter_context(self._view.storage.lock(deadline.left()))
 
             def refresh() -> tuple[Credentials, bool]:
@@ -3953,11 +3933,11 @@ class OAuthService:
     @hides_locals
     def note_rejected(self, token: str) -> None:
         """Note that the API answers 401 to a new token: a refresh would not help."""
-        try:
-            with self.storage.lock(SHORT_WAIT):
-                self._account_file.note(rejected=fingerprint(token))
-        except (StorageError, Unavailable):
-            pass  # the next 401 notes it
+        import contextlib
+
+        failures = (StorageError, Unavailable)  # then the next 401 notes it
+        with contextlib.suppress(*failures), self.storage.lock(SHORT_WAIT):
+            self._account_file.note(rejected=fingerprint(token))
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token; after a 401, once more with a new one."""
@@ -4171,7 +4151,6 @@ class OAuthService:
     ) -> tuple[Credentials, Mapping[str, object]]:
         """Turn a code into a stored credential; return it with its account."""
         with self.storage.lock(LOCK_TIMEOUT):
-            self.storage.check()
             stored = self.storage.load()  # before the code is spent: this may fail
             credentials = self._client.exchange_code(
                 granted.code,
@@ -5107,6 +5086,17 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     show(f"          the grant is revoked; {left} is left in the store")
 
 
+def python_program() -> str | None:
+    """Return the Python that may be started as a child; None if this is no Python."""
+    import re
+
+    # A frozen program (PyInstaller, Nuitka), or one that embeds Python (QGIS).
+    name = os.path.basename(sys.executable or "").lower()
+    is_compiled = getattr(sys, "frozen", False) or "__compiled__" in globals()
+    is_python = re.fullmatch(r"(python|pypy)[\d.]*[a-z]?(\.exe)?", name)
+    return sys.executable if is_python and not is_compiled else None
+
+
 def _stampede(sandbox: Sandbox, directory: str) -> str:
     """Let 8 processes ask for a token at once; return the result as text."""
     import subprocess
@@ -5152,7 +5142,8 @@ _OPTIONS: Final[Mapping[str, Any]] = {
 _EPILOG: Final = """\
 environment: CLAUDE_OAUTH_CLIENT_ID, CLAUDE_OAUTH_DIR, CLAUDE_OAUTH_STORE,
   CLAUDE_OAUTH_SERVER (see `sandbox`), CLAUDE_OAUTH_TOKEN (comes before any store),
-  CLAUDE_OAUTH_PASSPHRASE_FILE (encrypts the file), BROWSER, HTTPS_PROXY
+  CLAUDE_OAUTH_PASSPHRASE_FILE (encrypts the file), CLAUDE_CONFIG_DIR, BROWSER,
+  NO_COLOR, and what `requests` reads (HTTPS_PROXY, REQUESTS_CA_BUNDLE, ...)
 exit codes: 0 done, 1 another error, 2 usage or settings, 3 log in (again),
   4 try later, 5 the store cannot be read or written, 130 Ctrl-C
 """

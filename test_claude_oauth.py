@@ -2303,7 +2303,8 @@ SPANS = {
     -5: "0 s",
     0: "0 s",
     59.9: "59 s",
-    60: "1 min",
+    119: "119 s",
+    120: "2 min",
     3599: "59 min",
     3600: "1 h 0 min",
     11520: "3 h 12 min",
@@ -3989,6 +3990,12 @@ def test_a_certificate_of_a_session_is_looked_at_too(outside):
         client = claude_oauth.OAuthClient(outside.config, session=session)
         with pytest.raises(claude_oauth.ConfigError, match="the session's cert names"):
             client.check()
+
+
+def test_a_key_log_that_cannot_be_written_is_a_setting_to_fix(tls_server, monkeypatch):
+    monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/keys.log")
+    with pytest.raises(claude_oauth.ConfigError, match="SSLKEYLOGFILE names /nowhere"):
+        client_for(tls_server).check()
 
 
 def test_a_good_setting_passes_the_check(tls_server, trusted, scripted_server):
@@ -10167,7 +10174,7 @@ def test_a_wait_that_was_written_without_a_fraction_counts(kept):
     kept.save(-1)
     memory = {"wait_until": int(kept.clock()) + 60}
     put_bytes(kept.account, json.dumps({"claudeOauthMemory": memory}).encode())
-    with pytest.raises(claude_oauth.Unavailable, match="paused for 1 min"):
+    with pytest.raises(claude_oauth.Unavailable, match="paused for 60 s"):
         kept.service().access_token()
     assert kept.requests == 0
 

@@ -662,20 +662,18 @@ def prepare_expired(directory):
 
 
 def write_account(directory):
-    """A warm account: with these fields known a refresh asks for no profile."""
+    """A warm account, so that a refresh asks for no profile; without older notes."""
+    account = {
+        "accountUuid": "a",
+        "emailAddress": "someone@example.com",
+        "organizationUuid": "o",
+        "billingType": "stripe_subscription",
+        "accountCreatedAt": "2025-01-01T00:00:00Z",
+        "subscriptionCreatedAt": "2025-01-01T00:00:00Z",
+    }
     path = os.path.join(directory, "account.json")
-    if not os.path.exists(path):
-        account = {
-            "accountUuid": "a",
-            "emailAddress": "someone@example.com",
-            "organizationUuid": "o",
-            "billingType": "stripe_subscription",
-            "accountCreatedAt": "2025-01-01T00:00:00Z",
-            "subscriptionCreatedAt": "2025-01-01T00:00:00Z",
-        }
-        with open(path, "w") as file:
-            json.dump({"oauthAccount": account}, file)
-        os.chmod(path, 0o600)
+    with open(path, "w", opener=lambda *at: os.open(*at, 0o600)) as file:
+        json.dump({"oauthAccount": account}, file)
 
 
 def stampeder(subject, directory, port, count):
