@@ -269,8 +269,12 @@ def hides_locals(subject: _T) -> _T:
         return subject
 
     def call(*args: Any, **options: Any) -> Any:
-        with _FrameCleaner():
+        try:
             return function(*args, **options)
+        except BaseException as error:  # a Ctrl-C has frames as well
+            args, options = (), {}
+            _clear_frames(error)
+            raise
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(call, name, getattr(function, name))
@@ -280,24 +284,19 @@ def hides_locals(subject: _T) -> _T:
     return decorated
 
 
-class _FrameCleaner:
-    """Clears the frames of an exception that leaves, and of those behind it."""
-
-    def __enter__(self) -> None:
-        """Do nothing yet."""
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _: Any) -> None:
-        # Not traceback.clear_frames: without a free descriptor its import fails.
-        chain = [error]
-        for failure in filter(None, chain):  # grows in the loop
-            step = failure.__traceback__
-            if step and failure is not error and not _clear_frame(step.tb_frame):
-                continue  # the caller is handling it: those frames are the caller's
-            while step:
-                _clear_frame(step.tb_frame)
-                step = step.tb_next
-            others = (failure.__cause__, failure.__context__)
-            chain += [other for other in others if other not in chain]
+def _clear_frames(error: BaseException) -> None:
+    """Clear the frames of an exception that leaves, and of those behind it."""
+    # Not traceback.clear_frames: without a free descriptor its import fails.
+    chain = [error]
+    for failure in chain:  # grows in the loop
+        step = failure.__traceback__
+        if step and failure is not error and not _clear_frame(step.tb_frame):
+            continue  # the caller is handling it: those frames are the caller's
+        while step:
+            _clear_frame(step.tb_frame)
+            step = step.tb_next
+        others = (failure.__cause__, failure.__context__)
+        chain += [other for other in others if other and other not in chain]
 
 
 def _clear_frame(frame: FrameType) -> bool:
@@ -405,6 +404,9 @@ class OAuthConfig(_Value):
     user_agent: str = USER_AGENT
     timeout: float = REQUEST_TIMEOUT
 
+    def __init__(self, client_id: str, **settings: Any) -> None:
+        super().__init__(client_id, **settings)
+
     @classmethod
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
         """Return the settings for a server that has every endpoint at one origin."""
@@ -437,8 +439,7 @@ class OAuthConfig(_Value):
         is_number = isinstance(timeout, (int, float))
         if not is_number or not 0 < timeout <= MAX_REQUEST_TIMEOUT:
             raise ConfigError("timeout must be above 0 seconds and at most a day")
-        is_text = isinstance(agent, str) and agent.isascii() and agent.isprintable()
-        if not is_text:
+        if not (isinstance(agent, str) and agent.isascii() and agent.isprintable()):
             raise ConfigError("user_agent must be printable ASCII")
         own = "" if USER_AGENT in agent else USER_AGENT
         self.__dict__["user_agent"] = f"{agent} {own}".strip()
@@ -614,10 +615,10 @@ class Credentials(_Value):
         for name, (key, read) in _RECORD_FIELDS.items():
             found[name] = read(stored.get(key))
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
-            if name in cls._secret and is_needed and found[name] is None:
+            if name in cls._secret[:2] and is_needed and found[name] is None:
                 raise StorageCorrupt(
                     f"the stored record is damaged: {key} is missing or malformed (in"
-                    " claudeAiOauth or beside it); move it away and log in again"
+                    " claudeAiOauth); move it away and log in again"
                 )
         return cls(**found)
 
@@ -781,7 +782,7 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     import re
 
     names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
-    value = rb'"(?:[ !#-\[\]-~]|\\["/\\])*"|\d{1,9}(?=[\s,}])'
+    value = rb'"(?:[ !#-\[\]-~]|\\(?:["/\\]|u[\da-fA-F]{4}))*"|\d{1,9}(?=[\s,}])'
     fields = re.findall(rb'"(?:%s)"\s*:\s*(?:%s)' % (names, value), content)
     found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
     # A truncated answer may lack the refresh token, and is useless without it.
@@ -881,7 +882,8 @@ def clean_token(value: str) -> str:
     import re
 
     token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
-    if not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
+    other = r"sk-ant-ort01-|[A-Z_]+=|\S*\.\.\."  # a refresh token, a name, a gap
+    if not re.fullmatch(rf"(?!{other})[\w.~+/-]+=*", token, re.ASCII):
         raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
 
@@ -918,7 +920,7 @@ CALLBACK_PATH: Final = "/callback"
 PASTE_REFUSALS: Final = (
     ("^$", "nothing was pasted"),
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
-    ("(?i)sk-ant-", "that is a token or an API key, not a code: keep it safe"),
+    ("(?i)sk-ant-|^sk-", "that is a token or an API key, not a code: keep it safe"),
 )
 
 # Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
@@ -989,8 +991,8 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
     for pattern, reason in PASTE_REFUSALS:
         if re.search(pattern, re.sub("[ \n]", "", cleaned)):
             raise ValueError(reason)
-    # A terminal that marks the start of a paste, but not its end, will send more.
-    if "\x1b[200~" in text and "\x1b[201~" not in text and state not in cleaned:
+    # A terminal that marks the start of a paste, or its end, but not both, sends more.
+    if ("\x1b[200~" in text) != ("\x1b[201~" in text) and state not in cleaned:
         raise ValueError("that is not a code")
     # The whole screen may have been copied: then the state stands behind the code.
     if "#" + state not in cleaned:
@@ -1013,13 +1015,15 @@ def _clean_paste(text: str, state: str) -> str:
     # Bracketed paste, a shell's escapes, zero-width characters and direction marks.
     invisible = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     text = re.sub(rf"\x1b\[20[01]~|[\\{invisible}]", "", text)
+    text = re.sub("[\u2010-\u2015\u2212]", "-", text)
+    text = re.sub("^([^=?]*)&state=", r"\1#", text)  # the end of an address
     if "=" not in text and "%3d" in text.lower():
         text = unquote(text)
-    # Quotes and brackets stand around an address or a code.
-    quotes = "\"'`<>(){}\u2018-\u201f\xab\xbb\u2039\u203a"
+    # Quotes, brackets and the lines of a box stand around an address or a code.
+    quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f"
     text = re.sub(rf"[{quotes}]|[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
-    text = re.sub(r"(?<!\S)[*\[]+|[.,;!*\]]+(?!\S)", "", text)
+    text = re.sub(r"(?<!\S)(?:~~|[*\[])+|(?:~~|[.,;!*\]])+(?!\S)", "", text)
     text = re.sub(" +", " ", text).strip(" \n")
     text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
     label = "[ \n]*(?:#|%23)|(?<![=:?&,; \n])[ \n,;]+(?i:state\\b *[:=]?)?"
@@ -1032,6 +1036,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     import re
 
     text = re.sub(r"[:=]+ ?(?=[\w.~+/-]{8})", ": ", text.replace("%23", "#"))
+    text = re.sub(r"(?i)(?<!\S)[\w-]*code(?!\S)", "code", text)  # `auth_code`
     text = re.sub(rf"^(?i:state)\W+{re.escape(state)}\W*", "", text)
     pattern, mark = _BARE_CODE, text.find("#")
     found = re.search(rf"#{re.escape(state)}(?![\w#-])", text)
@@ -1066,13 +1071,13 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     page, _, query = address.rpartition("?")
     # Browsers hide the scheme; some leave it out of what is copied.
     manual = re.escape(re.sub("(?i)^https?://", "", manual_uri))
-    loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\]):(\d{{1,5}}){CALLBACK_PATH}"
-    known = re.search(rf"(?i)(?<![\w.@-])(?:{manual}|{loopback})$", page)
+    loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\])(:\d{{1,5}})?{CALLBACK_PATH}"
+    known = re.search(rf"(?i)(?<![\w.@-])(?:{manual}|({loopback}))$", page)
     if page and not known:
         raise ValueError("that is the address of another page")
     code = parse_callback(query.partition("#")[0], state=state)
-    if known and known[1]:
-        return GrantedCode(code, f"http://localhost:{known[1]}{CALLBACK_PATH}")
+    if known and known[1]:  # a browser leaves out port 80
+        manual_uri = f"http://localhost{known[2] or ':80'}{CALLBACK_PATH}"
     return GrantedCode(code, manual_uri)
 
 
@@ -1234,7 +1239,8 @@ class OAuthClient:
             "state": state,
             **(extra or {}),
         }
-        return f"{page}{'&' if '?' in page else '?'}{urlencode(query)}"
+        mark = "&" if "?" in page else "?"
+        return page + mark + urlencode(query, errors="replace")
 
     def exchange_code(
         self, code: str, *, verifier: str, redirect_uri: str, state: str
@@ -1349,6 +1355,7 @@ class OAuthClient:
             headers["anthropic-beta"] = OAUTH_BETA
         answers: list[requests.Response] = []
         content, route = bytearray(), url.split("/")[2]
+        is_refresh = "refresh_token" in (body or ())
 
         def request() -> None:
             nonlocal route
@@ -1356,22 +1363,25 @@ class OAuthClient:
                 requests = import_requests()
                 session = self._session or stack.enter_context(requests.Session())
                 route, proxies = check_route(url, session)
-                response = session.request(
-                    ("POST", "GET")[body is None],
-                    url,
-                    json=body,
-                    headers=headers,
-                    # Without an auth= of ours, a netrc entry would replace the token.
-                    auth=_without_redirect,
-                    proxies=proxies,
-                    timeout=self.config.timeout,
-                    # A token must not follow a redirect to wherever it points.
-                    allow_redirects=False,
-                    stream=True,
-                )
+                try:
+                    response = session.request(
+                        ("POST", "GET")[body is None],
+                        url,
+                        json=body,
+                        headers=headers,
+                        # Without an auth= of ours, a netrc entry replaces the token.
+                        auth=_without_redirect,
+                        proxies=proxies,
+                        timeout=self.config.timeout,
+                        # A token must not follow a redirect to wherever it points.
+                        allow_redirects=False,
+                        stream=True,
+                    )
+                except requests.HTTPError as error:  # of a hook in the session
+                    response = error.response
                 answers.append(stack.enter_context(response))
-                # In small pieces: urllib3 2 drops the one that is cut.
-                for piece in response.iter_content(16):
+                # Byte by byte where a token is spent: urllib3 2 drops a cut piece.
+                for piece in response.iter_content((4096, 1)[is_refresh]):
                     content.extend(piece)
                     if len(content) >= MAX_ANSWER_BYTES:
                         break
@@ -1381,7 +1391,7 @@ class OAuthClient:
         deadline, error = Deadline(3 * self.config.timeout), None
         # Of two tries the second follows a dropped connection: if the server has spent
         # a refresh token, its successor is lost, and any later try would send the same.
-        for _ in range(2 if body is None or "refresh_token" in body else 1):
+        for _ in range(1 + (body is None or is_refresh)):
             _nothing, failure = call_with_limit(request, deadline.left())
             error = failure and _error_of_failure(failure, route)
             # Once an answer has begun, the token is spent.
@@ -1490,18 +1500,16 @@ _PROXY_URL: Final = (
 def _check_tls_files(bundle: Any, cert: Any) -> None:
     import ssl
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     name, path = "SSLKEYLOGFILE", os.environ.get("SSLKEYLOGFILE", "")
     try:
         open(path or os.devnull, "ab").close()
         if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
             variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
             name = _variable_or("the session's verify", path, variables)
-            context.load_verify_locations(path)
-        if cert:
-            name, path = "the session's cert", cert
-            for path in [cert] if isinstance(cert, str) else cert:
-                open(path, "rb").close()  # to load it may ask for a passphrase
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        name, path = "the session's cert", cert
+        for path in [cert] if isinstance(cert, str) else cert or ():
+            open(path, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
         reason = printable(getattr(error, "strerror", "") or type(error).__name__)
         text = f"{name} names {printable(path)}, which cannot be used"
@@ -1553,7 +1561,7 @@ class Storage(Protocol):
 def absolute_path(path: str | os.PathLike[str]) -> str:
     """Return a path from the root; ConfigError if it is empty or not expanded."""
     found = os.path.expanduser(os.fsdecode(path))
-    if not found.strip() or found[0] in "\"'$%~" or "\0" in found:
+    if not found.strip() or found[0] in "\"'`$%~\u2018\u201c\xab" or "\0" in found:
         raise ConfigError(
             f"{printable(found)!r} is no path: it is empty, begins with a quote or a"
             " variable, or no home directory is known"
@@ -1616,7 +1624,7 @@ def read_private(
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
-        if os.path.exists(path) and not os.path.isfile(path):
+        if os.stat(path).st_mode & 0o170000 != 0o100000:
             raise StorageError(f"{path} is not a regular file; move it away")
         with open(path, "rb") as file:
             _check_owner_and_mode(file.fileno(), path, is_ours, any_owner)
@@ -1627,8 +1635,8 @@ def read_private(
         raise StorageError(f"cannot read {path}: {_reason(error)}") from None
     if len(data) > MAX_FILE_BYTES:
         raise StorageCorrupt(f"{path} is too large to be a credential; move it away")
-    is_blank = data.strip(b"\0 \t\r\n\v\f") in (b"", b"\xef\xbb\xbf", b"\xff\xfe")
-    return None if is_blank else data
+    blank = (b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+    return None if data.strip(b"\0 \t\r\n\v\f") in blank else data
 
 
 def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) -> None:
@@ -1907,7 +1915,7 @@ class _RecordStorage:
         return found.st_mtime_ns, found.st_ino, found.st_size
 
     def _parse(self, data: bytes | None) -> dict[str, object]:
-        record = {} if data is None else parse_json_object(data)
+        record = {} if data is None else parse_json_object(data, lenient=True)
         if record is None:
             text = "is unreadable: it is damaged, or no record"
             raise StorageCorrupt(f"{self.describe()} {text}; {self._cure}")
@@ -2145,8 +2153,12 @@ class _SecretStorage(_RecordStorage):
 
         A store that can be read may be full, or refuse writes.
         """
+        import re
+
         beside = f"{self._service} check"
-        self._put(beside, b"x" * len(dump_json(self._read_record())))
+        # As many quotes, which `security` wants escaped, and what a refresh may add.
+        record = dump_json(self._read_record()) + '"x' * 128
+        self._put(beside, re.sub('[^"]', "x", record).encode())
         self._call("delete", beside)
 
     def lock(self, timeout: float) -> ContextManager[object]:
@@ -2195,6 +2207,10 @@ SECURITY_LINE: Final = 4094
 # What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
 # -U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h.
 _LOCKED: Final = frozenset({29, 36, 45, 51, 128, 152, 155, 227, 234})
+
+
+class _NoKeychain(ConfigError, StorageError):
+    """The setting can never work here, and the record cannot be read."""
 
 
 class KeychainStorage(_SecretStorage):
@@ -2261,6 +2277,8 @@ class KeychainStorage(_SecretStorage):
             number = int((printed or [done.returncode])[0])
         except subprocess.TimeoutExpired:
             number, output, errors = -128, b"", b""  # likely, a dialog nobody sees
+        except FileNotFoundError:
+            raise _NoKeychain(f"only macOS has {SECURITY}; {_USE_FILE}") from None
         except OSError as error:
             raise self._failure(f"{SECURITY}: {_reason(error)}") from None
         if number == 0:
@@ -2331,16 +2349,15 @@ class FernetCipher:
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted; StorageCorrupt if it cannot be."""
+        import contextlib
         import re
 
         # 0.1.0 wrote a digest of the key before Fernet's own, which has one.
         form = rb"%b:([0-9a-f]{32}):(?:[0-9a-f]{16}:)?(.+)" % self._START
         found = re.fullmatch(form, data)
-        try:
+        with contextlib.suppress(self._fernet.InvalidToken):
             if found:
                 return bytes(self._box(found.group(1)).decrypt(found.group(2)))
-        except self._fernet.InvalidToken:
-            pass
         raise StorageCorrupt(_UNDECRYPTABLE)
 
     def _box(self, salt: bytes) -> Any:
@@ -2545,7 +2562,7 @@ def make_server(
             self, code: int, message: str | None = None, explain: str | None = None
         ) -> None:
             """Say in our own words that `parse_request` did not understand it."""
-            respond(self, code, stray_page("this is no browser's request"))
+            respond(self, code, stray_page("it is no browser's, or too large"))
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: the request line may hold a code."""
@@ -2600,7 +2617,7 @@ def respond(request: Any, status: int, page: str, **headers: str) -> None:
 
 
 def _read_head(sock: socket.socket) -> bytes:
-    """Return a request's head, once it is whole; b"" if the client hangs up.
+    """Return a request's head, once it is whole, or what is no request line.
 
     `http.server` alone takes half a head for a whole one, and waits anew for each byte.
     """
@@ -2609,7 +2626,7 @@ def _read_head(sock: socket.socket) -> bytes:
         sock.settimeout(deadline.left() + 0.001)
         chunk = sock.recv(65536)
         if not chunk or not deadline.left():
-            return b""
+            return b"?\n" if head else b""
         head += chunk
         if not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
             return b"?\n"  # noise, TLS or no end: refused as no request line
@@ -2964,7 +2981,9 @@ class _PastePrompt:
             ready = [key.fileobj for key, _ in waiting.select(seconds)]
         if self._wake_up in ready:
             self._wake_up.recv(4096)
-        self._is_whole = not (self._descriptor in ready or self._lines)
+        # Asked again: `bg` may have put the program into the background meanwhile.
+        is_typed = self._descriptor in ready and self.is_readable()
+        self._is_whole = not (is_typed or self._lines)
         if not self._is_whole:
             self._read()
 
@@ -3186,11 +3205,6 @@ def needs_key(credentials: Credentials) -> bool:
     return is_console and not credentials.api_key
 
 
-def safe_text(error: BaseException) -> str:
-    """Return an error's text if this module wrote it: others may quote a secret."""
-    return str(error) if isinstance(error, ClaudeOAuthError) else type(error).__name__
-
-
 def _copy_of(error: _Error) -> _Error:
     """Return a copy of an error without its traceback, whose frames hold tokens."""
     twin = type(error).__new__(type(error), *error.args)  # its __init__ may differ
@@ -3233,7 +3247,7 @@ class AccountFile:
         return fingerprint(
             credentials.refresh_token or credentials.access_token,
             client_id=credentials.client_id or self._config.client_id,
-            token_url=self._config.token_url,
+            token_url=self._config.token_url.lower(),
         )
 
     def account(self, credentials: Credentials | None) -> dict[str, Any]:
@@ -3352,7 +3366,7 @@ class AccountFile:
             raise TokenRefused("invalid_grant", "refused before, and not sent again")
         pause = self.pause_left()
         if pause:
-            span = describe_seconds(pause)
+            span = describe_seconds(pause + 0.9)  # never 0 s
             text = f"requests to the server are paused for {span}; try again then"
             raise Unavailable(text, pause)
 
@@ -3401,9 +3415,8 @@ class ServedToken:
     """An access token that is handed out for a moment without reading the store."""
 
     def __init__(self, credentials: Credentials, now: float) -> None:
-        key, expires_at = console_key(credentials), credentials.expires_at
-        self.token = credentials.access_token
-        self.expires_at = float("inf") if expires_at is None else expires_at
+        key, self.token = console_key(credentials), credentials.access_token
+        self.expires_at = seconds_left(credentials, 0)
         # CLAUDE_OAUTH_TOKEN may hold a key as well.
         key = key or (self.token if self.token.startswith("sk-ant-api") else None)
         bearer = {"Authorization": f"Bearer {self.token}", "anthropic-beta": OAUTH_BETA}
@@ -3539,7 +3552,10 @@ class StoreView:
         with contextlib.suppress(ClaudeOAuthError), self.storage.lock(0):
             stored, newest = self.read()
             if self.pending and newest:
-                self.save(newest, stored)
+                # A key that another process has made meanwhile is permanent.
+                is_older = self.pending.account is None and not newest.api_key
+                key = stored.api_key if stored and is_older else newest.api_key
+                self.save(newest.replace(api_key=key), stored)
 
 
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
@@ -3588,6 +3604,7 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
 
 def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> None:
     """Set a handler for the signals that end programs; note each previous one."""
+    import contextlib
     import signal
 
     # SIGINT first: what is restored last cannot interrupt the others.
@@ -3598,17 +3615,15 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
         if found in (None, signal.SIG_IGN, handler):
             continue
         previous[number] = found  # first: the next line may be interrupted
-        try:
+        with contextlib.suppress(ValueError):  # a sub-interpreter, where none arrives
             signal.signal(number, handler)
-        except ValueError:
-            pass  # a sub-interpreter, where no signal arrives
 
 
 class Refresher:
     """Gets a new access token; nothing else spends a refresh token.
 
     1. Look: a token that is good for long enough costs nothing (`is_due`).
-    2. Lock out the other threads, then the other processes.
+    2. Lock out the other threads, look again, and lock out the other processes.
     3. Look again: somebody may have refreshed meanwhile, and their token will do.
     4. Check that the new login can be written, before anything is spent.
     5. Spend the refresh token.
@@ -3692,13 +3707,13 @@ class Refresher:
             raise Unavailable("another thread refreshes the login; try again later")
         with ExitStack() as stack:
             stack.callback(mutex.release)
+            newest = self._view.look()  # another thread may have refreshed
+            if newest and self._suffices(newest, min_validity, other_than):
+                return newest, False
             when, failure = self._failed
             if failure and when > began:
                 raise _copy_of(failure)  # or each thread would wait for the network
             self._failed = (0.0, None)
-            newest = self._view.look()  # another thread may have refreshed
-            if newest and self._suffices(newest, min_validity, other_than):
-                return newest, False
             stack.enter_context(self._view.storage.lock(deadline.left()))
 
             def refresh() -> tuple[Credentials, bool]:
@@ -3772,7 +3787,7 @@ class Refresher:
         self._account_file.note_success(renewed, newest, stored)
         if error:
             warn(
-                f"the refreshed login could not be saved ({safe_text(error)});"
+                f"the refreshed login could not be saved ({error});"
                 " it is kept in memory and saved as soon as that works"
             )
         if problem:
@@ -3932,12 +3947,12 @@ class OAuthService:
 
     @hides_locals
     def note_rejected(self, token: str) -> None:
-        """Note that the API answers 401 to a new token: a refresh would not help."""
+        """Note that the API may answer 401 to a new token; "" takes that back."""
         import contextlib
 
         failures = (StorageError, Unavailable)  # then the next 401 notes it
         with contextlib.suppress(*failures), self.storage.lock(SHORT_WAIT):
-            self._account_file.note(rejected=fingerprint(token))
+            self._account_file.note(rejected=token and fingerprint(token))
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token; after a 401, once more with a new one."""
@@ -3946,7 +3961,10 @@ class OAuthService:
             try:
                 return ask(token), token
             except (TokenRefused, Unavailable) as error:
-                if error.status != 401 or environment_token():
+                if error.status == 401 and environment_token():
+                    cure = "replace or unset CLAUDE_OAUTH_TOKEN"
+                    raise TokenRefused("invalid_token", cure, 401) from None
+                if error.status != 401:
                     raise
                 if is_last:
                     self.note_rejected(token)
@@ -4065,7 +4083,7 @@ class OAuthService:
             with_key = newest.replace(api_key=key)
             error = self._view.save(with_key, stored)
             if error:
-                warn(f"the new API key is kept in memory: {safe_text(error)}")
+                warn(f"the new API key is kept in memory: {error}")
             file.note(key_owner=key_owner_of(key, file.account(newest)))
             return with_key
 
@@ -4193,11 +4211,11 @@ class OAuthService:
         grant is revoked if a revoke_url is set; then this module's own keys are
         deleted, and nothing else.  Raises StorageError if that fails.
         """
-        flush = self._flush_telemetry
-        try:
+        import contextlib
+
+        flush, has_login = self._flush_telemetry, True
+        with contextlib.suppress(StorageError, ConfigError):  # then there may be one
             has_login = self._view.look() is not None
-        except (StorageError, ConfigError):
-            has_login = True  # there may be one
         if flush and has_login:
             _try_within_limit("the telemetry flush", lambda: flush(FLUSH_TIMEOUT))
         # Under the lock, or a refresh under way would bring the record back.
@@ -4273,10 +4291,11 @@ class OAuthService:
     def _condition(self, stored: Credentials) -> tuple[bool, list[str]]:
         """Return whether a token can be had, and what a person should know."""
         now, file = self._clock(), self._account_file
-        is_expired = seconds_left(stored, now) <= 0
+        # A key does not expire.
+        is_expired = seconds_left(stored, now) <= 0 and not console_key(stored)
         ends_at = stored.refresh_token_expires_at
         left = float("inf") if ends_at is None else ends_at - now
-        pause, ends = describe_seconds(file.pause_left()), describe_seconds(left)
+        pause, ends = describe_seconds(file.pause_left() + 0.9), describe_seconds(left)
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
             f"requests to the server are paused for another {pause}": file.pause_left(),
@@ -4330,9 +4349,9 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
     """Call for FLUSH_TIMEOUT at most, and go on whatever it raises."""
     _, error = call_with_limit(call, FLUSH_TIMEOUT)
     if error:
-        problem = safe_text(error)
-        if isinstance(error, TimeoutError):
-            problem = f"no end after {FLUSH_TIMEOUT:g} s"
+        # Others' errors may quote a secret.
+        is_ours = isinstance(error, ClaudeOAuthError)
+        problem = str(error) if is_ours else type(error).__name__
         warn(f"logging out goes on without {name} ({problem})")
 
 
@@ -4359,14 +4378,14 @@ class BearerAuth:
         from urllib.parse import urlsplit
 
         self._service = service
-        names = [hosts] if isinstance(hosts, str) else [*hosts]
-        names = [str(name).lower() for name in names]
+        names = [hosts] if isinstance(hosts, (str, bytes)) else [*hosts]
+        names = [name.lower() if isinstance(name, str) else "?" for name in names]
         host = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]*::[0-9a-f:]*"
         for name in names:
             if not re.fullmatch(host, name):
                 raise ConfigError(
-                    f"{printable(name)!r} is not a host name: give hosts= names alone,"
-                    " without scheme, port or path"
+                    f"{printable(name.split('@')[-1])!r} is not a host name: give names"
+                    " alone, without scheme, port or path"
                 )
         self._hosts = {*names, urlsplit(service.config.profile_url).hostname}
         # A crawler asks about many origins; each is decided on once.
@@ -4378,10 +4397,7 @@ class BearerAuth:
             self._sign(request)
             hooks = getattr(request, "hooks", None)  # httpx has none
             if hooks is not None:
-                position = _position(request.body)
-                hooks["response"].append(
-                    lambda answer, **options: self.repeat(answer, position, options)
-                )
+                hooks["response"].append(self.repeat)
         return request
 
     def auth_flow(self, request: Any) -> Iterator[Any]:
@@ -4394,8 +4410,7 @@ class BearerAuth:
         is_ours = is_ours and self._may_sign(str(response.url))
         if is_ours and response.status_code == 401 and self._renew(request):
             response = yield request
-            if response.status_code == 401 and self._may_sign(str(response.url)):
-                self._note_rejected(request)
+            self._note_answer(request, response)
 
     def _may_sign(self, url: str) -> bool:
         return self._is_ours("/".join(url.split("/", 3)[:3]))
@@ -4424,18 +4439,18 @@ class BearerAuth:
         is_fixed = not token or token == environment_token()
         if is_fixed or self._service.is_rejected(token):
             return False
-        self._service.refresh(rejected=token)
+        # Until it is accepted: a 401 of another thread must not refresh it again.
+        self._service.note_rejected(self._service.refresh(rejected=token).access_token)
         self._sign(request)
         return True
 
     @hides_locals
-    def _note_rejected(self, request: Any) -> None:
-        self._service.note_rejected(_bearer_of(request))
+    def _note_answer(self, request: Any, answer: Any) -> None:
+        is_refused = answer.status_code == 401 and self._may_sign(str(answer.url))
+        self._service.note_rejected(_bearer_of(request) if is_refused else "")
 
     @hides_locals
-    def repeat(
-        self, response: requests.Response, position: int | None, options: Any
-    ) -> Any:
+    def repeat(self, response: requests.Response, **options: Any) -> Any:
         """Return the answer to a request; after a 401, to its repetition."""
         from urllib.parse import urljoin
 
@@ -4450,15 +4465,14 @@ class BearerAuth:
             return response
         repeated = request.copy()
         try:
-            if not _rewind(request.body, position) or not self._renew(repeated):
+            if not _rewind(repeated) or not self._renew(repeated):
                 return response
         except ClaudeOAuthError:
             response.close()  # the caller does not get it
             raise
         response.close()
         answer: Any = response.connection.send(repeated, **options)
-        if answer.status_code == 401:
-            self._note_rejected(repeated)
+        self._note_answer(repeated, answer)
         answer.history.append(response)
         answer.request = repeated
         return answer
@@ -4473,20 +4487,14 @@ def _with_beta(asked_for: str | bytes) -> str:
     return ",".join(dict.fromkeys((*text.split(","), OAUTH_BETA)))
 
 
-def _position(body: Any) -> int | None:
-    """Return where a body that is a file begins, None if it cannot be sent again."""
-    try:
-        return int(body.tell()) if hasattr(body, "tell") else None
-    except (OSError, ValueError):
-        return None
-
-
-def _rewind(body: Any, position: int | None) -> bool:
+def _rewind(request: Any) -> bool:
     """Rewind a request's body to send it again; return False if that is impossible."""
-    if position is not None:
-        body.seek(position)
-        return True
-    return body is None or isinstance(body, (bytes, str))
+    try:
+        if not isinstance(request.body, (bytes, str, type(None))):
+            import_requests().utils.rewind_body(request)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 # -- Sandbox ---------------------------------------------------------------------------
@@ -4911,7 +4919,6 @@ def _status(options: Any) -> int:
     service = _service(options)
     check = _check(service) if options.check else ""
     status, stored = service.status(), service.credentials() or Credentials("")
-    missing = sorted({*service.config.scopes} - {*stored.scopes})
     rows = {
         "logged in": status["logged_in"],
         "check": check,
@@ -4922,7 +4929,6 @@ def _status(options: Any) -> int:
         "tier": status["rate_limit_tier"],
         "path": status["method"],
         "scopes": " ".join(stored.scopes),
-        "not granted": " ".join(missing) if stored.scopes else "",
         "token ends": _until(stored.expires_at),
         "login ends": _until(stored.refresh_token_expires_at),
         "store": status["storage"],
@@ -4980,10 +4986,10 @@ def _token(options: Any) -> None:
     service = _service(options)
     token = service.api_token(min_validity=options.min_validity)
     if options.json:
-        status, stored = service.status(), service.credentials()
+        status = service.status()
         ends = {name: status[name] for name in ("expires_at", "expires_in")}
         answer = {"access_token": token, **ends}
-        if stored and stored.access_token != token:
+        if "x-api-key" in service.auth_headers():
             answer = {"api_key": token, "expires_at": None}
         token = dump_json({**answer, "token": token})
     print(token)
@@ -5079,33 +5085,26 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     post = import_requests().post
     answer = post(url, json={}, auth=auth, proxies={"no_proxy": "*"}, timeout=9)
     codes = [each.status_code for each in (*answer.history, answer)]
-    text = "a token that died early is refreshed and the request repeated"
-    show(f"401       {text}: {codes}")
+    show(f"401       a token that died early is refreshed, and sent again: {codes}")
     service.logout()
     left = "nothing" if service.credentials() is None else "something"
     show(f"          the grant is revoked; {left} is left in the store")
 
 
-def python_program() -> str | None:
-    """Return the Python that may be started as a child; None if this is no Python."""
-    import re
-
-    # A frozen program (PyInstaller, Nuitka), or one that embeds Python (QGIS).
-    name = os.path.basename(sys.executable or "").lower()
-    is_compiled = getattr(sys, "frozen", False) or "__compiled__" in globals()
-    is_python = re.fullmatch(r"(python|pypy)[\d.]*[a-z]?(\.exe)?", name)
-    return sys.executable if is_python and not is_compiled else None
-
-
 def _stampede(sandbox: Sandbox, directory: str) -> str:
     """Let 8 processes ask for a token at once; return the result as text."""
+    import re
     import subprocess
 
-    python, program = python_program(), os.path.abspath(__file__)
-    if python is None or not os.path.isfile(program):  # frozen, or in a zip archive
+    python, program = sys.executable or "", globals().get("__file__") or ""
+    # A frozen program (PyInstaller, Nuitka), or one that embeds Python (QGIS).
+    is_frozen = getattr(sys, "frozen", False) or "__compiled__" in globals()
+    is_python = re.search(r"(?i)[\\/](python|pypy)[\d.]*[a-z]?(\.exe)?$", python)
+    if is_frozen or not is_python or not os.path.isfile(program):  # in a zip archive
         return "left out: no Python can be started with this file"
     before = sandbox.counts["refresh_token"]
     # Not `python FILE`: its folder may hold names of the standard library's.
+    program = os.path.abspath(program)
     code = f"import sys; del sys.path[0]; exec(open({program!r}, 'rb').read())"
     command = [python, "-c", code, "--dir", directory, "--store", "file", "token"]
     environ = {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin}
@@ -5143,7 +5142,7 @@ _EPILOG: Final = """\
 environment: CLAUDE_OAUTH_CLIENT_ID, CLAUDE_OAUTH_DIR, CLAUDE_OAUTH_STORE,
   CLAUDE_OAUTH_SERVER (see `sandbox`), CLAUDE_OAUTH_TOKEN (comes before any store),
   CLAUDE_OAUTH_PASSPHRASE_FILE (encrypts the file), CLAUDE_CONFIG_DIR, BROWSER,
-  NO_COLOR, and what `requests` reads (HTTPS_PROXY, REQUESTS_CA_BUNDLE, ...)
+  and what `requests` reads (HTTPS_PROXY, REQUESTS_CA_BUNDLE, ...)
 exit codes: 0 done, 1 another error, 2 usage or settings, 3 log in (again),
   4 try later, 5 the store cannot be read or written, 130 Ctrl-C
 """

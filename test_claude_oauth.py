@@ -393,6 +393,7 @@ class Answer:
     reset      the connection is reset before a byte of the answer
     close      the connection is closed before a byte of the answer
     truncated  half of the body, then the end
+    short      the whole body, which is shorter than it says, then the end
     tear       half of the body, then a reset
     hang       nothing until the test sets `server.released`
     stall      half of the body, then nothing until `released`
@@ -445,6 +446,11 @@ class ScriptedServer(LoopbackServer):
         body, _ = encoded(answer.body)
         headers = {**answer.headers, "Content-Length": str(len(body))}
         handler.reply(answer.status, body[: len(body) // 2], headers)
+
+    def fault_short(self, handler, answer):
+        body, _ = encoded(answer.body)
+        headers = {**answer.headers, "Content-Length": str(len(body) + 9)}
+        handler.reply(answer.status, body, headers)
 
     def fault_tear(self, handler, answer):
         self.fault_truncated(handler, answer)
@@ -1221,11 +1227,11 @@ def test_no_frame_below_a_guarded_call_has_variables(leak):
     assert leak.__name__ in [name for name, _ in traceback_of(caught.value)]
 
 
-def test_a_guarded_call_holds_what_its_caller_passed_and_no_more():
+def test_a_guarded_call_holds_nothing_not_even_what_its_caller_passed():
     with pytest.raises(ValueError, match="1") as caught:
         claude_oauth.hides_locals(spend)("sesame")
     (own,) = [found for name, found in traceback_of(caught.value) if name == "call"]
-    assert (own["args"], own["options"]) == (("sesame",), {})
+    assert (own["args"], own["options"]) == ((), {})
     assert set(own) == {"args", "options", "function"}
 
 
@@ -1606,6 +1612,12 @@ def test_settings_come_from_the_environment():
     assert config.token_url == "http://[::1]:80/v1/oauth/token"
 
 
+def test_only_the_client_id_may_be_given_without_its_name():
+    assert claude_oauth.OAuthConfig("me").client_id == "me"
+    with pytest.raises(TypeError, match="positional"):
+        claude_oauth.OAuthConfig("me", "https://a.example/authorize")
+
+
 def test_an_empty_environment_means_production_without_a_client_id(monkeypatch):
     production = claude_oauth.OAuthConfig("")
     assert claude_oauth.OAuthConfig.from_env({}) == production
@@ -1682,9 +1694,11 @@ def test_a_stored_token_is_whatever_a_header_can_carry(token):
     assert found.access_token == token
 
 
-def test_a_damaged_key_in_a_record_is_named():
-    with pytest.raises(claude_oauth.StorageCorrupt, match="consoleApiKey"):
-        claude_oauth.Credentials.from_record({**RECORD, "consoleApiKey": 1})
+@pytest.mark.parametrize("key", [1, {"k": 1}, "two words", "line\nbreak"], ids=repr)
+def test_an_odd_key_beside_good_tokens_is_unknown(key):
+    found = claude_oauth.Credentials.from_record({**RECORD, "consoleApiKey": key})
+    assert found.api_key is None
+    assert found.access_token == RECORD["claudeAiOauth"]["accessToken"]
 
 
 @pytest.mark.parametrize(
@@ -2265,6 +2279,9 @@ BAD_TOKENS = {
     "quotes": "'sk-ant-oat01-secret'",
     "assignment": "CLAUDE_OAUTH_TOKEN=sk-ant-oat01-secret",
     "json": '{"accessToken":"sk-ant-oat01-secret"}',
+    "assignment-of-nothing": "CLAUDE_OAUTH_TOKEN=",
+    "refresh-token": "sk-ant-ort01-secret",
+    "gap": "sk-ant-oat01-...",
     "json-text": '"sk-ant-oat01-secret',
     "placeholder": "${TOKEN}",
     "variable": "$TOKEN",
@@ -2543,6 +2560,15 @@ GOOD_PASTES = {
     "prompt-and-broken-code": f"user@host:~$ {CODE[:20]}\n{CODE[20:]}#{STATE}",
     "label-and-broken-code": f"auth_code={CODE[:20]}\n{CODE[20:]}#{STATE}",
     "json-the-state-first": json.dumps({"state": STATE, "code": CODE}),
+    "label-of-a-program-and-blank": f"auth_code {CODE}#{STATE}",
+    "label-with-a-hyphen": f"claude-code {CODE}#{STATE}",
+    "in-a-box": f"\u2502 {CODE}#{STATE} \u2502",
+    "broken-in-a-box": f"\u2502 {CODE[:20]} \u2502\n\u2502 {CODE[20:]}#{STATE} \u2502",
+    "in-a-table": f"| {CODE}#{STATE} |",
+    "spoiler": f"||{CODE}#{STATE}||",
+    "struck-out": f"~~{CODE}#{STATE}~~",
+    "typographic-hyphens": f"{CODE}#{STATE}".replace("-", "\u2011"),
+    "end-of-an-address": f"{CODE}&state={STATE}",
     "the-whole-screen": "https://claude.com/cai/oauth/authorize?code=true"
     f"&state={STATE}&code_challenge=x\nPaste the code here: {CODE}#{STATE}",
 }
@@ -2582,6 +2608,8 @@ def test_a_manual_redirect_on_loopback_is_known_as_well():
 
 BAD_PASTES = {
     "nothing": ("", "nothing"),
+    "another-services-key": ("sk-proj-" + "x" * 40, "token or an API key"),
+    "end-of-a-marked-paste": (f"{CODE[20:]}{CODE}\x1b[201~\r", "not a code"),
     "blanks": (" \t\r\n", "nothing"),
     "quotes-alone": ('""', "nothing"),
     "wrong-state": (f"{CODE}#other", "another sign-in"),
@@ -2598,7 +2626,6 @@ BAD_PASTES = {
     ),
     "other-page": (f"https://example.com/callback?{CALLBACK}", "another page"),
     "other-page-on-loopback": (f"http://localhost:1/x?{CALLBACK}", "another page"),
-    "loopback-without-port": (f"http://localhost/callback?{CALLBACK}", "another page"),
     "address-that-is-none": (f"http://[::1/callback?{CALLBACK}", "another page"),
     "manual-page-itself": (MANUAL_URI, "state differs"),
     "address-with-wrong-state": (f"{MANUAL_URI}?code=a&state=b", "state differs"),
@@ -2655,6 +2682,12 @@ def test_any_other_paste_is_refused_with_a_reason_that_quotes_nothing(text, reas
 
     shown = chain_text(refused.value)
     assert CODE[:20] not in shown and STATE[:20] not in shown and "xxxx" not in shown
+
+
+@pytest.mark.parametrize("port", ["", ":80"], ids=["left-out", "shown"])
+def test_a_pasted_address_may_leave_out_port_80(port):
+    granted = paste(f"http://localhost{port}/callback?{CALLBACK}")
+    assert granted.redirect_uri == "http://localhost:80/callback"
 
 
 def test_a_pasted_address_with_an_error_is_a_denial():
@@ -3644,7 +3677,7 @@ def test_a_ca_bundle_that_is_not_there_is_a_setting_to_fix(monkeypatch, tmp_path
 
 
 def own_frames(error):
-    """The local variables of every frame of the module, but for a call's arguments."""
+    """The local variables of every frame of the module."""
     found, seen = [], [error]
     for each in seen:
         step = each.__traceback__
@@ -3652,8 +3685,7 @@ def own_frames(error):
             if step.tb_frame.f_code.co_filename == claude_oauth.__file__:
                 shown = dict(step.tb_frame.f_locals)
                 if step.tb_frame.f_code.co_name == "call":
-                    own = ("args", "options", "function")
-                    shown = {k: v for k, v in shown.items() if k not in own}
+                    shown = {k: v for k, v in shown.items() if k != "function" and v}
                 found.append((step.tb_frame.f_code.co_name, shown))
             step = step.tb_next
         others = (each.__cause__, each.__context__)
@@ -3762,6 +3794,30 @@ def test_what_else_a_damaged_answer_says_is_kept(scripted_server, clock):
     found = CALLS["refresh"](client_for(scripted_server, clock=clock))
     assert (found.refresh_token, found.expires_at) == ("a/b", clock() + 60)
     assert found.scopes == ("user:profile", "a:b")
+
+
+def test_an_escape_in_a_token_of_a_damaged_answer_is_read(scripted_server):
+    body = b'{"access_token": "new", "refresh_token": "a\\u002Bb", "n": "\xe9\\x"}'
+    scripted_server.add(200, body)
+    assert CALLS["refresh"](client_for(scripted_server)).refresh_token == "a+b"
+
+
+@pytest.mark.parametrize("padding", range(17))
+def test_no_byte_of_an_answer_is_lost_that_is_shorter_than_it_says(
+    scripted_server, padding
+):
+    tokens = {"access_token": "new", "refresh_token": "next"}
+    scripted_server.add(200, {"n": "x" * padding, **tokens}, fault="short")
+    found = CALLS["refresh"](client_for(scripted_server))
+    assert (found.access_token, found.refresh_token) == ("new", "next")
+
+
+def test_a_session_that_raises_for_a_status_changes_no_error(scripted_server):
+    scripted_server.add(400, {"error": "invalid_grant"})
+    with requests.Session() as session:
+        session.hooks["response"] = lambda answer, **_: answer.raise_for_status()
+        with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant"):
+            CALLS["refresh"](client_for(scripted_server, session=session))
 
 
 def test_a_damaged_answer_without_a_new_refresh_token_keeps_the_old(scripted_server):
@@ -4202,6 +4258,8 @@ UNEXPANDED = {
     "double-quote": '"/a/b"',
     "single-quote": "'/a'",
     "variable": "$HOME/x",
+    "command": "`pwd`/x",
+    "typographic-quotes": "\u201c/tmp/x\u201d",
     "braces": "${UNSET}",
     "percent": "%USERPROFILE%\\x",
     "nul": "/a\0b",
@@ -4410,8 +4468,24 @@ DAMAGED = {
     "token-is-a-number": record(accessToken=5),
     "token-with-a-line-break": record(accessToken="a\nb"),
     "refresh-token-is-a-list": record(refreshToken=["x"]),
-    "key-with-a-line-break": record()[:-1] + b', "consoleApiKey": "sk-ant-api03-a\\n"}',
 }
+
+
+BROKEN_CHARACTERS = {
+    "latin-1": b'"M\xfcller"',
+    "tab": b'"a\tb"',
+    "line-break": b'"a\nb"',
+    "nul": b'"a\0b"',
+}
+
+
+@pytest.mark.parametrize(
+    "value", BROKEN_CHARACTERS.values(), ids=BROKEN_CHARACTERS
+)
+def test_a_broken_character_beside_good_tokens_does_not_cost_them(folder, value):
+    damaged = record()[:-1] + b', "organizationName": ' + value + b"}"
+    put_bytes(folder / "credentials.json", damaged)
+    assert claude_oauth.FileStorage().load().access_token == "token"
 
 
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
@@ -6402,10 +6476,19 @@ def test_no_secret_is_beside_the_lock(keychain, keychain_store):
     assert files == []
 
 
-def test_a_machine_without_the_program_is_told_to_use_a_file(monkeypatch):
+@pytest.mark.parametrize("kind", ["StorageError", "ConfigError"])
+def test_a_machine_without_the_program_is_told_to_use_a_file(monkeypatch, kind):
     monkeypatch.setattr(claude_oauth, "SECURITY", "/nowhere/security")
-    with pytest.raises(claude_oauth.StorageError, match="--store file"):
+    with pytest.raises(getattr(claude_oauth, kind), match="--store file"):
         claude_oauth.KeychainStorage().check()
+
+
+@pytest.mark.parametrize("action", ["status", "token", "login", "logout"])
+def test_the_keychain_elsewhere_than_on_macos_ends_with_2(monkeypatch, capsys, action):
+    monkeypatch.setattr(claude_oauth, "SECURITY", "/nowhere/security")
+    options = ["--client-id", "me", "--store", "keychain"]
+    assert claude_oauth.main([*options, action]) == 2
+    assert "only macOS has /nowhere/security" in capsys.readouterr().err
 
 
 def test_a_lock_is_the_same_wherever_the_program_goes(keychain, tmp_path, monkeypatch):
@@ -6724,6 +6807,22 @@ def test_a_keyring_that_does_not_answer_is_not_an_empty_one(backend, monkeypatch
     assert items == {}
 
 
+def test_a_keyring_must_have_room_for_what_a_refresh_adds(backend, monkeypatch):
+    limit = 10_000
+
+    def limited(self, service, username, password):
+        if len(password) > limit:
+            raise OSError("too long")
+        items[service, username] = password
+
+    items = keyring_class(backend, monkeypatch, set_password=limited)
+    store = claude_oauth.KeyringStorage()
+    store.save(credentials_of_size(300))
+    limit = max(map(len, items.values())) + 100
+    with pytest.raises(claude_oauth.StorageError, match="OSError"):
+        store.check()
+
+
 def test_a_keyring_that_cuts_a_record_leaves_an_error(backend, monkeypatch):
     items = {}
     keyring_class(
@@ -6822,7 +6921,7 @@ def test_a_broken_package_is_told_by_its_own_error(
 
 
 def module_frames_of(error):
-    """What the frames of the module hold below the call that raised, as text."""
+    """What the frames of the module hold, as text."""
     found, todo = [], [error]
     while todo:
         error = todo.pop()
@@ -6830,7 +6929,7 @@ def module_frames_of(error):
         trace = error.__traceback__
         while trace:
             code = trace.tb_frame.f_code
-            if code.co_filename == str(MODULE) and code.co_name != "call":
+            if code.co_filename == str(MODULE):
                 found.append(repr(trace.tb_frame.f_locals))
             trace = trace.tb_next
     return "\n".join(found)
@@ -7492,12 +7591,13 @@ HALF_REQUESTS = {
 
 
 @pytest.mark.parametrize("data", HALF_REQUESTS.values(), ids=HALF_REQUESTS)
-def test_half_a_request_is_dropped_when_its_sender_hangs_up(listener, data):
+def test_half_a_request_is_told_so_when_its_sender_stops(listener, data):
     with connect(listener) as sock:
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
 
-        assert sock.recv(100) == b""
+        answer = sock.makefile("rb").read()
+    assert b" 400 " in answer[:13] if data else not answer
     assert not listener.arrived.is_set()
 
 
@@ -8002,14 +8102,6 @@ def test_a_program_that_is_no_python_is_not_started_again(
     assert race(listener, open_browser=True).code == CODE
     assert world.calls == ["browser https://auto.example/?a=1&b=2"]
     assert capfd.readouterr().out == ""
-
-
-def test_the_python_that_may_be_started_is_the_one_that_runs():
-    assert claude_oauth.python_program() == sys.executable
-
-
-def test_a_program_that_is_no_python_has_none_to_start(no_python):
-    assert claude_oauth.python_program() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a screen is differs")
@@ -8630,6 +8722,33 @@ def test_a_login_in_the_background_of_a_shell_is_not_stopped(tmp_path, ends):
         shell.sendline(f"{CODE}#{STATE}")
         shell.expect_exact(f"granted True {MANUAL_URI}")
     shell.expect_exact("next line")
+    shell.close(force=True)
+
+
+def test_a_line_typed_right_after_bg_does_not_stop_a_login(tmp_path):
+    pexpect = pytest.importorskip("pexpect")
+    program = tmp_path / "host_program.py"
+    program.write_text(HOST_PROGRAM.replace("repr(input())", "'not read'"))
+    shell = pexpect.spawn(
+        "bash",
+        ["--norc", "--noprofile", "-i"],
+        env={**os.environ, "PYTHONPATH": str(MODULE.parent), "TERM": "dumb"},
+        encoding="utf-8",
+        timeout=LIMIT,
+        dimensions=(40, 2000),
+    )
+    command = [sys.executable, str(program), CODE, STATE, MANUAL_URI, str(LIMIT)]
+    shell.sendline(shlex.join(command))
+    shell.expect_exact("Paste the code")
+    for _ in range(5):
+        shell.send("\x1a")
+        shell.expect_exact("Stopped")
+        shell.send("bg\r\r\r")
+        shell.sendline("jobs; echo typed by the $((40 + 2))nd person")
+        shell.expect_exact("typed by the 42nd person")
+        assert "Stopped" not in shell.before
+        shell.sendline("fg")
+        shell.expect_exact("host_program.py")
     shell.close(force=True)
 
 
@@ -9578,6 +9697,19 @@ def test_a_login_that_is_in_memory_alone_can_be_refreshed_again(kept):
     assert kept.is_alive()
 
 
+def test_a_key_that_another_process_made_meanwhile_is_saved_along(kept):
+    kept.save(-1, scopes=claude_oauth.CONSOLE_SCOPES)
+    storage = FullDisk(kept.path)
+    service = kept.service(storage)
+    new = service.access_token()
+    stored = kept.storage.load()
+    kept.storage.save(stored.replace(api_key="sk-ant-api03-made"))
+    storage.is_full = False
+    assert service.access_token() == new
+    saved = kept.storage.load()
+    assert (saved.access_token, saved.api_key) == (new, "sk-ant-api03-made")
+
+
 def test_threads_that_serve_what_is_unsaved_lose_nothing(kept):
     kept.save(-1)
     storage = FullDisk(kept.path)
@@ -10054,6 +10186,25 @@ def test_a_refusal_is_the_answer_for_all_threads_that_waited(
     assert kept.requests < 4
 
 
+def test_a_thread_that_waited_is_served_what_the_store_has_instead_of_an_error(
+    kept, auth_server
+):
+    kept.save(3600)
+    auth_server.fail_next("token", 503, "")
+    clock = RollCall()
+    service = kept.service(clock=clock)
+    with threads(2) as start, held(auth_server) as wait:
+        failing = start(service.refresh)
+        assert wait()
+        known = set(clock.threads)
+        waiting = start(lambda: service.refresh(rejected="sk-ant-oat01-older"))
+        while not clock.threads - known:
+            threading.Event().wait(0.01)
+        auth_server.gate.set()
+        assert isinstance(failing.exception(LIMIT), claude_oauth.Unavailable)
+        assert waiting.result(LIMIT).access_token == kept.token
+
+
 def test_a_failure_inside_the_buffer_puts_the_next_try_off(kept, auth_server):
     kept.save(100)
     auth_server.fail_next("token", 503, "")
@@ -10168,6 +10319,15 @@ def test_a_damaged_memory_does_not_stand_in_the_way(kept, auth_server, data):
     assert kept.requests == 1
     kept.clock.advance(claude_oauth.WAIT_CEILING)
     assert auth_server.is_live(kept.service().access_token())
+
+
+def test_a_pause_is_never_told_as_0_seconds(kept):
+    kept.save(-1)
+    memory = {"wait_until": kept.clock() + 0.3}
+    put_bytes(kept.account, json.dumps({"claudeOauthMemory": memory}).encode())
+    assert any("another 1 s" in text for text in kept.service().status()["warnings"])
+    with pytest.raises(claude_oauth.Unavailable, match="paused for 1 s"):
+        kept.service().access_token()
 
 
 def test_a_wait_that_was_written_without_a_fraction_counts(kept):
@@ -10872,6 +11032,31 @@ def forget_in_account(service, field):
     record = json.loads(account_file(service).read_text())
     del record["oauthAccount"][field]
     account_file(service).write_text(json.dumps(record))
+
+
+def test_an_account_is_known_however_its_server_is_spelled(signed_in, auth_server):
+    origin = auth_server.origin.replace("http:", "HTTP:")
+    config = claude_oauth.OAuthConfig.for_server(origin, client_id=CLIENT_ID)
+    service = claude_oauth.OAuthService(config, signed_in.storage)
+    assert service.status()["email"] == "person@example.com"
+
+
+def test_a_key_of_the_console_signs_in_though_its_token_has_expired(
+    account_service, auth_server, browser
+):
+    granted = sign_in_at_console(account_service, auth_server, browser)
+    over = granted.replace(expires_at=1.0, refresh_token=None)
+    account_service.storage.save(over)
+    status = another_process(account_service).status()
+    assert (status["logged_in"], status["warnings"]) == (True, [])
+
+
+def test_a_dead_token_of_the_environment_is_not_cured_by_a_login(
+    account_service, monkeypatch
+):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-oat01-dead")
+    with pytest.raises(claude_oauth.TokenRefused, match="unset CLAUDE_OAUTH_TOKEN"):
+        account_service.profile()
 
 
 def another_process(service, **options):
@@ -13033,6 +13218,44 @@ def test_an_api_that_answers_401_to_everything_costs_one_refresh(
     assert auth_server.counts["refresh_token"] == 1
 
 
+def test_a_401_while_a_new_token_is_on_trial_costs_no_further_refresh(
+    signed_in, auth_server, messages_url
+):
+    for _ in range(4):
+        auth_server.fail_next("api", 401, failure("authentication_error", "no"))
+    answers = []
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        sent = 0
+
+        def send(self, request, **options):
+            self.sent += 1
+            if self.sent == 2:  # the repetition: another request comes meanwhile
+                answers.append(post(messages_url, another_process(signed_in)))
+            return super().send(request, **options)
+
+    with requests.Session() as session:
+        session.mount("http://", Adapter())
+        auth = claude_oauth.BearerAuth(signed_in)
+        answers.append(session.post(messages_url, data="x", auth=auth))
+    assert [answer.status_code for answer in answers] == [401, 401]
+    assert auth_server.counts["refresh_token"] == 1
+
+
+def test_a_frame_of_a_request_that_fails_holds_no_proxys_password(
+    signed_in, auth_server, messages_url
+):
+    auth_server.expire_access_tokens()
+    auth_server.fail_next("token", 400, {"error": "invalid_grant"})
+    with requests.Session() as session:
+        session.proxies = {"https": "http://me:sesame@127.0.0.1:1"}
+        auth = claude_oauth.BearerAuth(signed_in)
+        with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant") as caught:
+            session.post(messages_url, data="x", auth=auth)
+    frames = own_frames(caught.value)
+    assert frames and not [shown for _, shown in frames if shown]
+
+
 def test_a_token_that_worked_is_refreshed_when_it_dies_later(
     signed_in, auth_server, messages_url
 ):
@@ -13065,13 +13288,17 @@ NOT_HOSTS = {
     "blank": "api.example.com ",
     "wildcard": "*.example.com",
     "final-dot": "api.example.com.",
+    "password": "https://me:sesame@api.example.com",
+    "bytes": b"api.example.com",
+    "nothing": None,
 }
 
 
 @pytest.mark.parametrize("host", NOT_HOSTS.values(), ids=NOT_HOSTS)
 def test_what_is_no_host_name_is_refused_where_it_is_given(account_service, host):
-    with pytest.raises(claude_oauth.ConfigError, match="not a host name"):
+    with pytest.raises(claude_oauth.ConfigError, match="not a host name") as caught:
         claude_oauth.BearerAuth(account_service, hosts=[host])
+    assert "sesame" not in str(caught.value)
 
 
 @pytest.fixture
@@ -14375,6 +14602,12 @@ def test_on_the_console_path_token_makes_the_key_that_is_missing(
     assert command("token", "--min-validity", 9).out == said.out
 
 
+def test_token_with_json_and_a_key_in_the_environment(command, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-api03-mine")
+    answer = json.loads(command("token", "--json").out)
+    assert (answer["api_key"], answer["token"]) == ("sk-ant-api03-mine",) * 2
+
+
 @pytest.mark.parametrize("args", [["token"], ["token", "--json"]], ids=str)
 def test_on_the_console_path_a_key_that_cannot_be_made_is_no_token(
     settings, auth_server, browser, command, args
@@ -14466,7 +14699,6 @@ def test_status_for_people(member, command):
     assert rows["account"] == "person@example.com"
     assert (rows["organization"], rows["plan"]) == ("Example", "max")
     assert set(rows["scopes"].split()) == set(claude_oauth.CLAUDE_AI_SCOPES)
-    assert rows["not granted"] == "org:create_api_key"
     assert re.match(r"in 7 h 59 min", rows["token ends"])
     assert re.match(r"in 20 d 0 h", rows["login ends"])
     assert rows["store"] == member.storage.path + ENCRYPTED
@@ -14936,6 +15168,14 @@ def test_options_lose_the_blanks_and_line_ends_around_them(command, tmp_path):
     assert answer["client_id"] == "me"
 
 
+@pytest.mark.parametrize("option", ["--client-id", "--scope", "--email"])
+def test_bytes_that_are_no_text_end_in_no_traceback(settings, command, option):
+    options = ["--no-browser", "--timeout", "0"]
+    args = {"--client-id": ["--client-id", "\udcff", "login", *options]}
+    said = command(*args.get(option, ["login", *options, option, "\udcff"]))
+    assert said.code == 3 and "Traceback" not in said.err
+
+
 def test_a_number_that_is_refused_is_explained(command):
     assert "0 to 65535" in command("login", "--port", "65536").err
     assert "number from 0" in command("login", "--timeout", "nan").err
@@ -15362,9 +15602,10 @@ def test_without_verbose_nothing_is_logged(member):
 
 
 @pytest.fixture
-def sandbox_lines(spawn_cli):
+def sandbox_lines(spawn_cli, tmp_path):
     """Start `sandbox` in a terminal; the lines that it prints for other shells."""
-    child = spawn_cli("sandbox", env={"CLAUDE_OAUTH_TOKEN": "sk-ant-oat01-hidden"})
+    hidden = {"CLAUDE_OAUTH_TOKEN": "sk-ant-oat01-hidden", "TMPDIR": str(tmp_path)}
+    child = spawn_cli("sandbox", env=hidden)
     child.expect(r"((?:export \w+=\S+\r\n){4,})")
     child.lines = child.match[1].replace("\r", "")
     child.expect_exact("Ctrl-C")
@@ -15481,7 +15722,8 @@ os._exit(0)
 """
 
 
-def test_a_sandbox_can_be_served_outside_the_main_thread():
+def test_a_sandbox_can_be_served_outside_the_main_thread(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     done = run_python(IN_A_THREAD)
 
     assert done.stdout.startswith("export CLAUDE_OAUTH_SERVER=http://127.0.0.1:")
@@ -15502,6 +15744,15 @@ def test_the_demo_does_not_start_a_host_program_again(host):
     done = run_python(f"import sys, claude_oauth\n{host}\nclaude_oauth.main(['demo'])")
 
     assert "stampede  left out: no Python can be started with this file" in done.stdout
+    assert "nothing is left in the store" in done.stdout
+
+
+def test_the_demo_works_where_the_module_has_no_file():
+    source = f"open({str(MODULE)!r}, encoding='utf-8').read()"
+    run = "import sys; sys.argv[1:] = ['demo']; exec"
+    done = run_python(f"{run}({source}, {{'__name__': '__main__'}})")
+
+    assert "stampede  left out" in done.stdout
     assert "nothing is left in the store" in done.stdout
 
 
