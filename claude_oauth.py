@@ -594,13 +594,13 @@ class Credentials(_Value):
 
     def to_record(self) -> dict[str, object]:
         """Return the JSON object to store, without the fields that are None."""
-        tokens = {}
+        tokens: dict[str, object] = {}
         for name, (key, read) in _RECORD_FIELDS.items():
             value = getattr(self, name)
             if value is not None:
                 tokens[key] = int(value * 1000) if read is _moment else value
         tokens["scopes"] = list(self.scopes)
-        top = {key: tokens.pop(key) for key in RECORD_KEYS if key in tokens}
+        top: dict[str, object] = {k: tokens.pop(k) for k in RECORD_KEYS if k in tokens}
         return {"claudeAiOauth": tokens, **top}
 
     @classmethod
