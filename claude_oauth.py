@@ -1814,18 +1814,20 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
         # The kernel's lock has no time limit to wait with, so this tries again: a
         # signal gets through at once, and nothing is left behind at the end.
         while (file := _open_locked(path)) is None:
-            if not deadline.left():
+            left = deadline.left()
+            if not left:
                 raise Unavailable(f"another process holds the lock {path}; try later")
-            time.sleep(min(0.005, deadline.left()))
+            # Ever longer, or hundreds that wait would starve the one that holds it.
+            time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
         holder = threading.get_native_id()  # another one in a forked child
         with file:
             held[holder] = None
             try:
                 yield
             finally:
-                left = held.pop(holder, None)
+                unused = held.pop(holder, None)
                 if holder == threading.get_native_id():
-                    _release(file, path, left)
+                    _release(file, path, unused)
 
     return hold()
 
@@ -3568,13 +3570,12 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
     import signal
     import threading
 
-    came: list[int] = []
+    came: set[int] = set()
     previous: dict[int, Any] = {}
     done, pid = threading.Event(), os.getpid()
 
     def hold(number: int, _frame: FrameType | None) -> None:
-        if number not in came:
-            came.append(number)
+        came.add(number)
 
     def wait() -> None:
         if os.getpid() == pid:  # a forked child has not got this thread
@@ -3583,7 +3584,7 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
     def deliver() -> None:
         if came:
             try:
-                signal.raise_signal(came.pop(0))
+                signal.raise_signal(came.pop())
             finally:  # even if the first one raises
                 deliver()
 
