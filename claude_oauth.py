@@ -3144,7 +3144,7 @@ def obtain_code(
             raise LoginTimeout(TOO_LATE)
         if not prompt.is_open and not (listener and (port or browser.is_open)):
             raise LoginCancelled(
-                f"{problem or 'no browser could be opened'} and nothing can be pasted "
+                f"{problem or 'no browser was opened'} and nothing can be pasted "
                 "here; log in from a terminal, or give a port that your browser reaches"
             )
 

@@ -15463,7 +15463,7 @@ def test_with_no_way_left_to_answer_a_login_is_cancelled_at_once(settings, line)
 
     assert (done.returncode, done.stdout) == (3, "")
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("claude-oauth: no browser could be opened and nothing")
+    assert last.startswith("claude-oauth: no browser was opened and nothing")
     assert "Traceback" not in done.stderr
 
 
