@@ -255,8 +255,8 @@ class StorageCorrupt(StorageError):
 def hides_locals(subject: _T) -> _T:
     """Keep secrets out of tracebacks: of a function, or a class's public methods.
 
-    Error trackers record the local variables of each frame.  Those of the frames below
-    are cleared when an exception leaves, in its causes and contexts too.
+    Error trackers record the local variables of each frame.  When an exception leaves,
+    the call's arguments and the frames below are cleared; those of its causes, too.
     """
     function: Any = subject
     if isinstance(function, type):
@@ -882,8 +882,8 @@ def clean_token(value: str) -> str:
     import re
 
     token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
-    other = r"sk-ant-ort01-|[A-Z_]+=|\S*\.\.\."  # a refresh token, a name, a gap
-    if not re.fullmatch(rf"(?!{other})[\w.~+/-]+=*", token, re.ASCII):
+    # Nor a refresh token, a variable's name, or one with its middle left out.
+    if not re.fullmatch(r"(?a)(?!sk-ant-ort|[A-Z_]+=|.*\.{3})[\w.~+/-]+=*", token):
         raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
 
@@ -1239,8 +1239,7 @@ class OAuthClient:
             "state": state,
             **(extra or {}),
         }
-        mark = "&" if "?" in page else "?"
-        return page + mark + urlencode(query, errors="replace")
+        return f"{page}{'?&'['?' in page]}{urlencode(query, errors='replace')}"
 
     def exchange_code(
         self, code: str, *, verifier: str, redirect_uri: str, state: str
@@ -1624,7 +1623,7 @@ def read_private(
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
-        if os.stat(path).st_mode & 0o170000 != 0o100000:
+        if os.stat(path).st_mode & 0o170000 != 0o100000:  # S_IFMT, S_IFREG
             raise StorageError(f"{path} is not a regular file; move it away")
         with open(path, "rb") as file:
             _check_owner_and_mode(file.fileno(), path, is_ours, any_owner)
@@ -2619,7 +2618,7 @@ def respond(request: Any, status: int, page: str, **headers: str) -> None:
 
 
 def _read_head(sock: socket.socket) -> bytes:
-    """Return a request's head, once it is whole, or what is no request line.
+    """Return a request's head once it is whole, b"" for none, ``?`` for a broken one.
 
     `http.server` alone takes half a head for a whole one, and waits anew for each byte.
     """
@@ -3951,8 +3950,8 @@ class OAuthService:
         """Note that the API may answer 401 to a new token; "" takes that back."""
         import contextlib
 
-        failures = (StorageError, Unavailable)  # then the next 401 notes it
-        with contextlib.suppress(*failures), self.storage.lock(SHORT_WAIT):
+        # After an error the next 401 notes it.
+        with contextlib.suppress(ClaudeOAuthError), self.storage.lock(SHORT_WAIT):
             self._account_file.note(rejected=token and fingerprint(token))
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
@@ -3962,10 +3961,11 @@ class OAuthService:
             try:
                 return ask(token), token
             except (TokenRefused, Unavailable) as error:
-                if error.status == 401 and environment_token():
+                is_dead = error.status == 401 and isinstance(error, TokenRefused)
+                if is_dead and environment_token():
                     cure = "replace or unset CLAUDE_OAUTH_TOKEN"
                     raise TokenRefused("invalid_token", cure, 401) from None
-                if error.status != 401:
+                if error.status != 401 or environment_token():
                     raise
                 if is_last:
                     self.note_rejected(token)
@@ -4396,9 +4396,8 @@ class BearerAuth:
         """Sign a request of `requests` or httpx, and return it."""
         if self._may_sign(str(request.url)):
             self._sign(request)
-            hooks = getattr(request, "hooks", None)  # httpx has none
-            if hooks is not None:
-                hooks["response"].append(self.repeat)
+            if hasattr(request, "hooks"):  # httpx has none
+                request.hooks["response"].append(self.repeat)
         return request
 
     def auth_flow(self, request: Any) -> Iterator[Any]:
@@ -4472,7 +4471,11 @@ class BearerAuth:
             response.close()  # the caller does not get it
             raise
         response.close()
-        answer: Any = response.connection.send(repeated, **options)
+        try:
+            answer: Any = response.connection.send(repeated, **options)
+        except OSError:
+            self._service.note_rejected("")  # nobody has refused it
+            raise
         self._note_answer(repeated, answer)
         answer.history.append(response)
         answer.request = repeated
@@ -4582,8 +4585,7 @@ class Sandbox:
     def expire_access_tokens(self) -> None:
         """Answer every access token with 401, however long it should live."""
         with self._lock:
-            keys = [key for key in self._access if key.startswith("sk-ant-api")]
-            self._access = {key: self._access[key] for key in keys}
+            self._access = {k: v for k, v in self._access.items() if "-oat01-" not in k}
 
     def fail_next(
         self,

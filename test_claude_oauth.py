@@ -8659,97 +8659,89 @@ def test_the_address_is_one_line_whatever_the_width(host_program):
     assert f"\n{url}\r\n" in shown and "\x1b" not in shown
 
 
-def test_a_login_that_was_stopped_by_ctrl_z_goes_on_after_fg(tmp_path):
+@pytest.fixture
+def bash():
+    """An interactive shell in a terminal, where no browser is seen."""
     pexpect = pytest.importorskip("pexpect")
-    program = tmp_path / "host_program.py"
-    program.write_text(HOST_PROGRAM)
-    shell = pexpect.spawn(
+    settings = {"PYTHONPATH": str(MODULE.parent), "TERM": "dumb", "BROWSER": "x"}
+    child = pexpect.spawn(
         "bash",
         ["--norc", "--noprofile", "-i"],
-        env={**os.environ, "PYTHONPATH": str(MODULE.parent), "TERM": "dumb"},
+        env={**os.environ, **settings},
         encoding="utf-8",
         timeout=LIMIT,
         dimensions=(40, 2000),
     )
-    command = [sys.executable, str(program), CODE, STATE, MANUAL_URI, str(LIMIT)]
-    shell.sendline(shlex.join(command))
-    shell.expect_exact("Paste the code")
-    shell.send("\x1a")
-    shell.expect_exact("Stopped")
-    shell.sendline("fg")
-    shell.expect_exact("host_program.py")
-    shell.sendline(f"{CODE}#{STATE}")
-    shell.expect_exact("granted True")
-    shell.expect_exact("mode kept True")
-    shell.sendline("mine")
-    shell.expect_exact("next line 'mine'")
-    shell.close(force=True)
+    yield child
+    child.close(force=True)
+
+
+@pytest.fixture
+def host_command(tmp_path):
+    """The line for a shell that starts the host program."""
+
+    def write(*, reads=True):
+        program = tmp_path / "host_program.py"
+        source = HOST_PROGRAM
+        program.write_text(
+            source if reads else source.replace("repr(input())", "'not read'")
+        )
+        words = [sys.executable, str(program), CODE, STATE, MANUAL_URI, str(LIMIT)]
+        return shlex.join(words)
+
+    return write
+
+
+def test_a_login_that_was_stopped_by_ctrl_z_goes_on_after_fg(bash, host_command):
+    command = host_command()
+    bash.sendline(command)
+    bash.expect_exact("Paste the code")
+    bash.send("\x1a")
+    bash.expect_exact("Stopped")
+    bash.sendline("fg")
+    bash.expect_exact("host_program.py")
+    bash.sendline(f"{CODE}#{STATE}")
+    bash.expect_exact("granted True")
+    bash.expect_exact("mode kept True")
+    bash.sendline("mine")
+    bash.expect_exact("next line 'mine'")
 
 
 @pytest.mark.parametrize("ends", ["by-browser", "by-paste-after-fg"])
-def test_a_login_in_the_background_of_a_shell_is_not_stopped(tmp_path, ends):
-    pexpect = pytest.importorskip("pexpect")
-    program = tmp_path / "host_program.py"
-    program.write_text(HOST_PROGRAM.replace("repr(input())", "'not read'"))
-    shell = pexpect.spawn(
-        "bash",
-        ["--norc", "--noprofile", "-i"],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(MODULE.parent),
-            "TERM": "dumb",
-            "BROWSER": "x",
-        },
-        encoding="utf-8",
-        timeout=LIMIT,
-        dimensions=(40, 2000),
-    )
-    command = [sys.executable, str(program), CODE, STATE, MANUAL_URI, str(LIMIT)]
-    shell.sendline(shlex.join(command) + " &")
-    shell.expect(r"listening on (\S+)\r\n")
-    redirect_uri = shell.match[1]
-    shell.sendline("echo typed by the $((40 + 2))nd person")
-    shell.expect_exact("typed by the 42nd person")
-    shell.sendline("jobs")
-    shell.expect("Running|Stopped")
-    assert shell.after == "Running"
+def test_a_login_in_the_background_of_a_shell_is_not_stopped(bash, host_command, ends):
+    command = host_command(reads=False)
+    bash.sendline(command + " &")
+    bash.expect(r"listening on (\S+)\r\n")
+    redirect_uri = bash.match[1]
+    bash.sendline("echo typed by the $((40 + 2))nd person")
+    bash.expect_exact("typed by the 42nd person")
+    bash.sendline("jobs")
+    bash.expect("Running|Stopped")
+    assert bash.after == "Running"
     if ends == "by-browser":
         requests.get(f"{redirect_uri}?{CALLBACK}", timeout=LIMIT)
-        shell.expect_exact(f"granted True {redirect_uri}")
+        bash.expect_exact(f"granted True {redirect_uri}")
     else:
-        shell.sendline("fg")
-        shell.expect_exact("Paste the code")
-        shell.sendline(f"{CODE}#{STATE}")
-        shell.expect_exact(f"granted True {MANUAL_URI}")
-    shell.expect_exact("next line")
-    shell.close(force=True)
+        bash.sendline("fg")
+        bash.expect_exact("Paste the code")
+        bash.sendline(f"{CODE}#{STATE}")
+        bash.expect_exact(f"granted True {MANUAL_URI}")
+    bash.expect_exact("next line")
 
 
-def test_a_line_typed_right_after_bg_does_not_stop_a_login(tmp_path):
-    pexpect = pytest.importorskip("pexpect")
-    program = tmp_path / "host_program.py"
-    program.write_text(HOST_PROGRAM.replace("repr(input())", "'not read'"))
-    shell = pexpect.spawn(
-        "bash",
-        ["--norc", "--noprofile", "-i"],
-        env={**os.environ, "PYTHONPATH": str(MODULE.parent), "TERM": "dumb"},
-        encoding="utf-8",
-        timeout=LIMIT,
-        dimensions=(40, 2000),
-    )
-    command = [sys.executable, str(program), CODE, STATE, MANUAL_URI, str(LIMIT)]
-    shell.sendline(shlex.join(command))
-    shell.expect_exact("Paste the code")
+def test_a_line_typed_right_after_bg_does_not_stop_a_login(bash, host_command):
+    command = host_command(reads=False)
+    bash.sendline(command)
+    bash.expect_exact("Paste the code")
     for _ in range(3):
-        shell.send("\x1a")
-        shell.expect_exact("Stopped")
-        shell.send("bg\r\r\r")
-        shell.sendline("jobs; echo typed by the $((40 + 2))nd person")
-        shell.expect_exact("typed by the 42nd person")
-        assert "Stopped" not in shell.before
-        shell.sendline("fg")
-        shell.expect_exact("host_program.py")
-    shell.close(force=True)
+        bash.send("\x1a")
+        bash.expect_exact("Stopped")
+        bash.send("bg\r\r\r")
+        bash.sendline("jobs; echo typed by the $((40 + 2))nd person")
+        bash.expect_exact("typed by the 42nd person")
+        assert "Stopped" not in bash.before
+        bash.sendline("fg")
+        bash.expect_exact("host_program.py")
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed")
@@ -11062,6 +11054,15 @@ def test_a_key_of_the_console_signs_in_though_its_token_has_expired(
     assert (status["logged_in"], status["warnings"]) == (True, [])
 
 
+def test_a_page_of_a_gateway_does_not_condemn_the_environments_token(
+    account_service, auth_server, monkeypatch
+):
+    monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-oat01-good")
+    auth_server.fail_next("profile", 401, "<html>Sign in to the network")
+    with pytest.raises(claude_oauth.Unavailable, match="a proxy may stand between"):
+        account_service.profile()
+
+
 def test_a_dead_token_of_the_environment_is_not_cured_by_a_login(
     account_service, monkeypatch
 ):
@@ -13251,6 +13252,28 @@ def test_a_401_while_a_new_token_is_on_trial_costs_no_further_refresh(
         answers.append(session.post(messages_url, data="x", auth=auth))
     assert [answer.status_code for answer in answers] == [401, 401]
     assert auth_server.counts["refresh_token"] == 1
+
+
+def test_a_new_token_is_not_blamed_for_a_repetition_that_did_not_arrive(
+    signed_in, auth_server, messages_url
+):
+    class Adapter(requests.adapters.HTTPAdapter):
+        sent = 0
+
+        def send(self, request, **options):
+            self.sent += 1
+            if self.sent == 2:
+                raise requests.ConnectionError("gone")
+            return super().send(request, **options)
+
+    auth_server.expire_access_tokens()
+    with requests.Session() as session:
+        session.mount("http://", Adapter())
+        auth = claude_oauth.BearerAuth(signed_in)
+        with pytest.raises(requests.ConnectionError, match="gone"):
+            session.post(messages_url, data="x", auth=auth)
+    auth_server.expire_access_tokens()
+    assert post(messages_url, signed_in).status_code == 200
 
 
 def test_a_frame_of_a_request_that_fails_holds_no_proxys_password(
