@@ -4554,7 +4554,9 @@ class Sandbox:
         try:
             self._server = make_server("127.0.0.1", self._port, self._handle)
         except (OSError, OverflowError) as exc:
-            raise ConfigError(f"port {self._port} ({exc}): use another port") from exc
+            reason = getattr(exc, "strerror", "") or exc
+            text = f"port {self._port} of 127.0.0.1 cannot be used ({reason})"
+            raise ConfigError(f"{text}: use another port") from None
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
         if start_thread("sandbox", self._server.serve_forever, 0.05) is None:
             raise Unavailable("a sandbox needs threads, and none can be started")
@@ -4596,7 +4598,11 @@ class Sandbox:
         retry_after: float = 0,
         times: int = 1,
     ) -> None:
-        """Answer the next requests of an endpoint, a key of `counts`, with an error."""
+        """Answer the next requests of an endpoint, a key of `counts`, with an error.
+
+        A refresh_token that ends the login: 400, "invalid_grant"; a pause: 429,
+        "rate_limit_error", with retry_after in seconds.
+        """
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
         self._failures[endpoint].extend([refusal] * times)
 
@@ -4860,15 +4866,7 @@ def _run(argv: list[str]) -> int:
     if argv == ["token"]:
         print(OAuthService().api_token())
         return 0
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    for name, value in vars(options).items():
-        option = "argument --" + name.replace("_", "-")
-        most = 65535 if name == "port" else MAX_LIFETIME
-        if "" in (value if isinstance(value, list) else [value]):  # "$UNSET" in a shell
-            parser.error(f"{option}: it is empty; give it a value or leave it out")
-        if isinstance(value, (int, float)) and not 0 <= value <= most:
-            parser.error(f"{option}: give a number from 0 to {most:.0f}")
+    options = make_parser().parse_args(argv)
     if options.verbose:
         import logging
 
@@ -5032,14 +5030,10 @@ def _sandbox(options: Any) -> None:
     """Serve a login to play with; the lines it prints point claude-oauth at it."""
     import contextlib
     import shlex
-    import signal
-    from tempfile import TemporaryDirectory
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it too cleans up
     ctrl_c = contextlib.suppress(KeyboardInterrupt)
-    with ctrl_c, TemporaryDirectory(prefix="claude-oauth-") as directory, sandbox:
+    with ctrl_c, _temporary_directory() as directory, sandbox:
         print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
         print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
         print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
@@ -5051,14 +5045,21 @@ def _sandbox(options: Any) -> None:
 
 def _demo(options: Any) -> None:
     """Play a login's whole life against a sandbox, in a temporary folder."""
-    from tempfile import TemporaryDirectory
-
     hidden = {n: os.environ.pop(n) for n in [*os.environ] if n.startswith("CLAUDE_")}
     try:
-        with TemporaryDirectory(prefix="claude-oauth-") as folder, Sandbox() as sandbox:
+        with _temporary_directory() as folder, Sandbox() as sandbox:
             _play(sandbox, folder, uses_browser=options.browser)
     finally:
         os.environ.update(hidden)
+
+
+def _temporary_directory() -> ContextManager[str]:
+    """Return a directory that goes with its context, also if a signal ends that."""
+    import signal
+    from tempfile import TemporaryDirectory
+
+    _hold_signals(signal.default_int_handler, {})
+    return TemporaryDirectory(prefix="claude-oauth-")
 
 
 def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
@@ -5122,21 +5123,53 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     )
 
 
-# Each option: its parsers, help, metavar, type, default; a flag: parsers and help.
+def _filled(text: str) -> str:
+    """Return an option's value without the blanks around it; refuse an empty one."""
+    from argparse import ArgumentTypeError
+
+    if value := text.strip():
+        return value
+    raise ArgumentTypeError("it is empty; give it a value or leave it out")  # "$UNSET"
+
+
+def duration(text: str, most: float = MAX_LIFETIME) -> float:
+    """Return an option's number, in seconds; argparse shows this function's name."""
+    from argparse import ArgumentTypeError
+
+    number = float(text)
+    if 0 <= number <= most:
+        return number
+    raise ArgumentTypeError(f"give a number from 0 to {most:.0f}")
+
+
+def port_number(text: str) -> int:
+    """Return an option's port; argparse shows this function's name."""
+    return int(duration(str(int(text)), 65535))
+
+
+# Each option: its parsers, help, metavar, type, default, action and choices; a flag:
+# parsers and help.
 _OPTIONS: Final[Mapping[str, Any]] = {
-    "--client-id": ("claude-oauth", "the client id of your program", "ID", str.strip),
-    "--dir": ("claude-oauth", "folder of the login's files", "PATH", str.strip),
-    "--store": ("claude-oauth", "auto: the Keychain on macOS, else a file", None),
+    "--client-id": ("claude-oauth", "the client id of your program", "ID", _filled),
+    "--dir": ("claude-oauth", "folder of the login's files", "PATH", _filled),
+    "--store": (
+        "claude-oauth", "auto: the Keychain on macOS, else a file", None, _filled,
+        None, None, ("auto", "file", "keychain", "keyring"),
+    ),
     "--verbose": ("claude-oauth", "log, without secrets, to stderr"),
     "--console": ("login", "sign in at the Console, for an API key"),
     "--no-browser": ("login", "open none, print the address"),
-    "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", int, 0),
-    "--timeout": ("login", "limit for the person", "SECONDS", float, LOGIN_TIMEOUT),
-    "--scope": ("login", "ask for this one (may be repeated)", "SCOPE", str.strip),
-    "--email": ("login", "the account to suggest on the page", "ADDRESS", str.strip),
+    "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", port_number, 0),
+    "--timeout": (
+        "login", "limit for the person, else 300", "SECONDS", duration, LOGIN_TIMEOUT
+    ),
+    "--scope": (
+        "login", "ask for this one (may be repeated)", "SCOPE", _filled, None, "append"
+    ),
+    "--email": ("login", "the account to suggest on the page", "ADDRESS", _filled),
     "--check": ("status", "ask the server too: works (0), refused (3) or unknown (4)"),
-    "--min-validity": ("token", "least life left", "SECONDS", float, REFRESH_BUFFER),
-    "--lifetime": ("sandbox", "life of an access token", "SECONDS", float, 28800),
+    "--min-validity": ("token", "least life left", "SECONDS", duration, REFRESH_BUFFER),
+    "--lifetime": ("sandbox", "life of an access token", "SECONDS", duration, 28800),
     "--browser": ("demo", "sign in with your own browser"),
     "--json": ("login status token refresh profile", "print one JSON object"),
 }
@@ -5172,14 +5205,10 @@ def make_parser() -> argparse.ArgumentParser:
         parsers[name] = commands.add_parser(name, help=text, description=text)
         parsers[name].set_defaults(run=run)
     for option, (names, *values) in _OPTIONS.items():
-        kinds: Sequence[str] = ("help", "metavar", "type", "default")
+        kinds = ("help", "metavar", "type", "default", "action", "choices")
         settings: dict[str, Any] = dict(zip(kinds, values))
         if len(values) == 1:
             settings["action"] = "store_true"
-        elif option == "--scope":
-            settings["action"] = "append"
-        elif option == "--store":
-            settings["choices"] = ("auto", "file", "keychain", "keyring")
         for name in names.split():
             parsers[name].add_argument(option, **settings)
     return parser

@@ -15194,6 +15194,12 @@ def test_bad_usage_ends_with_2_and_names_the_mistake(command, home, args, named)
     assert not list(home.iterdir())
 
 
+def test_a_wrong_option_of_a_command_shows_that_command_s_usage(command):
+    said = command("login", "--port", "65536")
+
+    assert said.err.startswith("usage: claude-oauth login ")
+
+
 def test_options_lose_the_blanks_and_line_ends_around_them(command, tmp_path):
     options = ["--dir", f"{tmp_path}/d\r", "--client-id", "me\n"]
     answer = json.loads(command(*options, "status", "--json").out)
@@ -15664,7 +15670,10 @@ def test_the_lines_of_a_sandbox_work_in_a_shell(sandbox_lines, browser_program):
     assert json.loads(status)["email"] == "sandbox@example.com"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+ENDING_SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 1)]
+
+
+@pytest.mark.parametrize("number", ENDING_SIGNALS)
 def test_a_signal_ends_a_sandbox_with_0_and_takes_its_folder_along(
     sandbox_lines, number
 ):
@@ -15675,6 +15684,18 @@ def test_a_signal_ends_a_sandbox_with_0_and_takes_its_folder_along(
 
     assert (code, "Traceback" in rest) == (0, False)
     assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("number", ENDING_SIGNALS)
+def test_a_signal_ends_a_demo_and_takes_its_folder_along(spawn_cli, tmp_path, number):
+    child = spawn_cli("demo", "--browser", env={"TMPDIR": str(tmp_path)})
+    child.expect_exact("open this address")
+    assert [name for name in os.listdir(tmp_path) if "claude-oauth-" in name]
+    child.kill(number)
+    rest, code = end_of(child)
+
+    assert (code, "Traceback" in rest) == (130, False)
+    assert not [name for name in os.listdir(tmp_path) if "claude-oauth-" in name]
 
 
 def test_a_sandbox_on_a_port_that_is_taken_ends_with_2(scripted_server):
