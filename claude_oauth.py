@@ -5100,15 +5100,14 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     import re
     import subprocess
 
-    python, program = sys.executable or "", globals().get("__file__") or ""
-    # A frozen program (PyInstaller, Nuitka), or one that embeds Python (QGIS).
-    is_frozen = getattr(sys, "frozen", False) or "__compiled__" in globals()
+    # A frozen program (PyInstaller, Nuitka) or one that embeds Python (QGIS) has none.
+    python = "" if hasattr(sys, "frozen") else str(sys.executable)
     is_python = re.search(r"(?i)[\\/](python|pypy)[\d.]*[a-z]?(\.exe)?$", python)
-    if is_frozen or not is_python or not os.path.isfile(program):  # in a zip archive
+    # Not `python FILE`: its folder may hold names of the standard library's.
+    program = os.path.abspath(globals().get("__file__", ""))
+    if not is_python or not os.path.isfile(program):  # in a zip archive
         return "left out: no Python can be started with this file"
     before = sandbox.counts["refresh_token"]
-    # Not `python FILE`: its folder may hold names of the standard library's.
-    program = os.path.abspath(program)
     code = f"import sys; del sys.path[0]; exec(open({program!r}, 'rb').read())"
     command = [python, "-c", code, "--dir", directory, "--store", "file", "token"]
     environ = {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin}
@@ -5161,7 +5160,7 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "--no-browser": ("login", "open none, print the address"),
     "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", port_number, 0),
     "--timeout": (
-        "login", "limit for the person, else 300", "SECONDS", duration, LOGIN_TIMEOUT
+        "login", "for the person (default: 300)", "SECONDS", duration, LOGIN_TIMEOUT
     ),
     "--scope": (
         "login", "ask for this one (may be repeated)", "SCOPE", _filled, None, "append"
