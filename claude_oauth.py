@@ -2528,11 +2528,14 @@ def start_thread(
 
 
 def make_server(
-    host: str, port: int, handle: Callable[[Any], None], read_head: Any = None
+    host: str,
+    port: int,
+    handle: Callable[[Any], None],
+    open_head: Callable[[Any], Any] = lambda request: request.rfile,
 ) -> Any:
     """Return a bound, quiet `http.server`; `handle` takes each of its requests.
 
-    `read_head` returns the head from the socket, if `http.server` is not to read it.
+    `open_head` returns the file that `http.server` reads a request's head from.
     """
     import socket
     import socketserver
@@ -2545,11 +2548,9 @@ def make_server(
 
         def handle_one_request(self) -> None:
             self.close_connection = True
-            if read_head:
-                self.rfile.close()
-                self.rfile = io.BytesIO(read_head(self.connection))
+            self.rfile = open_head(self)
             self.raw_requestline = self.rfile.readline(MAX_HEAD_BYTES)
-            if self.raw_requestline and self.parse_request():
+            if self.parse_request():  # not if nothing came
                 handle(self)
             self.wfile.flush()
             # Read what a client still sends: closing before would reset the connection.
@@ -2617,22 +2618,22 @@ def respond(request: Any, status: int, page: str, **headers: str) -> None:
     request.wfile.flush()
 
 
-def _read_head(sock: socket.socket) -> bytes:
-    """Return a request's head once it is whole, b"" for none, ``?`` for a broken one.
+def _open_head(request: Any) -> io.BytesIO:
+    """Return a request's head once it is whole; no request line for a broken one.
 
     `http.server` alone takes half a head for a whole one, and waits anew for each byte.
     """
-    head, deadline = bytearray(), Deadline(VISIT_SECONDS)
+    request.rfile.close()
+    sock, head, deadline = request.connection, bytearray(), Deadline(VISIT_SECONDS)
     while b"\n\n" not in head.replace(b"\r", b""):
         sock.settimeout(deadline.left() + 0.001)
         chunk = sock.recv(65536)
-        if not chunk or not deadline.left():
-            return b"?\n" if head else b""
         head += chunk
-        if not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
-            return b"?\n"  # noise, TLS or no end: refused as no request line
+        if not chunk or not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
+            # Cut, noise, TLS or without an end: one word, which is refused, or nothing.
+            return io.BytesIO(b"?" * len(head))
     sock.settimeout(VISIT_SECONDS)
-    return bytes(head)
+    return io.BytesIO(head)
 
 
 @hides_locals
@@ -2730,7 +2731,7 @@ class AuthCodeListener:
         port = self.port
         for host in ("127.0.0.1", "::1"):
             try:
-                servers.append(make_server(host, port, self._handle, _read_head))
+                servers.append(make_server(host, port, self._handle, _open_head))
                 port = servers[0].server_address[1]
             except OSError as error:
                 is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
