@@ -2657,8 +2657,8 @@ class AuthCodeListener:
         self.on_arrival: Callable[[], object] = lambda: None
         self._state = state
         self._changed = threading.Condition()  # guards what follows; held for moments
-        self._outcome: str | tuple[Any, ...] | None = None  # a code, or a denial
-        self._page: str | None = None
+        self._query = ""  # of the callback that counts
+        self._page = ""
         self._pages_owed = 0  # callbacks that have not got the page yet
         self._is_closed = False
         self._unread: dict[socket.socket, None] = {}  # clients, the oldest first
@@ -2692,9 +2692,7 @@ class AuthCodeListener:
         """Return the code; raise LoginDenied for an error, LoginTimeout for neither."""
         if not self.arrived.wait(timeout):
             raise LoginTimeout(TOO_LATE)
-        if isinstance(self._outcome, tuple):
-            raise LoginDenied(*self._outcome)
-        return str(self._outcome)
+        return parse_callback(self._query, state=self._state)
 
     def finish(self, page: str) -> None:
         """Show the browser this page, for PAGE_SECONDS at most, and stop listening."""
@@ -2807,7 +2805,7 @@ class AuthCodeListener:
             respond(request, 405, stray_page("only GET is answered"), Allow="GET")
         elif path == CALLBACK_PATH:
             self._receive(request, query)
-        elif path == self._page_path and self._page is not None:
+        elif path == self._page_path:  # known once there is a page
             respond(request, 200, self._page)
             with self._changed:
                 self._pages_owed -= 1
@@ -2816,23 +2814,24 @@ class AuthCodeListener:
             respond(request, 404, stray_page("nothing is at this address"))
 
     def _receive(self, request: Any, query: str) -> None:
+        import contextlib
+
         try:
-            outcome: str | tuple[Any, ...] = parse_callback(query, state=self._state)
-        except LoginDenied as denied:
-            outcome = denied.args  # not the error: its frames hold the state
+            with contextlib.suppress(LoginDenied):  # `wait` raises it
+                parse_callback(query, state=self._state)
         except ValueError as reason:
             respond(request, 400, stray_page(str(reason)))
             return
         with self._changed:
-            if self._outcome is None:
-                self._outcome = outcome
+            if not self.arrived.is_set():
+                self._query = query
                 self.arrived.set()
                 self.on_arrival()
             self._pages_owed += 1
             self._unread.pop(request.connection, None)  # it waits for us now
             self._changed.wait_for(lambda: self._page or self._is_closed, LOGIN_TIMEOUT)
             self._unread[request.connection] = None
-        if self._page is not None:
+        if self._page:
             respond(request, 303, "", Location=self._page_path)
 
 
