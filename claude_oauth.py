@@ -2646,7 +2646,9 @@ class AuthCodeListener:
     """
 
     def __init__(self, state: str, *, port: int = 0) -> None:
+        import contextlib
         import threading
+        from weakref import WeakSet
 
         if not 0 <= port <= 65535:
             raise ConfigError("the port must be from 0 to 65535; 0 takes a free one")
@@ -2662,27 +2664,31 @@ class AuthCodeListener:
         self._pages_owed = 0  # callbacks that have not got the page yet
         self._is_closed = False
         self._unread: dict[socket.socket, None] = {}  # clients, the oldest first
-        self._threads: list[threading.Thread] = []  # the accepting thread's alone
+        self._threads: WeakSet[threading.Thread] = WeakSet()  # theirs, while they run
+        # The page names the account: nobody else on this machine may find it.
+        self._page_path = "/done/" + generate_state()[:16]
+        self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        import contextlib
         import importlib
         import socket
 
         # Without a descriptor left, a request could not load what it needs, and glibc,
         # which loads a library when the first thread ends, would end the process.
-        load = start_thread("load", importlib.import_module, "hashlib")
-        if load:
-            load.join()
-        self._servers = self._bind()
-        self.port = self._servers[0].server_address[1]
+        call_with_limit(lambda: importlib.import_module("hashlib"), VISIT_SECONDS)
+        with contextlib.ExitStack() as stack:
+            servers = self._bind(stack)
+            self.port = servers[0].server_address[1]
+            stop, stopper = map(stack.enter_context, socket.socketpair())
+            thread = start_thread("listener", self._serve, servers, stop)
+            if not thread:
+                raise OSError(errno.EAGAIN, "no thread can be started")
+            stack.callback(self._end_visits)
+            stack.callback(thread.join)
+            stack.callback(stopper.close)  # the other end is readable then
+            self._cleanup = stack.pop_all()
         self.redirect_uri = f"http://localhost:{self.port}{CALLBACK_PATH}"
-        # The page names the account: nobody else on this machine may find it.
-        self._page_path = "/done/" + generate_state()[:16]
-        self._stop, self._stopper = socket.socketpair()
-        self._thread = start_thread("listener", self._serve)
-        if not self._thread:
-            self.close()
-            raise OSError(errno.EAGAIN, "no thread can be started")
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -2709,17 +2715,9 @@ class AuthCodeListener:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._stopper.close()  # the other end is readable then
-        if self._thread:
-            self._thread.join()
-        self._drop_oldest(len(self._unread))
-        for thread in self._threads:
-            thread.join(VISIT_SECONDS + 1)
-        for server in self._servers:
-            server.server_close()
-        self._stop.close()
+        self._cleanup.close()
 
-    def _bind(self, tries: int = 10) -> list[Any]:
+    def _bind(self, stack: Any, tries: int = 10) -> list[Any]:
         """Listen on 127.0.0.1 and ::1, which browsers try in either order.
 
         One that does not exist is left out.  One that is taken is another program's,
@@ -2729,57 +2727,61 @@ class AuthCodeListener:
         port = self.port
         for host in ("127.0.0.1", "::1"):
             try:
-                servers.append(make_server(host, port, self._handle, _open_head))
+                server = make_server(host, port, self._handle, _open_head)
+                servers.append(stack.enter_context(server))
                 port = servers[0].server_address[1]
             except OSError as error:
-                is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
-                if not is_taken and (servers or host != "::1"):
-                    continue
-                for server in servers:
-                    server.server_close()
-                if self.port or not servers or not tries:
-                    raise
-                return self._bind(tries - 1)
-        return servers
+                problem = error
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    break
+        else:
+            if servers:
+                return servers
+        stack.close()
+        if self.port or not tries:
+            raise problem
+        return self._bind(stack, tries - 1)
 
-    def _serve(self) -> None:
+    def _serve(self, servers: list[Any], stop: socket.socket) -> None:
         import selectors
 
         with selectors.DefaultSelector() as selector:
-            selector.register(self._stop, selectors.EVENT_READ)
-            for server in self._servers:
+            selector.register(stop, selectors.EVENT_READ, lambda _stop: None)
+            for server in servers:
                 server.socket.setblocking(False)
-                selector.register(server, selectors.EVENT_READ)
+                selector.register(server, selectors.EVENT_READ, self._accept)
             while not self._is_closed:
-                ready = [key.fileobj for key, _ in selector.select()]
-                for server in set(ready) - {self._stop}:
-                    self._accept(server)
+                for key, _ in selector.select():
+                    key.data(key.fileobj)
 
     def _accept(self, server: Any) -> None:
         """Give one connection a thread of its own."""
         try:
             sock, address = server.socket.accept()
         except OSError:  # no descriptor is left for it, or it has gone again
-            self._drop_oldest()
+            self._drop_all_but(len(self._unread) - 1)
             time.sleep(PASTE_PAUSE)
             return
-        if len(self._unread) >= MAX_VISITORS:
-            self._drop_oldest()
+        self._drop_all_but(MAX_VISITORS - 1)
         self._unread[sock] = None
         thread = start_thread("client", self._serve_client, server, sock, address)
         if thread:
-            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+            self._threads.add(thread)
         else:
             self._serve_client(server, sock, address)
 
-    def _drop_oldest(self, count: int = 1) -> None:
-        import contextlib
+    def _drop_all_but(self, count: int) -> None:
+        """Drop the oldest connections."""
         import socket
 
-        for sock in list(self._unread)[:count]:
+        for sock in list(self._unread)[::-1][count:]:
             self._unread.pop(sock, None)
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes
+            _quietly(sock.shutdown, socket.SHUT_RDWR)  # its thread reads the end
+
+    def _end_visits(self) -> None:
+        self._drop_all_but(0)
+        for thread in self._threads:
+            thread.join(VISIT_SECONDS + 1)
 
     # What follows runs in a connection's thread.
 
