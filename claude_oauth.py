@@ -2837,14 +2837,15 @@ class AuthCodeListener:
             respond(request, 303, "", Location=self._page_path)
 
 
-def start_listener(state: str, port: int) -> tuple[AuthCodeListener | None, str]:
-    """Return a listener that was entered, or None and why there is none."""
+def start_listener(state: str, port: int) -> tuple[AuthCodeListener, str]:
+    """Return a listener and "", or one that has no redirect_uri, and why."""
+    listener = AuthCodeListener(state, port=port)
     try:
-        return AuthCodeListener(state, port=port).__enter__(), ""
+        return listener.__enter__(), ""
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = _reason(error)
     what = f"port {port} cannot be used" if port else "no local port could be opened"
-    return None, f"{what} ({reason})"
+    return listener, f"{what} ({reason})"
 
 
 def find_browsers() -> list[str]:
@@ -3079,9 +3080,11 @@ class _Browser:
     def __init__(
         self, opener: bool | Callable[[str], object], wake: Callable[[], object]
     ) -> None:
-        self._opener: Any = open_in_browser if opener is True else opener
+        self._opener: Any = opener
         self._wake = wake
-        self.is_open = bool(find_browsers() if opener is True else opener)
+        self.is_open = bool(opener)
+        if opener is True:
+            self._opener, self.is_open = open_in_browser, bool(find_browsers())
 
     def start(self, url: str) -> None:
         if self.is_open and not start_thread("browser", self._open, url):
@@ -3097,23 +3100,22 @@ class _Browser:
                 self._wake()
 
 
-def _announce(automatic_url: str, manual_url: str, port: int, problem: str) -> None:
-    """Show what to open; the manual URL is "" where nothing can be pasted."""
-    if problem:
-        say(f"{problem[0].upper()}{problem[1:]}: paste the code, then.")
-    where = ", on any machine" if manual_url else " on this machine"
-    say(f"To sign in, open this address in a browser{where}:")
-    say(manual_url or automatic_url)
-    if port and manual_url:
-        say("Where this machine's port is forwarded, this one needs no paste:")
-        say(automatic_url)
+def _announce(automatic_url: str, manual_url: str, port: int, can_paste: bool) -> None:
+    """Show what to open."""
+    where, url = " on this machine", automatic_url
+    if can_paste:
+        where, url = ", on any machine", manual_url
+    say(f"To sign in, open this address in a browser{where}:\n{url}")
     if port:
+        if can_paste:
+            say("Where this machine's port is forwarded, this one needs no paste:")
+            say(automatic_url)
         say(f"  (forwarded by: ssh -L {port}:localhost:{port} HOST)")
 
 
 @hides_locals
 def obtain_code(
-    listener: AuthCodeListener | None,
+    listener: AuthCodeListener,
     *,
     url_for: Callable[[str], str],
     state: str,
@@ -3127,23 +3129,24 @@ def obtain_code(
     """Have a person sign in; return the code that the browser or a paste brings first.
 
     Args:
-        listener: One that was entered, or None; `problem` says why there is none.
+        listener: Without a redirect_uri it does not listen; `problem` says why.
         url_for: Returns the authorize URL for a redirect_uri.
         port: The one that was asked for, 0 if none: that alone counts as a way.
 
     Raises LoginDenied, LoginTimeout, or LoginCancelled if no way to answer is left.
     """
     deadline = Deadline(timeout)
-    automatic_url = url_for(listener.redirect_uri) if listener else ""
+    automatic_url = url_for(listener.redirect_uri or manual_redirect_uri)
     manual_url = url_for(manual_redirect_uri)
-    port = port if listener else 0
+    is_listening = bool(listener.redirect_uri)
+    port = port if is_listening else 0
     prompt = _PastePrompt(state, manual_redirect_uri, is_open=paste)
     browser = _Browser(open_browser, prompt.wake)
 
     def check_that_a_way_is_left() -> None:
         if not deadline.left():
             raise LoginTimeout(TOO_LATE)
-        if not prompt.is_open and not (listener and (port or browser.is_open)):
+        if not (prompt.is_open or port or (is_listening and browser.is_open)):
             raise LoginCancelled(
                 f"{problem or 'no browser was opened'} and nothing can be pasted "
                 "here; log in from a terminal, or give a port that your browser reaches"
@@ -3152,12 +3155,13 @@ def obtain_code(
     try:
         prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
         check_that_a_way_is_left()
-        _announce(automatic_url, manual_url if prompt.is_open else "", port, problem)
-        browser.start(automatic_url or manual_url)
-        if listener:
-            listener.on_arrival = prompt.wake
+        if problem:
+            say(f"{problem[0].upper()}{problem[1:]}: paste the code, then.")
+        _announce(automatic_url, manual_url, port, can_paste=prompt.is_open)
+        browser.start(automatic_url)
+        listener.on_arrival = prompt.wake
         while not (granted := prompt.take()):
-            if listener and listener.arrived.is_set():
+            if listener.arrived.is_set():
                 return GrantedCode(listener.wait(0), listener.redirect_uri)
             check_that_a_way_is_left()
             prompt.show(deadline.left())

@@ -7536,7 +7536,7 @@ def test_a_callback_to_any_of_our_names_is_taken(listener, host, form):
 @pytest.mark.parametrize("target", ["", "http://localhost"], ids=["path", "whole"])
 def test_on_port_80_a_host_needs_no_port(target):
     listener, problem = claude_oauth.start_listener(STATE, 80)
-    if not listener:
+    if problem:
         pytest.skip(problem)
     with contextlib.closing(listener), connect(listener) as sock:
         head = head_for(listener, f"{target}/callback?{CALLBACK}", host="localhost")
@@ -7825,14 +7825,14 @@ def test_the_listener_is_on_every_loopback_address_that_there_is(
 def test_a_port_that_is_taken_is_named_with_the_reason(listener):
     found, problem = claude_oauth.start_listener(STATE, listener.port)
 
-    assert found is None
+    assert not found.redirect_uri
     reason = r"address already in use|only one usage .*|windows error 0x2740"
     assert re.fullmatch(rf"port {listener.port} cannot be used \(({reason})\)", problem)
 
 
 ONE_PORT_TOO_LOW = """
 import claude_oauth
-print(claude_oauth.start_listener("s" * 43, 79))
+print(claude_oauth.start_listener("s" * 43, 79)[1])
 """
 
 
@@ -7840,7 +7840,7 @@ def test_a_port_that_is_forbidden_is_named_with_the_reason(bwrap):
     network = [bwrap, "--dev-bind", "/", "/", "--unshare-net", "--cap-drop", "ALL"]
     done = run_python(ONE_PORT_TOO_LOW, under=network)
 
-    assert done.stdout == "(None, 'port 79 cannot be used (permission denied)')\n", done
+    assert done.stdout == "port 79 cannot be used (permission denied)\n", done
 
 
 # -- Sign-in: the browser --------------------------------------------------------------
@@ -7893,6 +7893,7 @@ def race(listener=None, **changes):
         "port": 0,
         "timeout": LIMIT,
     }
+    listener = listener or claude_oauth.AuthCodeListener(STATE)  # that does not listen
     return claude_oauth.obtain_code(listener=listener, **{**options, **changes})
 
 
@@ -8167,8 +8168,8 @@ def test_where_no_thread_can_be_started_the_login_goes_on_by_paste(
     listener, problem = claude_oauth.start_listener(STATE, 0)
     stdin_pipe.write(f"{CODE}#{STATE}\n".encode())
 
-    assert listener is None
-    assert race(None, problem=problem, paste=True, open_browser=print).code == CODE
+    assert not listener.redirect_uri
+    assert race(listener, problem=problem, paste=True, open_browser=print).code == CODE
     assert "no thread can be started" in capsys.readouterr().err
 
 
