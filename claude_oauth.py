@@ -2855,15 +2855,14 @@ def find_browsers() -> list[str]:
     if named := setting("BROWSER"):
         commands = filter(None, named.split(os.pathsep))
         return [c for c in commands if not re.search(TEXT_BROWSERS, c)]
-    is_wsl = bool(setting("WSL_DISTRO_NAME"))
-    is_desktop = sys.platform in ("darwin", "win32") or is_wsl
+    system = "wsl" if setting("WSL_DISTRO_NAME") else sys.platform
+    is_desktop = system in ("darwin", "win32", "wsl")
     # Over SSH it would open where nobody sits.
     is_remote = any(map(setting, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
     has_screen = any(map(setting, ("DISPLAY", "WAYLAND_DISPLAY")))
     if not has_screen and (is_remote or not is_desktop):
         return []
-    desktop = "wsl" if is_wsl else sys.platform
-    return DESKTOP_BROWSERS.get(desktop, DESKTOP_BROWSERS["linux"])
+    return DESKTOP_BROWSERS.get(system, DESKTOP_BROWSERS["linux"])
 
 
 def open_in_browser(url: str) -> bool:
