@@ -2487,6 +2487,10 @@ MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
 MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corrects them
 # Characters that a terminal takes in one line; the rest is lost.  Source: tty(4).
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
+# epoll refuses files, macOS's poll terminals, and select descriptors over 1023.
+WAIT_SELECTOR: Final = (
+    "SelectSelector" if sys.platform in ("darwin", "win32") else "PollSelector"
+)
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 # Browsers that would take the terminal for themselves.
@@ -2908,14 +2912,19 @@ class _PastePrompt:
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
         import contextlib
         import socket
+        from functools import partial
 
         self.is_open = is_open
         self._state = state
         self._manual_uri = manual_uri
         self._wake_up, self._waker = socket.socketpair()
-        self._descriptor: int | None = None  # None: a thread reads
+        self._wake_up.setblocking(False)
+        # Where a thread has to read, its lines come through a socket.
+        self._lines, self._writer = socket.socketpair()
+        self._source, self._size = self._lines.fileno(), 65536
+        self._receive: Callable[[int], bytes] = self._lines.recv
+        self._needs_thread = True
         self._is_reading = False  # a thread does
-        self._lines: list[bytes] = []  # that it has read
         self._is_terminal = self._is_shown = False
         self._held = b""  # of a paste that may go on
         self._is_whole = False  # nothing follows what is held, for a moment or at all
@@ -2927,14 +2936,16 @@ class _PastePrompt:
             os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
             if os.name == "posix" and not self._is_notebook:
-                self._descriptor = descriptor
+                self._needs_thread = False
+                self._source, self._receive = descriptor, partial(os.read, descriptor)
+                self._size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
 
     def is_readable(self) -> bool:
         """Tell whether to wait for a paste: in the background a read would stop us."""
-        if sys.platform == "win32" or self._descriptor is None:
+        if sys.platform == "win32":
             return self.is_open
         try:
-            return self.is_open and os.tcgetpgrp(self._descriptor) == os.getpgrp()
+            return self.is_open and os.tcgetpgrp(self._source) == os.getpgrp()
         except OSError:  # no terminal, or not ours, stops nobody
             return True
 
@@ -2949,61 +2960,51 @@ class _PastePrompt:
         import builtins
         import contextlib
 
-        data = b""
+        line = ""
         try:
             with contextlib.suppress(Exception):  # closed, no front end, no text
                 # Python's own input() in a daemon thread can abort the process.
                 read = builtins.input if self._is_notebook else sys.stdin.readline
-                if line := read() + "\n" * self._is_notebook:
-                    data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
-                    data += b"\n"
+                line = read() + "\n" * self._is_notebook
         finally:
-            self._lines.append(data)
-            self.wake()
+            data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
+            if data:
+                _quietly(self._writer.sendall, data + b"\n")
+            else:
+                self._writer.close()
 
     def wake(self) -> None:
         """End the wait: there is news."""
-        import contextlib
-
-        with contextlib.suppress(OSError):  # the race is over
-            self._waker.send(b"!")
+        _quietly(self._waker.send, b"!")  # unless the race is over
 
     def wait(self, seconds: float) -> None:
         """Wait for news, or that much silence; read what is pasted."""
         import selectors
 
-        if self._descriptor is None:
+        if self._needs_thread:
             self._request_line()
-        # epoll refuses files, macOS's poll terminals, and select descriptors over 1023.
-        has_poll = sys.platform not in ("darwin", "win32")
-        selector = getattr(selectors, "PollSelector" if has_poll else "SelectSelector")
-        with selector() as waiting:
+        with getattr(selectors, WAIT_SELECTOR)() as waiting:
             waiting.register(self._wake_up, selectors.EVENT_READ)
-            if self._descriptor is not None and self.is_readable():
-                waiting.register(self._descriptor, selectors.EVENT_READ)
+            if self.is_readable():
+                waiting.register(self._source, selectors.EVENT_READ)
             ready = [key.fileobj for key, _ in waiting.select(seconds)]
-        if self._wake_up in ready:
-            self._wake_up.recv(4096)
+        _quietly(self._wake_up.recv, 4096)
         # Asked again: `bg` may have put the program into the background meanwhile.
-        is_typed = self._descriptor in ready and self.is_readable()
-        self._is_whole = not (is_typed or self._lines)
-        if not self._is_whole:
+        is_typed = self._source in ready and self.is_readable()
+        self._is_whole = not is_typed
+        if is_typed:
             self._read()
 
     def _read(self) -> None:
         """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
         import contextlib
 
-        chunk = b""
-        if self._descriptor is None:
-            chunk = self._lines.pop()
-            self._is_reading = False
-        else:
-            size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
-            with contextlib.suppress(OSError):  # it was closed, or the terminal is gone
-                chunk = os.read(self._descriptor, size)
+        chunk, self._is_reading = b"", False
+        with contextlib.suppress(OSError):  # it was closed, or the terminal is gone
+            chunk = self._receive(self._size)
         if not (chunk or self._held):
             self._stop()
+            return
         self._is_whole = not chunk
         self._held += chunk or b"\n"
 
@@ -3019,7 +3020,7 @@ class _PastePrompt:
     def has_line(self) -> bool:
         """Tell whether a line is whole, or longer than any is."""
         is_line = self._held.endswith((b"\n", b"\r"))
-        return self.is_open and (is_line or len(self._held) > 2 * MAX_PASTE_CHARS)
+        return is_line or len(self._held) > 2 * MAX_PASTE_CHARS
 
     def take(self) -> GrantedCode | None:
         """Return the code in what was pasted, once its state or silence ends it."""
@@ -3050,10 +3051,12 @@ class _PastePrompt:
             return parse_paste(text, **expected)
 
     def _refuse(self, text: str, reason: ValueError) -> None:
+        import re
+
         say(f"Not taken: {reason}. Copy the whole code that the page shows.")
         # A state that began here vouches that the next line belongs to it.  The two are
         # tried first: a state vouches for the second half of a code as well.
-        self._earlier = text if "#" in text or "://" in text else ""
+        self._earlier = text if re.search("#|://", text) else ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
         if (is_long or self._refusals >= MAX_PIPED_REFUSALS) and not self._is_terminal:
@@ -3069,8 +3072,9 @@ class _PastePrompt:
     def close(self) -> None:
         """Ask no more, and take no more news."""
         self._stop("")
-        self._wake_up.close()
-        self._waker.close()
+        # The writing ends first: nobody writes to one that nobody reads.
+        for end in (self._waker, self._writer, self._wake_up, self._lines):
+            end.close()
 
 
 class _Browser:
