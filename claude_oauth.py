@@ -1559,8 +1559,10 @@ class Storage(Protocol):
 
 def absolute_path(path: str | os.PathLike[str]) -> str:
     """Return a path from the root; ConfigError if it is empty or not expanded."""
+    import re
+
     found = os.path.expanduser(os.fsdecode(path))
-    if not found.strip() or found[0] in "\"'`$%~\u2018\u201c\xab" or "\0" in found:
+    if re.search("^\\s*$|^[\"'`$%~\u2018\u201c\xab]|\0", found):
         raise ConfigError(
             f"{printable(found)!r} is no path: it is empty, begins with a quote or a"
             " variable, or no home directory is known"
@@ -1601,16 +1603,16 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
 
 def _make_directory(path: str) -> None:
     """Create a directory and those above it, 0700 each; leave existing ones alone."""
+    import contextlib
+
     # os.makedirs would apply the mode to the last level only.
     parent = os.path.dirname(path)
     if os.path.isdir(path) or parent == path:
         return
     _make_directory(parent)
-    try:
+    with contextlib.suppress(FileExistsError):  # another process was faster
         os.mkdir(path, 0o700)
-    except FileExistsError:
-        return
-    _make_private(path, 0o700, path)  # a umask of 0777 has left 0000
+        _make_private(path, 0o700, path)  # a umask of 0777 has left 0000
 
 
 def read_private(
@@ -1863,15 +1865,13 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
 
 def _release(file: Any, path: str, left: _AtomicFile | None) -> None:
     """Remove what this and dead processes have left beside a lock, and unlock it."""
-    import contextlib
+    import glob
 
     if left:
         left.discard()
-    directory = os.path.dirname(path)
-    with contextlib.suppress(OSError):
-        for name in os.listdir(directory):
-            if name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX):
-                _quietly(os.unlink, os.path.join(directory, name))
+    directory = glob.escape(os.path.dirname(path))
+    for name in glob.glob(os.path.join(directory, f".*{_TEMPORARY_SUFFIX}")):
+        _quietly(os.unlink, name)
     if sys.platform != "win32":
         import fcntl
 
