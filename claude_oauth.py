@@ -1646,10 +1646,11 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
     found = os.fstat(fd)
     if found.st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    is_open = found.st_mode & 0o077
-    if is_open and not is_ours:
+    if not found.st_mode & 0o077:
+        return
+    if not is_ours:
         warn(f"{path}: {_NO_MODES}", once=True)
-    elif is_open and _make_private(fd, 0o600, os.path.dirname(path)):
+    elif _make_private(fd, 0o600, os.path.dirname(path)):
         warn(f"others could read {path}; it is set to 0600 now")
 
 
@@ -1675,7 +1676,7 @@ class _AtomicFile:
         self._directory, name = os.path.split(self._real)
         unique = f".{name}.{os.urandom(8).hex()}{_TEMPORARY_SUFFIX}"
         self._temporary = os.path.join(self._directory, unique)
-        self._file: Any = None
+        self._file: Any = io.BytesIO()  # until there is one
         try:
             self._file = _open_private(self._temporary, os.O_EXCL)
             if reserve:
@@ -1704,9 +1705,8 @@ class _AtomicFile:
 
     def discard(self) -> None:
         """Remove what was not committed."""
-        if self._file is not None:
-            _quietly(self._file.close)  # a full NFS says so only now
-            _quietly(os.unlink, self._temporary)
+        _quietly(self._file.close)  # a full NFS says so only now
+        _quietly(os.unlink, self._temporary)
 
     def _size_if_replaceable(self) -> int:
         """Return the file's size; raise if it can be neither replaced nor rewritten."""
