@@ -1742,6 +1742,7 @@ class _AtomicFile:
 
 RESERVED_BYTES: Final = 16384  # room for what a credential's successor may be longer
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
+_PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
 
 
 def _open_private(path: str, flags: int) -> io.BufferedRandom:
@@ -1757,8 +1758,7 @@ def _open_private(path: str, flags: int) -> io.BufferedRandom:
 
 def _try_for_a_while(function: Callable[..., object], *arguments: object) -> None:
     """Call a function again while Windows says that a file is open elsewhere."""
-    pauses = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
-    for pause in pauses:
+    for pause in _PAUSES:
         try:
             function(*arguments)
             return
