@@ -1781,13 +1781,13 @@ def _sync(file: io.BufferedRandom, directory: str) -> None:
 
 
 def _sync_directory(directory: str) -> None:
+    import contextlib
+
     # Impossible on Windows and some mounts; the file itself is on the disk.
-    try:
+    with contextlib.suppress(OSError):
         fd = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return
-    _quietly(os.fsync, fd)
-    os.close(fd)
+        _quietly(os.fsync, fd)
+        os.close(fd)
 
 
 def _quietly(function: Callable[..., object], *arguments: object) -> bool:
