@@ -2275,7 +2275,7 @@ class KeychainStorage(_SecretStorage):
             output, errors = done.stdout, done.stderr
             # The number that is printed is whole, the exit status modulo 256.
             printed = re.findall(rb"^[^:\n]*: returned (-?\d+)$", errors, re.MULTILINE)
-            number = int((printed or [done.returncode])[0])
+            number = int([*printed, done.returncode][0])
         except subprocess.TimeoutExpired:
             number, output, errors = -128, b"", b""  # likely, a dialog nobody sees
         except FileNotFoundError:
@@ -2345,7 +2345,7 @@ class FernetCipher:
 
     def encrypt(self, data: bytes) -> bytes:
         """Return ASCII text that carries the cost and the salt along."""
-        salt = next(iter(self._boxes), None) or os.urandom(16).hex().encode("ascii")
+        salt = next(iter(self._boxes), os.urandom(16).hex().encode("ascii"))
         return b"%b:%b:%b" % (self._START, salt, self._box(salt).encrypt(data))
 
     def decrypt(self, data: bytes) -> bytes:
@@ -2413,7 +2413,7 @@ def _dpapi(function: str, data: bytes) -> bytes:
     ):
         raise _dpapi_error(ctypes.get_last_error())
     try:
-        return ctypes.string_at(taken.data or 0, taken.size)
+        return ctypes.string_at(taken.data, taken.size)
     finally:
         ctypes.WinDLL("kernel32").LocalFree(ctypes.c_void_p(taken.data))
 
@@ -2466,10 +2466,10 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
         return DPAPICipher() if sys.platform == "win32" else None
     path = absolute_path(path)
     try:
-        passphrase = read_private(path, is_ours=False, any_owner=True) or b""
+        passphrase = read_private(path, is_ours=False, any_owner=True)
     except StorageError as error:
         raise ConfigError(f"the passphrase file cannot be used: {error}") from None
-    if not passphrase.strip():
+    if passphrase is None:
         raise ConfigError(f"the passphrase file {path} is missing or empty")
     return FernetCipher(passphrase.rstrip(b"\r\n"))
 
