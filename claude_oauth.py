@@ -1966,8 +1966,8 @@ class FileStorage(_RecordStorage):
         """Remove this module's keys, and the file if nothing else is in it."""
         self._refuse_if_read_only()
         stored = self._read_stored()
-        kept = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
-        if len(kept) == len(stored):
+        kept = _without(stored, _OUR_KEYS)
+        if kept == stored:
             return False
         real = os.path.realpath(self.path)
         # A mount of its own cannot be removed, only emptied.
@@ -2025,21 +2025,25 @@ class FileStorage(_RecordStorage):
             self._cipher = self._cipher or cipher
         if cipher is None:
             raise StorageError(f"set CLAUDE_OAUTH_PASSPHRASE_FILE to read {self.path}")
-        foreign = {k: v for k, v in stored.items() if k not in _OUR_KEYS}
-        return {**foreign, **self._parse(cipher.decrypt(sealed))}
+        return {**_without(stored, _OUR_KEYS), **self._parse(cipher.decrypt(sealed))}
 
     def _write_record(self, record: dict[str, object]) -> None:
         self._refuse_if_read_only()
         if self._cipher:
-            ours = {key: record.pop(key) for key in RECORD_KEYS if key in record}
-            sealed = self._cipher.encrypt(dump_json(ours).encode("ascii"))
-            record[_ENCRYPTED_KEY] = binascii.b2a_base64(sealed, newline=False).decode()
+            foreign = _without(record, RECORD_KEYS)
+            ours = dump_json(_without(record, foreign)).encode("ascii")
+            text = binascii.b2a_base64(self._cipher.encrypt(ours), newline=False)
+            record = {**foreign, _ENCRYPTED_KEY: text.decode()}
         file = self._swap_reserved(None) or _AtomicFile(self.path)
         file.commit(dump_json(record).encode("ascii"))
 
 
 _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
 _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
+
+
+def _without(record: dict[str, object], keys: Iterable[str]) -> dict[str, object]:
+    return {key: value for key, value in record.items() if key not in keys}
 
 
 @hides_locals
