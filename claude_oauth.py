@@ -1577,6 +1577,13 @@ def default_directory(environ: Mapping[str, str] | None = None) -> str:
     return absolute_path(chosen or os.path.join(settings, "claude-oauth"))
 
 
+def _path_or_default(path: str | os.PathLike[str] | None, name: str = "") -> str:
+    """Return a path from the root; None is a file of the default directory."""
+    if path is None:
+        return os.path.join(default_directory(), name)
+    return absolute_path(path)
+
+
 def warn(message: str, *, once: bool = False) -> None:
     """Tell the program's log, or stderr if it has none, what a person should know."""
     import logging
@@ -1945,9 +1952,7 @@ class FileStorage(_RecordStorage):
         cipher: Any = None,
         read_only: bool = False,
     ) -> None:
-        if path is None:
-            path = os.path.join(default_directory(), "credentials.json")
-        self.path = self._watched = absolute_path(path)
+        self.path = self._watched = _path_or_default(path, "credentials.json")
         self.read_only = read_only
         self._cipher = cipher
         # By the thread that holds the lock: the file that its next save will use.
@@ -2126,9 +2131,7 @@ class _SecretStorage(_RecordStorage):
         *,
         lock_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        if lock_path is None:
-            lock_path = os.path.join(default_directory(), "lock")
-        self._lock_path = absolute_path(lock_path)
+        self._lock_path = _path_or_default(lock_path, "lock")
         directory = os.path.dirname(self._lock_path)
         self.account_file = os.path.join(directory, "account.json")
         self._watched = os.path.join(directory, "store.changed")
@@ -2450,7 +2453,7 @@ def make_storage(kind: str | None = None, directory: str | None = None) -> Stora
     """
     if kind is None:
         kind = setting("CLAUDE_OAUTH_STORE") or "auto"
-    directory = absolute_path(default_directory() if directory is None else directory)
+    directory = _path_or_default(directory)
     passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE")
     if kind == "auto":
         kind = "file" if sys.platform != "darwin" or passphrase_file else "keychain"
