@@ -2145,7 +2145,7 @@ class _SecretStorage(_RecordStorage):
             account = "default" if path == default else digest
         self._service, self._account = service, account
         for name in (service, account):
-            if not name.strip() or not name.isprintable() or len(name.encode()) > 200:
+            if not name.isprintable() or not 0 < len(name.strip().encode()) <= 200:
                 raise ConfigError("service and account take 1 to 200 printable bytes")
 
     def delete(self) -> bool:
@@ -2252,12 +2252,14 @@ class KeychainStorage(_SecretStorage):
             "delete": (b"delete-generic-password", b""),
         }[action]
         start = b"%s -a %s -s %s" % (command, account, name)
-        fitting = [form for form in forms if len(start + form) < SECURITY_LINE]
-        if not fitting:
+        for form in forms:
+            if len(start + form) < SECURITY_LINE:
+                break
+        else:
             raise StorageError(f"the login is too long for the Keychain; {_USE_FILE}")
-        output = self._run(start + fitting[0] + b"\n")
-        if output is None or action != "get":
-            return output
+        output = self._run(start + form + b"\n")
+        if output is None:
+            return None
         # `-w` prints in hex what is not all printable ASCII.  A record begins with "{",
         # so its hex cannot be mistaken for it.
         is_hex = re.fullmatch(rb"7b([0-9a-f]{2})*\n", output)
@@ -2310,11 +2312,11 @@ class KeyringStorage(_SecretStorage):
     _hint = "it needs a desktop session (D-Bus) with an unlocked keyring"
     _unlock = "unlock it, as by signing in to the desktop"
 
-    def _call(self, action: str, service: str, *data: bytes) -> bytes | None:
+    def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
         if action == "delete" and self._call("get", service) is None:
             return None
         call = getattr(import_package("keyring"), f"{action}_password")
-        arguments = (service, self._account, *(each.decode("ascii") for each in data))
+        arguments = filter(None, (service, self._account, data.decode("ascii")))
         found, error = call_with_limit(lambda: call(*arguments), self.time_limit)
         if error is None:
             is_there = found is not None or action != "get"
