@@ -1840,6 +1840,13 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     return hold()
 
 
+# Otherwise somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK, and
+# under Wine anything that came before.
+_LOCK_FAULTS: Final = (
+    {errno.EBADF, errno.EINVAL} if os.name == "nt" else {*errno.errorcode} - {errno.EAGAIN}
+)
+
+
 def _open_locked(path: str) -> io.BufferedRandom | None:
     """Open a lock file and lock it; return None if somebody else holds the lock."""
     file = None
@@ -1856,11 +1863,9 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
             # and does not keep threads apart.
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # On Windows EACCES or EDEADLK, and under Wine anything that came before.
-        is_fault = os.name != "nt" or error.errno in (errno.EBADF, errno.EINVAL)
         if file:
             file.close()
-            if error.errno == errno.EAGAIN or not is_fault:
+            if error.errno not in _LOCK_FAULTS:
                 return None
         text = f"cannot lock {path}: {_reason(error)}; choose another directory"
         raise StorageError(text) from None
