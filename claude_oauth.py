@@ -2507,9 +2507,9 @@ WAIT_SELECTOR: Final = (
 )
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
-# Browsers that would take the terminal for themselves.
+# Commands that are blank, or that would take the terminal for themselves.
 TEXT_BROWSERS: Final = (
-    r"(?<![\w-])"
+    r"^\s*$|(?<![\w-])"
     r"(?:www-browser|lynx|links2?|elinks|w3m|browsh|carbonyl|edbrowse|netrik|cha)"
     r"(?=[\s\"']|$)"
 )
@@ -2869,10 +2869,11 @@ def start_listener(state: str, port: int) -> tuple[AuthCodeListener, str]:
 def find_browsers() -> list[str]:
     """Return the commands to try, [] if the person would not see a browser."""
     import re
+    from itertools import filterfalse
 
     if named := setting("BROWSER"):
-        commands = filter(None, named.split(os.pathsep))
-        return [c for c in commands if not re.search(TEXT_BROWSERS, c)]
+        is_text = re.compile(TEXT_BROWSERS).search
+        return list(filterfalse(is_text, named.split(os.pathsep)))
     system = "wsl" if setting("WSL_DISTRO_NAME") else sys.platform
     is_desktop = system in ("darwin", "win32", "wsl")
     # Over SSH it would open where nobody sits.
