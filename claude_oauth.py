@@ -2931,15 +2931,14 @@ class _PastePrompt:
 
         self.is_open = is_open
         self._state = state
-        self._manual_uri = manual_uri
+        self._parse = partial(parse_paste, state=state, manual_redirect_uri=manual_uri)
         self._wake_up, self._waker = socket.socketpair()
         self._wake_up.setblocking(False)
         # Where a thread has to read, its lines come through a socket.
         self._lines, self._writer = socket.socketpair()
         self._source, self._size = self._lines.fileno(), 65536
         self._receive: Callable[[int], bytes] = self._lines.recv
-        self._needs_thread = True
-        self._is_reading = False  # a thread does
+        self._needs_thread = self._is_idle = True  # no thread reads yet
         self._is_terminal = self._is_shown = False
         self._held = b""  # of a paste that may go on
         self._is_whole = False  # nothing follows what is held, for a moment or at all
@@ -2951,7 +2950,7 @@ class _PastePrompt:
             os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
             if os.name == "posix" and not self._is_notebook:
-                self._needs_thread = False
+                self._needs_thread = self._is_idle = False
                 self._source, self._receive = descriptor, partial(os.read, descriptor)
                 self._size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
 
@@ -2966,9 +2965,9 @@ class _PastePrompt:
 
     def _request_line(self) -> None:
         """Have a thread read one line; if none can start, read it after asking."""
-        if self.is_open and not (self._is_reading or self._held):
-            self._is_reading = bool(start_thread("paste", self._read_line))
-            if self._is_shown and not self._is_reading:
+        if self.is_open and self._is_idle and not self._held:
+            self._is_idle = not start_thread("paste", self._read_line)
+            if self._is_shown and self._is_idle:
                 self._read_line()
 
     def _read_line(self) -> None:
@@ -2996,8 +2995,7 @@ class _PastePrompt:
         """Wait for news, or that much silence; read what is pasted."""
         import selectors
 
-        if self._needs_thread:
-            self._request_line()
+        self._request_line()
         with getattr(selectors, WAIT_SELECTOR)() as waiting:
             waiting.register(self._wake_up, selectors.EVENT_READ)
             if self.is_readable():
@@ -3014,7 +3012,7 @@ class _PastePrompt:
         """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
         import contextlib
 
-        chunk, self._is_reading = b"", False
+        chunk, self._is_idle = b"", self._needs_thread
         with contextlib.suppress(OSError):  # it was closed, or the terminal is gone
             chunk = self._receive(self._size)
         if not (chunk or self._held):
@@ -3059,11 +3057,10 @@ class _PastePrompt:
         if self._is_terminal and longest >= MAX_TERMINAL_LINE:
             limit = f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more"
             raise ValueError(f"the terminal has cut it. {limit}")
-        expected = {"state": self._state, "manual_redirect_uri": self._manual_uri}
         try:
-            return parse_paste(self._earlier + text, **expected)
+            return self._parse(self._earlier + text)
         except ValueError:
-            return parse_paste(text, **expected)
+            return self._parse(text)
 
     def _refuse(self, text: str, reason: ValueError) -> None:
         import re
