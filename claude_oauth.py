@@ -1704,7 +1704,8 @@ class _AtomicFile:
             self._file.close()
             self._replace(data)
             if sync:
-                _sync_directory(self._directory)
+                # Impossible on Windows and some mounts; the file itself is on the disk.
+                _quietly(_sync_directory, self._directory)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {_reason(error)}") from None
         finally:
@@ -1788,13 +1789,9 @@ def _sync(file: io.BufferedRandom, directory: str) -> None:
 
 
 def _sync_directory(directory: str) -> None:
-    import contextlib
-
-    # Impossible on Windows and some mounts; the file itself is on the disk.
-    with contextlib.suppress(OSError):
-        fd = os.open(directory, os.O_RDONLY)
-        _quietly(os.fsync, fd)
-        os.close(fd)
+    fd = os.open(directory, os.O_RDONLY)
+    _quietly(os.fsync, fd)
+    os.close(fd)
 
 
 def _quietly(function: Callable[..., object], *arguments: object) -> bool:
@@ -1983,7 +1980,7 @@ class FileStorage(_RecordStorage):
         # A mount of its own cannot be removed, only emptied.
         if kept or not _quietly(_try_for_a_while, os.unlink, real):
             write_private(real, dump_json(kept).encode("ascii"))
-        _sync_directory(os.path.dirname(real))
+        _quietly(_sync_directory, os.path.dirname(real))
         return True
 
     def check(self) -> None:
@@ -2166,12 +2163,11 @@ class _SecretStorage(_RecordStorage):
 
         A store that can be read may be full, or refuse writes.
         """
-        import re
-
         beside = f"{self._service} check"
         # As many quotes, which `security` wants escaped, and what a refresh may add.
         record = dump_json(self._read_record()) + '"x' * 128
-        self._put(beside, re.sub('[^"]', "x", record).encode())
+        quotes = '"' * record.count('"')
+        self._put(beside, quotes.ljust(len(record), "x").encode())
         self._call("delete", beside)
 
     def lock(self, timeout: float) -> ContextManager[object]:
@@ -2502,9 +2498,7 @@ MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corre
 # Characters that a terminal takes in one line; the rest is lost.  Source: tty(4).
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
 # epoll refuses files, macOS's poll terminals, and select descriptors over 1023.
-WAIT_SELECTOR: Final = (
-    "SelectSelector" if sys.platform in ("darwin", "win32") else "PollSelector"
-)
+WAIT_BY: Final = "Select" if sys.platform in ("darwin", "win32") else "Poll"
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 # Commands that are blank, or that would take the terminal for themselves.
@@ -2688,14 +2682,13 @@ class AuthCodeListener:
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        import contextlib
         import importlib
         import socket
 
         # Without a descriptor left, a request could not load what it needs, and glibc,
         # which loads a library when the first thread ends, would end the process.
         call_with_limit(lambda: importlib.import_module("hashlib"), VISIT_SECONDS)
-        with contextlib.ExitStack() as stack:
+        with self._cleanup as stack:
             servers = self._bind(stack)
             self.port = servers[0].server_address[1]
             stop, stopper = map(stack.enter_context, socket.socketpair())
@@ -2861,9 +2854,8 @@ def start_listener(state: str, port: int) -> tuple[AuthCodeListener, str]:
     try:
         return listener.__enter__(), ""
     except OSError as error:
-        reason = _reason(error)
-    what = f"port {port} cannot be used" if port else "no local port could be opened"
-    return listener, f"{what} ({reason})"
+        what = f"port {port} cannot be used" if port else "no local port was opened"
+        return listener, f"{what} ({_reason(error)})"
 
 
 def find_browsers() -> list[str]:
@@ -2996,7 +2988,7 @@ class _PastePrompt:
         import selectors
 
         self._request_line()
-        with getattr(selectors, WAIT_SELECTOR)() as waiting:
+        with getattr(selectors, f"{WAIT_BY}Selector")() as waiting:
             waiting.register(self._wake_up, selectors.EVENT_READ)
             if self.is_readable():
                 waiting.register(self._source, selectors.EVENT_READ)
@@ -3084,9 +3076,10 @@ class _PastePrompt:
     def close(self) -> None:
         """Ask no more, and take no more news."""
         self._stop("")
-        # The writing ends first: nobody writes to one that nobody reads.
-        for end in (self._waker, self._writer, self._wake_up, self._lines):
-            end.close()
+        self._waker.close()
+        self._writer.close()  # before the other end: a write to that is a SIGPIPE
+        self._wake_up.close()
+        self._lines.close()
 
 
 class _Browser:
