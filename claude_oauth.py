@@ -1557,10 +1557,15 @@ class Storage(Protocol):
         ...
 
 
-def absolute_path(path: str | os.PathLike[str]) -> str:
-    """Return a path from the root; ConfigError if it is empty or not expanded."""
+def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
+    """Return a path from the root; ConfigError if it is empty or not expanded.
+
+    None is a name in the default directory.
+    """
     import re
 
+    if path is None:
+        path = os.path.join(default_directory(), name)
     found = os.path.expanduser(os.fsdecode(path))
     if re.search("^\\s*$|^[\"'`$%~\u2018\u201c\xab]|\0", found):
         raise ConfigError(
@@ -1575,13 +1580,6 @@ def default_directory(environ: Mapping[str, str] | None = None) -> str:
     chosen = setting("CLAUDE_OAUTH_DIR", environ)
     settings = setting("CLAUDE_CONFIG_DIR", environ) or os.path.join("~", ".claude")
     return absolute_path(chosen or os.path.join(settings, "claude-oauth"))
-
-
-def _path_or_default(path: str | os.PathLike[str] | None, name: str = "") -> str:
-    """Return a path from the root; None is a file of the default directory."""
-    if path is None:
-        return os.path.join(default_directory(), name)
-    return absolute_path(path)
 
 
 def warn(message: str, *, once: bool = False) -> None:
@@ -1751,6 +1749,11 @@ class _AtomicFile:
 RESERVED_BYTES: Final = 16384  # room for what a credential's successor may be longer
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
+# With another error somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK,
+# and under Wine anything that came before.
+_LOCK_FAULTS: Final = (
+    {errno.EBADF, errno.EINVAL} if os.name == "nt" else {*errno.errorcode} - {errno.EAGAIN}
+)
 
 
 def _open_private(path: str, flags: int) -> io.BufferedRandom:
@@ -1835,13 +1838,6 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
                     _release(file, path, unused)
 
     return hold()
-
-
-# Otherwise somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK, and
-# under Wine anything that came before.
-_LOCK_FAULTS: Final = (
-    {errno.EBADF, errno.EINVAL} if os.name == "nt" else {*errno.errorcode} - {errno.EAGAIN}
-)
 
 
 def _open_locked(path: str) -> io.BufferedRandom | None:
@@ -1954,7 +1950,7 @@ class FileStorage(_RecordStorage):
         cipher: Any = None,
         read_only: bool = False,
     ) -> None:
-        self.path = self._watched = _path_or_default(path, "credentials.json")
+        self.path = self._watched = absolute_path(path, "credentials.json")
         self.read_only = read_only
         self._cipher = cipher
         # By the thread that holds the lock: the file that its next save will use.
@@ -2133,7 +2129,7 @@ class _SecretStorage(_RecordStorage):
         *,
         lock_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._lock_path = _path_or_default(lock_path, "lock")
+        self._lock_path = absolute_path(lock_path, "lock")
         directory = os.path.dirname(self._lock_path)
         self.account_file = os.path.join(directory, "account.json")
         self._watched = os.path.join(directory, "store.changed")
@@ -2456,7 +2452,7 @@ def make_storage(kind: str | None = None, directory: str | None = None) -> Stora
     """
     if kind is None:
         kind = setting("CLAUDE_OAUTH_STORE") or "auto"
-    directory = _path_or_default(directory)
+    directory = absolute_path(directory)
     passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE")
     if kind == "auto":
         kind = "file" if sys.platform != "darwin" or passphrase_file else "keychain"
@@ -2867,11 +2863,10 @@ def find_browsers() -> list[str]:
         is_text = re.compile(TEXT_BROWSERS).search
         return list(filterfalse(is_text, named.split(os.pathsep)))
     system = "wsl" if setting("WSL_DISTRO_NAME") else sys.platform
-    is_desktop = system in ("darwin", "win32", "wsl")
     # Over SSH it would open where nobody sits.
     is_remote = any(map(setting, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
     has_screen = any(map(setting, ("DISPLAY", "WAYLAND_DISPLAY")))
-    if not has_screen and (is_remote or not is_desktop):
+    if not has_screen and (is_remote or system not in ("darwin", "win32", "wsl")):
         return []
     return DESKTOP_BROWSERS.get(system, DESKTOP_BROWSERS["linux"])
 
@@ -3085,12 +3080,9 @@ class _PastePrompt:
 class _Browser:
     """Opens an address in a thread: that may fail, hang or never return."""
 
-    def __init__(
-        self, opener: bool | Callable[[str], object], wake: Callable[[], object]
-    ) -> None:
-        self._opener: Any = opener
+    def __init__(self, opener: Any, wake: Callable[[], object]) -> None:
+        self._opener, self.is_open = opener, bool(opener)
         self._wake = wake
-        self.is_open = bool(opener)
         if opener is True:
             self._opener, self.is_open = open_in_browser, bool(find_browsers())
 
