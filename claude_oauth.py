@@ -2635,10 +2635,10 @@ def _open_head(request: Any) -> io.BytesIO:
     sock, head, deadline = request.connection, bytearray(), Deadline(VISIT_SECONDS)
     while b"\n\n" not in head.replace(b"\r", b""):
         sock.settimeout(deadline.left() + 0.001)
-        chunk = sock.recv(65536)
+        chunk = sock.recv(MAX_HEAD_BYTES - len(head))
         head += chunk
-        if not chunk or not head[:1].isalpha() or len(head) > MAX_HEAD_BYTES:
-            # Cut, noise, TLS or without an end: one word, which is refused, or nothing.
+        if not chunk or not head[:1].isalpha():
+            # Cut, too long, noise or TLS: one word, which is refused, or nothing.
             return io.BytesIO(b"?" * len(head))
     sock.settimeout(VISIT_SECONDS)
     return io.BytesIO(head)
