@@ -2664,6 +2664,7 @@ class AuthCodeListener:
         self.redirect_uri = ""
         # Set when the code, or the server's refusal, is there.
         self.arrived = threading.Event()
+        self._is_over = threading.Event()  # there is a page, or there will be none
         self.on_arrival: Callable[[], object] = lambda: None
         self._state = state
         self._changed = threading.Condition()  # guards what follows; held for moments
@@ -2712,16 +2713,15 @@ class AuthCodeListener:
         try:
             with self._changed:
                 self._page = page
-                self._changed.notify_all()
+                self._is_over.set()
                 self._changed.wait_for(lambda: self._pages_owed <= 0, PAGE_SECONDS)
         finally:
             self.close()
 
     def close(self) -> None:
         """Stop listening; nothing of it is left afterwards."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        self._is_closed = True
+        self._is_over.set()
         self._cleanup.close()
 
     def _bind(self, stack: Any, tries: int = 10) -> list[Any]:
@@ -2837,9 +2837,9 @@ class AuthCodeListener:
                 self.arrived.set()
                 self.on_arrival()
             self._pages_owed += 1
-            self._unread.pop(request.connection, None)  # it waits for us now
-            self._changed.wait_for(lambda: self._page or self._is_closed, LOGIN_TIMEOUT)
-            self._unread[request.connection] = None
+        self._unread.pop(request.connection, None)  # it waits for us now
+        self._is_over.wait(LOGIN_TIMEOUT)
+        self._unread[request.connection] = None
         if self._page:
             respond(request, 303, "", Location=self._page_path)
 
