@@ -2149,7 +2149,7 @@ class _SecretStorage(_RecordStorage):
     def delete(self) -> bool:
         """Remove the record, readable or not; return whether there was one."""
         found = self._call("delete", self._service) is not None
-        if found and self._call("get", self._service) is not None:
+        if self._call("get", self._service) is not None:
             raise StorageError("the login was deleted, but is still there")
         _quietly(write_private, self._watched, b"")
         return found
