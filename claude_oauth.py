@@ -1752,7 +1752,9 @@ _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else 
 # With another error somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK,
 # and under Wine anything that came before.
 _LOCK_FAULTS: Final = (
-    {errno.EBADF, errno.EINVAL} if os.name == "nt" else {*errno.errorcode} - {errno.EAGAIN}
+    {errno.EBADF, errno.EINVAL}
+    if os.name == "nt"
+    else {*errno.errorcode} - {errno.EAGAIN}
 )
 
 
@@ -2731,7 +2733,7 @@ class AuthCodeListener:
         which would be handed the code: then it is another port, or an error.
         """
         servers: list[Any] = []
-        port = self.port
+        port, problem = self.port, OSError()
         for host in ("127.0.0.1", "::1"):
             try:
                 server = make_server(host, port, self._handle, _open_head)
@@ -3138,15 +3140,14 @@ def obtain_code(
     deadline = Deadline(timeout)
     automatic_url = url_for(listener.redirect_uri or manual_redirect_uri)
     manual_url = url_for(manual_redirect_uri)
-    is_listening = bool(listener.redirect_uri)
-    port = port if is_listening else 0
+    port = port if listener.redirect_uri else 0
     prompt = _PastePrompt(state, manual_redirect_uri, is_open=paste)
     browser = _Browser(open_browser, prompt.wake)
 
     def check_that_a_way_is_left() -> None:
         if not deadline.left():
             raise LoginTimeout(TOO_LATE)
-        if not (prompt.is_open or port or (is_listening and browser.is_open)):
+        if not (prompt.is_open or port or (browser.is_open and listener.redirect_uri)):
             raise LoginCancelled(
                 f"{problem or 'no browser was opened'} and nothing can be pasted "
                 "here; log in from a terminal, or give a port that your browser reaches"
