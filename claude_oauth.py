@@ -1558,10 +1558,7 @@ class Storage(Protocol):
 
 
 def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
-    """Return a path from the root; ConfigError if it is empty or not expanded.
-
-    None is a name in the default directory.
-    """
+    """Return a path from the root (None: a name in our directory), or ConfigError."""
     import re
 
     if path is None:
@@ -1751,10 +1748,8 @@ _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
 # With another error somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK,
 # and under Wine anything that came before.
-_LOCK_FAULTS: Final = (
-    {errno.EBADF, errno.EINVAL}
-    if os.name == "nt"
-    else {*errno.errorcode} - {errno.EAGAIN}
+_LOCK_FAULTS: Final = {"nt": {errno.EBADF, errno.EINVAL}}.get(
+    os.name, {*errno.errorcode} - {errno.EAGAIN}
 )
 
 
