@@ -258,16 +258,20 @@ def hides_locals(subject: _T) -> _T:
     Error trackers record the local variables of each frame.  When an exception leaves,
     the call's arguments and the frames below are cleared; those of its causes, too.
     """
-    function: Any = subject
-    if isinstance(function, type):
-        for name, member in list(vars(function).items()):
-            is_open = name[0] != "_" or name in ("__init__", "__call__", "__enter__")
-            if is_open and isinstance(member, types.FunctionType):
-                setattr(function, name, hides_locals(member))
-            elif is_open and isinstance(member, classmethod):
-                setattr(function, name, classmethod(hides_locals(member.__func__)))
-        return subject
+    hidden: Any = subject
+    if isinstance(hidden, type):
+        for name, member in list(vars(hidden).items()):
+            if name[0] != "_" or name in ("__init__", "__call__", "__enter__"):
+                setattr(hidden, name, hides_locals(member))
+    elif isinstance(hidden, classmethod):
+        hidden = classmethod(hides_locals(hidden.__func__))
+    elif isinstance(hidden, types.FunctionType):
+        hidden = _clearing_frames(hidden)
+    decorated: _T = hidden
+    return decorated
 
+
+def _clearing_frames(function: Any) -> Any:
     def call(*args: Any, **options: Any) -> Any:
         try:
             return function(*args, **options)
@@ -276,12 +280,10 @@ def hides_locals(subject: _T) -> _T:
             _clear_frames(error)
             raise
 
-    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(call, name, getattr(function, name))
     wrapper: Any = call
-    wrapper.__wrapped__ = function
-    decorated: _T = wrapper
-    return decorated
+    wrapper.__name__, wrapper.__qualname__ = function.__name__, function.__qualname__
+    wrapper.__doc__, wrapper.__wrapped__ = function.__doc__, function
+    return wrapper
 
 
 def _clear_frames(error: BaseException) -> None:
@@ -296,7 +298,7 @@ def _clear_frames(error: BaseException) -> None:
             _clear_frame(step.tb_frame)
             step = step.tb_next
         others = (failure.__cause__, failure.__context__)
-        chain += [other for other in others if other and other not in chain]
+        chain += [other for other in filter(None, others) if other not in chain]
 
 
 def _clear_frame(frame: FrameType) -> bool:
