@@ -412,9 +412,10 @@ class OAuthConfig(_Value):
     @classmethod
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
         """Return the settings for a server that has every endpoint at one origin."""
+        import re
+
         origin = origin.rstrip("/")
-        is_origin = origin.count("/") == 2 and not set("?#@") & set(origin)
-        if not is_origin or not may_carry_token(origin):
+        if re.search("//.*[/?#@]", origin) or not may_carry_token(origin):
             raise ConfigError(
                 "the server (CLAUDE_OAUTH_SERVER) must be like https://host:port, with"
                 " no path; plain http is for loopback alone"
@@ -441,7 +442,7 @@ class OAuthConfig(_Value):
         is_number = isinstance(timeout, (int, float))
         if not is_number or not 0 < timeout <= MAX_REQUEST_TIMEOUT:
             raise ConfigError("timeout must be above 0 seconds and at most a day")
-        if not (isinstance(agent, str) and agent.isascii() and agent.isprintable()):
+        if _text(agent, "[ -~]*") is None:
             raise ConfigError("user_agent must be printable ASCII")
         own = "" if USER_AGENT in agent else USER_AGENT
         self.__dict__["user_agent"] = f"{agent} {own}".strip()
@@ -464,14 +465,16 @@ def may_carry_token(url: str) -> bool:
     """Tell whether a token may go to a URL: https, or plain http on this machine."""
     from urllib.parse import urlsplit
 
+    # Some programs take a backslash for a slash: then it is another host.
+    if not _text(url, r"(?i)https?://[!-\[\]-~]+"):
+        return False
     try:
-        # Some programs take a backslash for a slash: then it is another host.
-        parts = urlsplit(url if is_header_safe(url) and "\\" not in url else "")
-        host = (parts.port != 0 and parts.hostname) or ""
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        is_safe = is_loopback(host) if parts.scheme == "http" else bool(host)
+        return is_safe and parts.port != 0
     except ValueError:  # a port that is no number, brackets that do not match
         return False
-    is_safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
-    return bool(host) and is_safe
 
 
 def is_loopback(host: str) -> bool:
@@ -484,13 +487,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def is_header_safe(token: str) -> bool:
-    """Tell whether a token can stand in a header: printable ASCII without a blank."""
-    return bool(token) and token.isascii() and token.isprintable() and " " not in token
+def _text(value: object, pattern: str = r"(?s).*\S.*") -> str | None:
+    """Return a text if all of it matches: by default one that is not blank."""
+    import re
 
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
+    return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
 
 
 def _field(name: str, value: object) -> str | bool | None:
@@ -500,7 +501,7 @@ def _field(name: str, value: object) -> str | bool | None:
 
 
 def _header_text(value: object) -> str | None:
-    return value if isinstance(value, str) and is_header_safe(value) else None
+    return _text(value, "[!-~]+")  # printable ASCII without a blank
 
 
 def _object(value: object) -> dict[str, Any]:
