@@ -508,12 +508,13 @@ def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        value = float(value[:400])
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if abs(value) < 1e15 else None  # False for NaN too
+def _number(
+    value: object, lowest: float = -1e15, highest: float = 1e15
+) -> float | None:
+    digits = _text(value, "[0-9]+")
+    number: Any = float(digits) if digits else value
+    is_number = type(number) in (int, float)  # True is none
+    return number if is_number and lowest <= number <= highest else None
 
 
 def _moment(value: object) -> float | None:
@@ -522,9 +523,8 @@ def _moment(value: object) -> float | None:
 
 
 def _lifetime(value: object) -> float | None:
-    seconds = _number(value)
     # Less than a millisecond is no lifetime, and may not even be told from none.
-    return seconds if seconds and 0.001 <= seconds <= MAX_LIFETIME else None
+    return _number(value, 0.001, MAX_LIFETIME)
 
 
 def _scopes(value: object) -> tuple[str, ...]:
