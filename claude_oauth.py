@@ -346,8 +346,9 @@ class _Value:
         cls = type(self)
         names = cls.__annotations__
         given = {**dict(zip(names, values)), **named}
-        fields = {**{k: v for k, v in vars(cls).items() if k in names}, **given}
-        if len(given) < len(values) + len(named) or fields.keys() != names.keys():
+        fields = {**vars(cls), **given}
+        is_whole = given.keys() <= names.keys() <= fields.keys()
+        if len(given) < len(values) + len(named) or not is_whole:
             got = f"it got {len(values)} values and {sorted(named)}"
             raise TypeError(f"{cls.__name__} takes {', '.join(names)}; {got}")
         for name in names:
