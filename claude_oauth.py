@@ -423,8 +423,7 @@ class OAuthConfig(_Value):
             )
         endpoints = {
             name: f"{origin}/{url.split('/', 3)[3]}"
-            for name, url in vars(OAuthConfig).items()
-            if name.endswith(("_url", "_uri"))
+            for name, (url, *_left_out) in _KNOWN_ENDPOINTS.items()
         }
         endpoints["claude_ai_authorize_url"] = endpoints["console_authorize_url"]
         return cls(client_id, **{**endpoints, **settings})
@@ -451,15 +450,23 @@ class OAuthConfig(_Value):
         self._check_endpoints()
 
     def _check_endpoints(self) -> None:
-        for name, url in self.__dict__.items():
-            if not name.endswith(("_url", "_uri")) or url == getattr(type(self), name):
-                continue  # a default is known to be good, and urllib slow to import
-            is_left_out = name == "revoke_url" and not url
-            if not is_left_out and (not may_carry_token(url) or "@" in url):
+        for name, known in _KNOWN_ENDPOINTS.items():
+            url = self.__dict__[name]
+            if url not in known and (not may_carry_token(url) or "@" in url):
                 raise ConfigError(
                     f"{name} must be a URL like https://host/path, without a password"
                     " (plain http is for loopback alone)"
                 )
+
+
+# The endpoints, each with the values that need no look (urllib is slow to import): its
+# default, and for one that may be left out, what says so.
+_KNOWN_ENDPOINTS: Final[dict[str, tuple[Any, ...]]] = {
+    name: (url,)
+    for name, url in vars(OAuthConfig).items()
+    if name.endswith(("_url", "_uri"))
+}
+_KNOWN_ENDPOINTS["revoke_url"] += (None, "")
 
 
 def may_carry_token(url: str) -> bool:
