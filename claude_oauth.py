@@ -530,6 +530,10 @@ def _moment(value: object) -> float | None:
     return None if milliseconds is None else max(milliseconds, 0) / 1000
 
 
+def _milliseconds(moment: float) -> int:
+    return int(moment * 1000)
+
+
 def _lifetime(value: object) -> float | None:
     # Less than a millisecond is no lifetime, and may not even be told from none.
     return _number(value, 0.001, MAX_LIFETIME)
@@ -544,18 +548,19 @@ def _scopes(value: object) -> tuple[str, ...]:
 # The keys of a stored record that are this module's.
 RECORD_KEYS: Final = ("claudeAiOauth", "consoleApiKey")
 
-# The credential's fields: the key in the stored record, and its reader.
-_RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any]]]] = {
-    "access_token": ("accessToken", _header_text),
-    "refresh_token": ("refreshToken", _text),
-    "api_key": ("consoleApiKey", _header_text),
-    "expires_at": ("expiresAt", _moment),
-    "refresh_token_expires_at": ("refreshTokenExpiresAt", _moment),
-    "scopes": ("scopes", _scopes),
-    "subscription_type": ("subscriptionType", _text),
-    "rate_limit_tier": ("rateLimitTier", _text),
-    "client_id": ("clientId", _text),
+# The credential's fields: the key in the stored record, its reader and its writer.
+_RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any], Any]]] = {
+    "access_token": ("accessToken", _header_text, str),
+    "refresh_token": ("refreshToken", _text, str),
+    "api_key": ("consoleApiKey", _header_text, str),
+    "expires_at": ("expiresAt", _moment, _milliseconds),
+    "refresh_token_expires_at": ("refreshTokenExpiresAt", _moment, _milliseconds),
+    "scopes": ("scopes", _scopes, list),
+    "subscription_type": ("subscriptionType", _text, str),
+    "rate_limit_tier": ("rateLimitTier", _text, str),
+    "client_id": ("clientId", _text, str),
 }
+_TOKEN_KEYS: Final = {key for key, *_ in _RECORD_FIELDS.values()}
 
 # The profile's fields: the key in the server's answer, and the one in account.json: ""
 # for what stays with the credential.
@@ -565,8 +570,7 @@ _ACCOUNT_FIELDS: Final = {
     "display_name": ("display_name", "displayName"),
     "account_created_at": ("created_at", "accountCreatedAt"),
 }
-_PROFILE_FIELDS: Final = {
-    **_ACCOUNT_FIELDS,
+_ORGANIZATION_FIELDS: Final = {
     "organization_uuid": ("uuid", "organizationUuid"),
     "organization_name": ("name", "organizationName"),
     "subscription_type": ("organization_type", ""),
@@ -575,6 +579,14 @@ _PROFILE_FIELDS: Final = {
     "subscription_created_at": ("subscription_created_at", "subscriptionCreatedAt"),
     "has_extra_usage_enabled": ("has_extra_usage_enabled", "hasExtraUsageEnabled"),
 }
+_PROFILE_FIELDS: Final = {**_ACCOUNT_FIELDS, **_ORGANIZATION_FIELDS}
+
+
+def _read_profile(
+    source: object, keys: Mapping[str, tuple[str, str]], column: int
+) -> dict[str, Any]:
+    found = _object(source)
+    return {name: _field(name, found.get(keys[name][column])) for name in keys}
 
 
 @hides_locals
@@ -606,12 +618,10 @@ class Credentials(_Value):
     def to_record(self) -> dict[str, object]:
         """Return the JSON object to store, without the fields that are None."""
         tokens: dict[str, object] = {}
-        for name, (key, read) in _RECORD_FIELDS.items():
-            value = getattr(self, name)
-            if value is not None:
-                tokens[key] = int(value * 1000) if read is _moment else value
-        tokens["scopes"] = list(self.scopes)
-        top: dict[str, object] = {k: tokens.pop(k) for k in RECORD_KEYS if k in tokens}
+        for name, (key, _read, write) in _RECORD_FIELDS.items():
+            if (value := getattr(self, name)) is not None:
+                tokens[key] = write(value)
+        top: dict[str, object] = {k: tokens.pop(k) for k in tokens.keys() & RECORD_KEYS}
         return {"claudeAiOauth": tokens, **top}
 
     @classmethod
@@ -623,7 +633,7 @@ class Credentials(_Value):
         key = record.get("consoleApiKey")
         stored = {**_object(record.get("claudeAiOauth")), "consoleApiKey": key}
         found: dict[str, Any] = {}
-        for name, (key, read) in _RECORD_FIELDS.items():
+        for name, (key, read, _write) in _RECORD_FIELDS.items():
             found[name] = read(stored.get(key))
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if name in cls._secret[:2] and is_needed and found[name] is None:
@@ -681,11 +691,10 @@ class Profile(_Value):
     @classmethod
     def from_answer(cls, answer: Mapping[str, object]) -> Profile:
         """Read the profile endpoint's answer; BadAnswer if it names no account."""
-        found: dict[str, Any] = {}
-        for name, (key, _stored) in _PROFILE_FIELDS.items():
-            part = "account" if name in _ACCOUNT_FIELDS else "organization"
-            found[name] = _field(name, _object(answer.get(part)).get(key))
-        if not _text(found["account_uuid"]):
+        found = _read_profile(answer.get("account"), _ACCOUNT_FIELDS, 0)
+        organization = answer.get("organization")
+        found.update(_read_profile(organization, _ORGANIZATION_FIELDS, 0))
+        if found["account_uuid"] is None:
             raise BadAnswer("account.uuid")
         plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
         return cls(**{**found, "subscription_type": plan})
@@ -700,13 +709,10 @@ class Profile(_Value):
         cls, record: Mapping[str, object], credentials: Credentials | None = None
     ) -> Profile | None:
         """Read the part from account.json, with plan and tier from the credential."""
-        found: dict[str, Any] = {
-            name: _field(name, record.get(key))
-            for name, (_, key) in _PROFILE_FIELDS.items()
-        }
-        for name in ("subscription_type", "rate_limit_tier"):
-            found[name] = getattr(credentials, name, None)
-        return cls(**found) if _text(found["account_uuid"]) else None
+        found = _read_profile(record, _PROFILE_FIELDS, 1)
+        found["subscription_type"] = getattr(credentials, "subscription_type", None)
+        found["rate_limit_tier"] = getattr(credentials, "rate_limit_tier", None)
+        return cls(**found) if found["account_uuid"] else None
 
 
 # -- PKCE ------------------------------------------------------------------------------
@@ -880,11 +886,13 @@ _PASSING_CODES: Final = (
 @hides_locals
 def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored record with our part replaced; keys of other programs stay."""
-    own_keys = {key for key, _read in _RECORD_FIELDS.values()}
-    tokens = _object(stored.get("claudeAiOauth"))
-    foreign = {key: tokens[key] for key in tokens if key not in own_keys}
-    kept = {key: stored[key] for key in stored if key not in RECORD_KEYS}
+    foreign = _without(_TOKEN_KEYS, _object(stored.get("claudeAiOauth")))
+    kept = _without(RECORD_KEYS, stored)
     return {**kept, **ours, "claudeAiOauth": {**foreign, **ours["claudeAiOauth"]}}
+
+
+def _without(keys: Iterable[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in keys}
 
 
 @hides_locals
