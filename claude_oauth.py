@@ -657,7 +657,8 @@ class Credentials(_Value):
         access_token = _header_text(answer.get("access_token"))
         if access_token is None:
             raise BadAnswer("access_token")
-        if (_text(answer.get("token_type")) or "bearer").strip().lower() != "bearer":
+        # What is absent, blank or no text counts as bearer.
+        if _text(answer.get("token_type"), r"(?is)\s*(?!bearer\s*$)\S.*"):
             raise BadAnswer("token_type", "is not bearer")
         base = previous or cls(access_token)
         lifetime = _lifetime(answer.get("expires_in")) or DEFAULT_LIFETIME
