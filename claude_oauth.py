@@ -767,7 +767,7 @@ def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) ->
     """Return untrusted text as one printable line, without ``secrets`` and tokens."""
     import re
 
-    line = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
+    line = "".join(filter(str.isprintable, " ".join(str(text).split())))
     for secret in secrets:
         if len(secret) > 3:
             line = line.replace(secret, "…")
