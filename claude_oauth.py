@@ -800,14 +800,15 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     import re
 
     names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
-    value = rb'"(?:[ !#-\[\]-~]|\\(?:["/\\]|u[\da-fA-F]{4}))*"|\d{1,9}(?=[\s,}])'
-    fields = re.findall(rb'"(?:%s)"\s*:\s*(?:%s)' % (names, value), content)
-    found = parse_json_object(b"{%s}" % b",".join(fields)) or {}
+    text = rb'"(?:[ !#-\[\]-~]|\\(?:["/\\]|u[\da-fA-F]{4}))*"'
+    value = rb"(?:%s|(?:0|[1-9]\d{0,8})(?=[\s,}]))" % text
+    fields = re.findall(rb'"(?:%s)"\s*:\s*%s' % (names, value), content)
+    found = _object(parse_json_object(b"{%s}" % b",".join(fields)))
     # A truncated answer may lack the refresh token, and is useless without it.
     is_cut = not content.rstrip().endswith(b"}")
-    is_whole = "access_token" in found and ("refresh_token" in found or not is_cut)
-    is_object = content.lstrip().startswith(b"{")
-    return found if is_object and (is_whole or "raw_key" in found) else None
+    needed = {"access_token", "refresh_token"} if is_cut else {"access_token"}
+    is_useful = needed <= found.keys() or "raw_key" in found
+    return found if is_useful and content.lstrip().startswith(b"{") else None
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
