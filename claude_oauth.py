@@ -814,8 +814,9 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
     """Return the granted scopes, and the wanted ones that a refresh may add."""
     granted = tuple(granted)
-    added = (s for s in wanted if s in ALLOWED_SCOPE_EXPANSIONS and s not in granted)
-    return (*granted, *added) if granted else ()  # a guess could narrow the token
+    added = set(wanted).intersection(ALLOWED_SCOPE_EXPANSIONS).difference(granted)
+    # Without those granted, a guess could narrow the token.
+    return (*granted, *sorted(added)) if granted else ()
 
 
 def parse_retry_after(value: str | None, *, now: float) -> float | None:
