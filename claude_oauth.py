@@ -1039,7 +1039,7 @@ def _clean_paste(text: str, state: str) -> str:
     text = re.sub(rf"\x1b\[20[01]~|[\\{invisible}]", "", text)
     text = re.sub("[\u2010-\u2015\u2212]", "-", text)
     text = re.sub("^([^=?]*)&state=", r"\1#", text)  # the end of an address
-    if "=" not in text and "%3d" in text.lower():
+    if re.fullmatch("(?is)[^=]*%3d[^=]*", text):
         text = unquote(text)
     # Quotes, brackets and the lines of a box stand around an address or a code.
     quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f"
@@ -1066,14 +1066,14 @@ def _parse_pasted_code(text: str, state: str) -> str:
         pattern, text = _VOUCHED_CODE, text[: found.start()]
     elif mark >= 0 and state.startswith("".join(text[mark + 1 :].split())):
         raise ValueError("the end of the code is missing")
-    elif mark >= 0 or re.search(r"(?i)\bstate ?[:=]", text):
+    elif re.search(r"(?i)#|\bstate ?[:=]", text):
         raise ValueError("that code belongs to another sign-in (its state differs)")
     code = re.fullmatch(pattern, text)
     pieces = code[1].split() if code else [""]
     joined = "".join(pieces)
     # Codes are as long as each other; the halves of a broken one hardly ever are.
     is_two = len(joined) == 2 * len(pieces[0]) >= 64
-    if is_two or state in joined or not re.fullmatch(_CODE, joined):
+    if is_two or not re.fullmatch(rf"(?!.*{re.escape(state)}){_CODE}", joined):
         raise ValueError("that is not a code")
     return joined
 
@@ -1094,11 +1094,11 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     # Browsers hide the scheme; some leave it out of what is copied.
     manual = re.escape(re.sub("(?i)^https?://", "", manual_uri))
     loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\])(:\d{{1,5}})?{CALLBACK_PATH}"
-    known = re.search(rf"(?i)(?<![\w.@-])(?:{manual}|({loopback}))$", page)
-    if page and not known:
+    known = re.search(rf"(?i)^$|(?<![\w.@-])(?:{manual}|({loopback}))$", page)
+    if not known:
         raise ValueError("that is the address of another page")
     code = parse_callback(query.partition("#")[0], state=state)
-    if known and known[1]:  # a browser leaves out port 80
+    if known[1]:  # a browser leaves out port 80
         manual_uri = f"http://localhost{known[2] or ':80'}{CALLBACK_PATH}"
     return GrantedCode(code, manual_uri)
 
