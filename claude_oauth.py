@@ -1105,8 +1105,7 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
 
 def success_page(account: str | None) -> str:
     """Return the page after a login; `account` is a name for the person, or None."""
-    known = printable(account or "")
-    who = f" as {known}" if known else ""
+    who = f" as {printable(account)}" if account else ""
     text = f"You are signed in{who}.\nYou can close this window."
     return result_page("\u2713", "Signed in", text)
 
