@@ -1179,7 +1179,7 @@ def call_with_limit(
     """
     import threading
 
-    outcome: list[tuple[_T | None, BaseException | None]] = []
+    outcome: list[tuple[_T | None, BaseException | None]] = [(None, TimeoutError())]
 
     def run() -> None:
         try:
@@ -1193,7 +1193,7 @@ def call_with_limit(
         thread.join(seconds)
     except RuntimeError:
         run()
-    return outcome.pop() if outcome else (None, TimeoutError())
+    return outcome.pop()
 
 
 @hides_locals
