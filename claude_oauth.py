@@ -1218,8 +1218,8 @@ class OAuthClient:
         """Raise ConfigError if no request could be sent, without sending one."""
         self.client_id_for(None)
         session = self._session or import_requests().Session()
-        for url in (self.config.token_url, self.config.profile_url):
-            check_route(url, session)
+        check_route(self.config.token_url, session)
+        check_route(self.config.profile_url, session)
 
     def client_id_for(self, credentials: Credentials | None) -> str:
         """Return the client id that a grant was issued to; ConfigError if unknown."""
