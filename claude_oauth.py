@@ -1280,10 +1280,10 @@ class OAuthClient:
             "state": state,
         }
         answer = self._send(self.config.token_url, body, "access_token")
-        granted = Credentials.from_answer(answer, received_at=self._clock())
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
-        scopes = granted.scopes or self.config.scopes
-        return granted.replace(scopes=scopes, client_id=body["client_id"])
+        asked = Credentials("", scopes=self.config.scopes, client_id=body["client_id"])
+        now = self._clock()
+        return Credentials.from_answer(answer, received_at=now, previous=asked)
 
     def refresh(
         self, credentials: Credentials, *, scopes: Iterable[str] | None = None
@@ -1295,9 +1295,8 @@ class OAuthClient:
         Unavailable if the answer is not usable, and it may be spent.
         """
         answer = self.request_refresh(credentials, scopes or ())
-        renewed = Credentials.from_answer(
-            answer, received_at=self._clock(), previous=credentials
-        )
+        now = self._clock()
+        renewed = Credentials.from_answer(answer, received_at=now, previous=credentials)
         return renewed.replace(client_id=self.client_id_for(credentials))
 
     def request_refresh(
