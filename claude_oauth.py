@@ -1321,14 +1321,12 @@ class OAuthClient:
 
     def fetch_profile(self, access_token: str) -> Profile:
         """Return the profile; TokenRefused if the token is dead or too narrow."""
-        url = self.config.profile_url
-        answer = self._send(url, None, "account", access_token)
+        answer = self._send(self.config.profile_url, None, "account", access_token)
         return Profile.from_answer(answer)
 
     def create_api_key(self, access_token: str) -> str:
         """Create another permanent Console API key; TokenRefused if not allowed."""
-        url = self.config.api_key_url
-        answer = self._send(url, {}, "raw_key", access_token)
+        answer = self._send(self.config.api_key_url, {}, "raw_key", access_token)
         if key := _header_text(answer.get("raw_key")):
             return key
         raise BadAnswer("raw_key")
@@ -1348,8 +1346,9 @@ class OAuthClient:
         self, url: str, body: Mapping[str, str] | None, field: str = "", token: str = ""
     ) -> dict[str, object]:
         """Send a request; return the answer's JSON object, {} without a field."""
-        status, headers, content = self._answer(url, body, token)
         sent = {"bearer": token, **(body or {})}
+        is_refresh = "refresh_token" in sent
+        status, headers, content = self._answer(url, body, token, is_refresh)
         names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
         secrets = [sent.get(name, "") for name in names]
         if not 200 <= status < 300:
@@ -1363,7 +1362,7 @@ class OAuthClient:
         return read_answer(status, content, field=field, secrets=secrets)
 
     def _answer(
-        self, url: str, body: Mapping[str, str] | None, token: str
+        self, url: str, body: Mapping[str, str] | None, token: str, is_refresh: bool
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Return status, headers and content of any answer."""
         from contextlib import ExitStack
@@ -1374,7 +1373,6 @@ class OAuthClient:
             headers["anthropic-beta"] = OAUTH_BETA
         answers: list[requests.Response] = []
         content, route = bytearray(), url.split("/")[2]
-        is_refresh = "refresh_token" in (body or ())
 
         def request() -> None:
             nonlocal route
