@@ -1410,7 +1410,7 @@ class OAuthClient:
         # a refresh token, its successor is lost, and any later try would send the same.
         for _ in range(1 + (body is None or is_refresh)):
             _nothing, failure = call_with_limit(request, deadline.left())
-            error = failure and _error_of_failure(failure, route)
+            error = _error_of_failure(failure, route)
             # Once an answer has begun, the token is spent.
             if answers or str(error) != _DROPPED.format(route=route):
                 break
@@ -1445,7 +1445,7 @@ _FAILURES: Final = {
 }
 
 
-def _error_of_failure(error: BaseException, route: str) -> BaseException:
+def _error_of_failure(error: BaseException | None, route: str) -> BaseException | None:
     if isinstance(error, ClaudeOAuthError) or not isinstance(error, Exception):
         return error
     # `requests` wraps urllib3's error, and that the socket's; they nest by args.
