@@ -1535,8 +1535,8 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
 
 def _variable_or(name: str, value: str, variables: Iterable[str]) -> str:
     """Return the variable of the environment that has this value, or the name."""
-    same = (n for n, v in sorted(os.environ.items()) if v == value)
-    return next((found for found in same if found.upper() in variables), name)
+    known = sorted(os.environ.items(), reverse=True)  # of two, the first counts
+    return {v: n for n, v in known if n.upper() in variables}.get(value, name)
 
 
 # -- Storage ---------------------------------------------------------------------------
