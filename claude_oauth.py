@@ -413,10 +413,8 @@ class OAuthConfig(_Value):
     @classmethod
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
         """Return the settings for a server that has every endpoint at one origin."""
-        import re
-
         origin = origin.rstrip("/")
-        if re.search("//.*[/?#@]", origin) or not may_carry_token(origin):
+        if not may_carry_token(_text(origin, "[^/]+//[^/?#@]+")):
             raise ConfigError(
                 "the server (CLAUDE_OAUTH_SERVER) must be like https://host:port, with"
                 " no path; plain http is for loopback alone"
@@ -452,7 +450,7 @@ class OAuthConfig(_Value):
     def _check_endpoints(self) -> None:
         for name, known in _KNOWN_ENDPOINTS.items():
             url = self.__dict__[name]
-            if url not in known and (not may_carry_token(url) or "@" in url):
+            if url not in known and not may_carry_token(_text(url, "[^@]+")):
                 raise ConfigError(
                     f"{name} must be a URL like https://host/path, without a password"
                     " (plain http is for loopback alone)"
@@ -461,23 +459,24 @@ class OAuthConfig(_Value):
 
 # The endpoints, each with the values that need no look (urllib is slow to import): its
 # default, and for one that may be left out, what says so.
-_KNOWN_ENDPOINTS: Final[dict[str, tuple[Any, ...]]] = {
-    name: (url,)
+_KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
+    name: [url]
     for name, url in vars(OAuthConfig).items()
     if name.endswith(("_url", "_uri"))
 }
 _KNOWN_ENDPOINTS["revoke_url"] += (None, "")
 
 
-def may_carry_token(url: str) -> bool:
+def may_carry_token(url: str | None) -> bool:
     """Tell whether a token may go to a URL: https, or plain http on this machine."""
     from urllib.parse import urlsplit
 
     # Some programs take a backslash for a slash: then it is another host.
-    if not _text(url, r"(?i)https?://[!-\[\]-~]+"):
+    whole = _text(url, r"(?i)https?://[!-\[\]-~]+")
+    if whole is None:
         return False
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(whole)
         host = parts.hostname or ""
         is_safe = is_loopback(host) if parts.scheme == "http" else bool(host)
         return is_safe and parts.port != 0
