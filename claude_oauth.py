@@ -515,13 +515,11 @@ def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _number(
-    value: object, lowest: float = -1e15, highest: float = 1e15
-) -> float | None:
+def _number(value: object, low: float = -1e15, high: float = 1e15) -> float | None:
     digits = _text(value, "[0-9]+")
     number: Any = float(digits) if digits else value
     is_number = type(number) in (int, float)  # True is none
-    return number if is_number and lowest <= number <= highest else None
+    return number if is_number and low <= number <= high else None
 
 
 def _moment(value: object) -> float | None:
@@ -581,11 +579,9 @@ _ORGANIZATION_FIELDS: Final = {
 _PROFILE_FIELDS: Final = {**_ACCOUNT_FIELDS, **_ORGANIZATION_FIELDS}
 
 
-def _read_profile(
-    source: object, keys: Mapping[str, tuple[str, str]], column: int
-) -> dict[str, Any]:
+def _read(source: object, fields: Mapping[str, Any], column: int) -> dict[str, Any]:
     found = _object(source)
-    return {name: _field(name, found.get(keys[name][column])) for name in keys}
+    return {name: _field(name, found.get(row[column])) for name, row in fields.items()}
 
 
 @hides_locals
@@ -691,9 +687,9 @@ class Profile(_Value):
     @classmethod
     def from_answer(cls, answer: Mapping[str, object]) -> Profile:
         """Read the profile endpoint's answer; BadAnswer if it names no account."""
-        found = _read_profile(answer.get("account"), _ACCOUNT_FIELDS, 0)
+        found = _read(answer.get("account"), _ACCOUNT_FIELDS, 0)
         organization = answer.get("organization")
-        found.update(_read_profile(organization, _ORGANIZATION_FIELDS, 0))
+        found.update(_read(organization, _ORGANIZATION_FIELDS, 0))
         if found["account_uuid"] is None:
             raise BadAnswer("account.uuid")
         plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
@@ -709,7 +705,7 @@ class Profile(_Value):
         cls, record: Mapping[str, object], credentials: Credentials | None = None
     ) -> Profile | None:
         """Read the part from account.json, with plan and tier from the credential."""
-        found = _read_profile(record, _PROFILE_FIELDS, 1)
+        found = _read(record, _PROFILE_FIELDS, 1)
         found["subscription_type"] = getattr(credentials, "subscription_type", None)
         found["rate_limit_tier"] = getattr(credentials, "rate_limit_tier", None)
         return cls(**found) if found["account_uuid"] else None
