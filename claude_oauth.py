@@ -1063,8 +1063,8 @@ def _parse_pasted_code(text: str, state: str) -> str:
         raise ValueError("the end of the code is missing")
     elif re.search(r"(?i)#|\bstate ?[:=]", text):
         raise ValueError("that code belongs to another sign-in (its state differs)")
-    code = re.fullmatch(pattern, text)
-    pieces = code[1].split() if code else [""]
+    code = "".join(re.findall(rf"\A{pattern}\Z", text))
+    pieces = re.split(r"\s", code)
     joined = "".join(pieces)
     # Codes are as long as each other; the halves of a broken one hardly ever are.
     is_two = len(joined) == 2 * len(pieces[0]) >= 64
