@@ -783,11 +783,13 @@ def read_answer(
         answer = _fields_of(content)
     if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
         raise BadAnswer("the answer", "is not a JSON object")
-    found = _object(answer).get(field)
+    known = _object(answer)
+    found = known.get(field)
     is_granted = isinstance(found, dict) or _header_text(found)
-    if answer is None or (answer.get("error") and not is_granted):
+    # What cannot be read is an error as well.
+    if known.get("error", answer is None) and not is_granted:
         raise error_of_answer(status, content, secrets=secrets)
-    return answer
+    return known
 
 
 def _fields_of(content: bytes) -> dict[str, object] | None:
