@@ -820,12 +820,11 @@ def parse_retry_after(value: str | None, *, now: float) -> float | None:
     """Return the seconds that a Retry-After header asks for, None if there are none."""
     from email.utils import parsedate_to_datetime
 
-    text = (value or "").strip()
     try:
-        if text.isdigit():
-            seconds = float(text[:12])
+        if digits := _text(value, r"\s*[0-9]+\s*"):
+            seconds = float(digits)
         else:
-            seconds = parsedate_to_datetime(text).timestamp() - now
+            seconds = parsedate_to_datetime(str(value)).timestamp() - now
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
     return min(seconds, WAIT_CEILING) if seconds > 0 else None
