@@ -855,14 +855,14 @@ def error_of_answer(
     # RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
     answer = _object(parse_json_object(body, lenient=True))
     error = _object(answer.get("error"))
-    codes = (answer.get("error"), error.get("type"), error.get("code"))
-    told = answer.get("error_description"), error.get("message")
-    texts = (*told, answer.get("message"))
-    code, details, request = (
-        printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
-        for found, limit in ((codes, 60), (texts, 200), ((request_id,), 80))
-    )
-    details = "; ".join(filter(None, (details, request and f"request {request}")))
+
+    def first(limit: int, *found: object) -> str:
+        return printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
+
+    code = first(60, answer.get("error"), error.get("type"), error.get("code"))
+    message, request = answer.get("message"), first(80, request_id)
+    told = first(200, answer.get("error_description"), error.get("message"), message)
+    details = "; ".join(filter(None, (told, request and f"request {request}")))
     if status == 429:
         text = "the server is limiting requests"
     elif status >= 500:
