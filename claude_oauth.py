@@ -897,11 +897,9 @@ def _without(keys: Iterable[str], record: Mapping[str, Any]) -> dict[str, Any]:
 @hides_locals
 def clean_token(value: str) -> str:
     """Return a token without the blanks around it; ConfigError if it is none."""
-    import re
-
     token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
     # Nor a refresh token, a variable's name, or one with its middle left out.
-    if not re.fullmatch(r"(?a)(?!sk-ant-ort|[A-Z_]+=|.*\.{3})[\w.~+/-]+=*", token):
+    if not _text(token, r"(?a)(?!sk-ant-ort|[A-Z_]+=|.*\.{3})[\w.~+/-]+=*"):
         raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
 
@@ -975,7 +973,6 @@ def parse_callback(query: str, *, state: str) -> str:
     Source: RFC 6749 sections 4.1.2 and 3.1 (no parameter more than once).
     """
     import hmac
-    import re
     from urllib.parse import parse_qsl
 
     pairs = parse_qsl(query, keep_blank_values=True)
@@ -990,7 +987,7 @@ def parse_callback(query: str, *, state: str) -> str:
         description = printable(fields.get("error_description", ""), secrets=secrets)
         code = printable(fields["error"], secrets=secrets, limit=64)
         raise LoginDenied(code or "error", description or None)
-    if not re.fullmatch(_CODE, fields.get("code", "")):
+    if not _text(fields.get("code"), _CODE):
         raise ValueError("the address has no code")
     return fields["code"]
 
