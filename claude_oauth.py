@@ -1300,9 +1300,7 @@ class OAuthClient:
         Without scopes the server keeps those granted.  Source: RFC 6749 section 6.
         """
         if not credentials.refresh_token:
-            raise NotLoggedIn(
-                "the login has no refresh token; run `claude-oauth login`"
-            )
+            raise NotLoggedIn("there is no refresh token; run `claude-oauth login`")
         body = {
             "grant_type": "refresh_token",
             "refresh_token": credentials.refresh_token,
