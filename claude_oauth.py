@@ -457,8 +457,7 @@ class OAuthConfig(_Value):
                 )
 
 
-# The endpoints, each with the values that need no look (urllib is slow to import): its
-# default, and for one that may be left out, what says so.
+# The values of each endpoint that need no look: importing urllib is slow.
 _KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
     name: [url]
     for name, url in vars(OAuthConfig).items()
@@ -786,8 +785,7 @@ def read_answer(
     known = _object(answer)
     found = known.get(field)
     is_granted = isinstance(found, dict) or _header_text(found)
-    # What cannot be read is an error as well.
-    if known.get("error", answer is None) and not is_granted:
+    if known.get("error", answer is None) and not is_granted:  # or cannot be read
         raise error_of_answer(status, content, secrets=secrets)
     return known
 
@@ -1339,7 +1337,7 @@ class OAuthClient:
         """Send a request; return the answer's JSON object, {} without a field."""
         sent = {"bearer": token, **(body or {})}
         is_refresh = "refresh_token" in sent
-        status, headers, content = self._answer(url, body, token, is_refresh)
+        status, headers, content = self._answer(url, body, token, is_refresh=is_refresh)
         names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
         secrets = [sent.get(name, "") for name in names]
         if not 200 <= status < 300:
@@ -1353,7 +1351,7 @@ class OAuthClient:
         return read_answer(status, content, field=field, secrets=secrets)
 
     def _answer(
-        self, url: str, body: Mapping[str, str] | None, token: str, is_refresh: bool
+        self, url: str, body: Mapping[str, str] | None, token: str, *, is_refresh: bool
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Return status, headers and content of any answer."""
         from contextlib import ExitStack
