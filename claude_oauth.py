@@ -4388,16 +4388,16 @@ class BearerAuth:
         from urllib.parse import urlsplit
 
         self._service = service
-        names = [hosts] if isinstance(hosts, (str, bytes)) else [*hosts]
-        names = [name.lower() if isinstance(name, str) else "?" for name in names]
-        host = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]*::[0-9a-f:]*"
+        names = [hosts] if isinstance(hosts, str) else [*hosts]
+        host = r"(?ai)[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]*::[0-9a-f:]*"
         for name in names:
-            if not re.fullmatch(host, name):
+            if not isinstance(name, str) or not re.fullmatch(host, name):
                 raise ConfigError(
-                    f"{printable(name.split('@')[-1])!r} is not a host name: give names"
-                    " alone, without scheme, port or path"
+                    f"{printable(str(name).split('@')[-1])!r} is not a host name: give"
+                    " names alone, without scheme, port or path"
                 )
-        self._hosts = {*names, urlsplit(service.config.profile_url).hostname}
+        api = urlsplit(service.config.profile_url).hostname
+        self._hosts = {*map(str.lower, names), api}
         # A crawler asks about many origins; each is decided on once.
         self._is_ours = functools.lru_cache(maxsize=100)(self._decide)
 
