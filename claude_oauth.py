@@ -4432,14 +4432,13 @@ class BearerAuth:
     def _sign(self, request: Any) -> None:
         """Set the headers of a request, in place of any other credential."""
         headers = self._service.auth_headers()
-        present = {name.lower() for name in request.headers}
-        if "anthropic-beta" in present and "anthropic-beta" in headers:
-            headers["anthropic-beta"] = _with_beta(request.headers["anthropic-beta"])
+        if "anthropic-beta" in headers:
+            asked_for = request.headers.get("anthropic-beta", OAUTH_BETA)
+            headers["anthropic-beta"] = _with_beta(asked_for)
         # The API takes a token or a key, and refuses both.
-        for name in present & {"authorization", "x-api-key"}:
-            del request.headers[name]
-        for name, value in headers.items():
-            request.headers[name] = value
+        request.headers.pop("authorization", None)
+        request.headers.pop("x-api-key", None)
+        request.headers.update(headers)
 
     @hides_locals
     def _renew(self, request: Any) -> bool:
@@ -4492,7 +4491,7 @@ class BearerAuth:
 
 
 def _bearer_of(request: Any) -> str:
-    return str(request.headers.get("Authorization") or "").partition("Bearer ")[2]
+    return str(request.headers.get("Authorization", "")).partition("Bearer ")[2]
 
 
 def _with_beta(asked_for: str | bytes) -> str:
