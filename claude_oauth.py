@@ -4411,18 +4411,21 @@ class BearerAuth:
 
     def auth_flow(self, request: Any) -> Iterator[Any]:
         """Sign, send, and repeat once after a 401: what ``httpx.Auth`` asks for."""
-        is_ours = self._may_sign(str(request.url))
-        if is_ours:
-            self._sign(request)
+        if not self._may_sign(str(request.url)):
+            yield request
+            return
+        self._sign(request)
         response: Any = yield request
-        # A redirect may have led to a stranger, whose answer says nothing of a token.
-        is_ours = is_ours and self._may_sign(str(response.url))
-        if is_ours and response.status_code == 401 and self._renew(request):
+        if self._is_refusal(response) and self._renew(request):
             response = yield request
             self._note_answer(request, response)
 
     def _may_sign(self, url: str) -> bool:
         return self._is_ours("/".join(url.split("/", 3)[:3]))
+
+    def _is_refusal(self, response: Any) -> bool:
+        # A redirect may have led to a stranger, whose answer says nothing of a token.
+        return response.status_code == 401 and self._may_sign(str(response.url))
 
     def _decide(self, origin: str) -> bool:
         from urllib.parse import urlsplit
@@ -4444,8 +4447,7 @@ class BearerAuth:
     def _renew(self, request: Any) -> bool:
         """Refresh after a 401 and sign again; return False where that cannot help."""
         token = _bearer_of(request)
-        is_fixed = not token or token == environment_token()
-        if is_fixed or self._service.is_rejected(token):
+        if token in ("", environment_token()) or self._service.is_rejected(token):
             return False
         # Until it is accepted: a 401 of another thread must not refresh it again.
         self._service.note_rejected(self._service.refresh(rejected=token).access_token)
@@ -4454,8 +4456,8 @@ class BearerAuth:
 
     @hides_locals
     def _note_answer(self, request: Any, answer: Any) -> None:
-        is_refused = answer.status_code == 401 and self._may_sign(str(answer.url))
-        self._service.note_rejected(_bearer_of(request) if is_refused else "")
+        rejected = _bearer_of(request) if self._is_refusal(answer) else ""
+        self._service.note_rejected(rejected)
 
     @hides_locals
     def repeat(self, response: requests.Response, **options: Any) -> Any:
@@ -4467,9 +4469,7 @@ class BearerAuth:
             target = urljoin(response.url, response.headers["location"])
             if not self._may_sign(target):  # `requests` removes Authorization alone
                 request.headers.pop("x-api-key", None)
-        # After a redirect this also gets the answer of another host: only a 401 of a
-        # host that the token may go to counts.
-        if response.status_code != 401 or not self._may_sign(str(request.url)):
+        if not self._is_refusal(response):
             return response
         repeated = request.copy()
         try:
