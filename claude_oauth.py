@@ -3421,6 +3421,15 @@ class PendingSave(_Value):
     account: Mapping[str, object] | None = None
 
 
+def _in_force(
+    pending: PendingSave | None, stored: Credentials | None
+) -> Credentials | None:
+    """Return the pending login while the store holds what it replaces, else that."""
+    if pending and _tokens(stored) == _tokens(pending.instead_of):
+        return pending.credentials
+    return stored
+
+
 class ServedToken:
     """An access token that is handed out for a moment without reading the store."""
 
@@ -3475,24 +3484,20 @@ class StoreView:
         if self.pending:
             self._save_again()
         pending, before = self.pending, self._last
-        stamp = self.storage.stamp()
+        latest, stamp = before, self.storage.stamp()
         if stamp is None or stamp != before[0]:
-            found = self._load(before[1])
+            latest = self._load(stamp, before[1])
             if self._last is before:  # else another thread knows something newer
-                self._last = (None if self._failure else stamp, found)
-                self.served = _NOTHING_SERVED
-        else:
-            found = before[1]
-        if pending and _tokens(found) == _tokens(pending.instead_of):
-            return pending.credentials
-        return found
+                self._last, self.served = latest, _NOTHING_SERVED
+        return _in_force(pending, latest[1])
 
     def read(self) -> tuple[Credentials | None, Credentials | None]:
         """Return what the store holds now, and the login in force.  Needs the lock."""
         stored = self.storage.load()
-        if self.pending and _tokens(stored) != _tokens(self.pending.instead_of):
+        newest = _in_force(self.pending, stored)
+        if newest is stored:
             self.pending = None  # somebody has logged in or out since
-        return stored, self.pending.credentials if self.pending else stored
+        return stored, newest
 
     def save(
         self,
@@ -3535,37 +3540,40 @@ class StoreView:
             self.served = _NOTHING_SERVED
         return served
 
-    def _load(self, known: Credentials | None) -> Credentials | None:
-        """Read the store; while that fails, return what is known."""
+    def _load(
+        self, stamp: object, known: Credentials | None
+    ) -> tuple[object, Credentials | None]:
+        """Read the store; while that fails, return what is known, without the stamp."""
         began = time.monotonic()
         try:
             if self._failure and self._failed_until.left():
                 raise _copy_of(self._failure)
             found = self.storage.load()
             self._failure = None
-            return found
+            return stamp, found
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
             if took > SLOW_FAILURE:  # a dialog was shown, maybe: not again at once
                 self._failed_until = Deadline(5 * took)
-            if known and not self._failure:
-                warn(f"{error} (going on with what was read before)")
-            self._failure = _copy_of(error)
+            is_new, self._failure = not self._failure, _copy_of(error)
             if known is None:
                 raise
-            return known
+            if is_new:
+                warn(f"{error} (going on with what was read before)")
+            return None, known
 
     def _save_again(self) -> None:
         import contextlib
 
         # There was a warning already; after an error the next call tries again.
         with contextlib.suppress(ClaudeOAuthError), self.storage.lock(0):
-            stored, newest = self.read()
-            if self.pending and newest:
+            stored, _ = self.read()
+            if self.pending:
+                newest = self.pending.credentials
                 # A key that another process has made meanwhile is permanent.
-                is_older = self.pending.account is None and not newest.api_key
-                key = stored.api_key if stored and is_older else newest.api_key
-                self.save(newest.replace(api_key=key), stored)
+                if stored and self.pending.account is None:
+                    newest = newest.replace(api_key=newest.api_key or stored.api_key)
+                self.save(newest, stored)
 
 
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
