@@ -3504,8 +3504,8 @@ class StoreView:
         credentials: Credentials,
         stored: Credentials | None,
         account: Mapping[str, object] | None = None,
-    ) -> ClaudeOAuthError | None:
-        """Save a login in place of *stored*; return the error if that fails.
+    ) -> None:
+        """Save a login in place of *stored*.
 
         After an error it is served from memory, and every look tries to save it again.
         """
@@ -3522,9 +3522,10 @@ class StoreView:
         finally:
             self.pending = pending
             self.remember(credentials)
-        if account is not None and not error:
+        if error:  # raised out here, where no other exception hangs on it
+            raise error
+        if account is not None:
             self.account_file.start(credentials, account)
-        return error
 
     def remember(self, credentials: Credentials | None) -> None:
         """Use this as the store's content until the next look."""
@@ -3800,13 +3801,15 @@ class Refresher:
                 raise
             renewed, problem = newest.replace(refresh_token=successor), defect
         renewed = renewed.replace(client_id=self._client.client_id_for(newest))
-        error = self._view.save(renewed, stored)
-        self._account_file.note_success(renewed, newest, stored)
-        if error:
+        try:
+            self._view.save(renewed, stored)
+        except ClaudeOAuthError as error:
             warn(
                 f"the refreshed login could not be saved ({error});"
                 " it is kept in memory and saved as soon as that works"
             )
+        finally:  # the token before is spent, and nobody must send it again
+            self._account_file.note_success(renewed, newest, stored)
         if problem:
             raise problem
         return renewed
@@ -4065,9 +4068,7 @@ class OAuthService:
             file.update({**account, **news}, {**file.notes(), "account_of": owners})
             completed = _with_plan(newest, profile)
             if is_ours and completed != newest:
-                error = self._view.save(completed, stored)
-                if error:
-                    raise error
+                self._view.save(completed, stored)
             return completed
 
     # The Console path
@@ -4099,8 +4100,9 @@ class OAuthService:
             self.storage.check()  # a permanent key must not be made to be lost
             key = self._client.create_api_key(newest.access_token)
             with_key = newest.replace(api_key=key)
-            error = self._view.save(with_key, stored)
-            if error:
+            try:
+                self._view.save(with_key, stored)
+            except ClaudeOAuthError as error:
                 warn(f"the new API key is kept in memory: {error}")
             file.note(key_owner=key_owner_of(key, file.account(newest)))
             return with_key
@@ -4198,9 +4200,7 @@ class OAuthService:
             account = profile.to_record() if profile else {}
             credentials = _with_plan(credentials, profile)
             credentials = self._with_key(credentials, stored, account)
-            error = self._view.save(credentials, stored, account)
-            if error:
-                raise error
+            self._view.save(credentials, stored, account)
         return credentials, account
 
     def _with_key(
