@@ -4267,18 +4267,15 @@ class OAuthService:
         Raises StorageError if the storage cannot be read, ConfigError for a malformed
         CLAUDE_OAUTH_TOKEN.
         """
-        source, method, stored = "none", None, None
-        is_usable, warnings = False, []
+        source, method, is_usable, warnings = "none", None, False, []
+        # An empty credential stands for none: what it lacks is null in the answer.
+        shown, account = Credentials(""), {}
         if environment_token():
             source, is_usable, warnings = "environment", True, self._hidden_login()
-        else:
-            stored = self._view.look()
-        if stored:
+        elif stored := self._view.look():
             source, (is_usable, warnings) = "store", self._condition(stored)
             method = "claude.ai" if stored.is_claude_ai else "console"
-        account = self._account_file.account(stored)
-        # An empty credential stands for none: what it lacks is null in the answer.
-        shown = stored or Credentials("none")
+            shown, account = stored, self._account_file.account(stored)
         expires_in = seconds_left(shown, self._clock())
         return {
             "logged_in": is_usable,
@@ -4293,7 +4290,7 @@ class OAuthService:
             "expires_in": None if shown.expires_at is None else int(expires_in),
             "refresh_token_expires_at": describe_moment(shown.refresh_token_expires_at),
             "storage": self.storage.describe(),
-            "client_id": shown.client_id or self.config.client_id or None,
+            "client_id": _text(shown.client_id or self.config.client_id),
             "warnings": warnings,
         }
 
