@@ -3245,7 +3245,7 @@ class AccountFile:
     def __init__(
         self, path: str | None, config: OAuthConfig, clock: Callable[[], float]
     ) -> None:
-        self._path = path
+        self._path = path or ""  # "": in memory alone
         self._config = config
         self._clock = clock
         # What could not be written, and the file's content then: once that differs,
@@ -3260,13 +3260,12 @@ class AccountFile:
             token_url=self._config.token_url.lower(),
         )
 
-    def account(self, credentials: Credentials | None) -> dict[str, Any]:
+    def account(self, credentials: Credentials) -> dict[str, Any]:
         """Return the account that was cached for this login, empty if there is none."""
-        owners = self.notes().get("account_of")
+        owner = self.fingerprint(credentials)
         # An account without an owner was written by an earlier version.
-        if credentials and (not owners or self.fingerprint(credentials) in str(owners)):
-            return _object(self._load().get(self._ACCOUNT))
-        return {}
+        owners = self.notes().get("account_of", owner)
+        return _object(self._load().get(self._ACCOUNT)) if owner in str(owners) else {}
 
     def notes(self) -> dict[str, Any]:
         """Return the notes."""
@@ -3282,14 +3281,14 @@ class AccountFile:
         """Replace the account and the notes; write nothing if nothing changes."""
         import contextlib
 
-        kept = {name: value for name, value in notes.items() if value}
-        own = {self._ACCOUNT: account, self._NOTES: kept}
+        own = {self._ACCOUNT: account, self._NOTES: _known(notes)}
         before, found = self._load(), self._read()
-        record = {k: v for k, v in {**before, **own}.items() if v or k not in own}
+        record = {k: v for k, v in before.items() if k not in own}
+        record.update(_known(own))
         if record == before:
             return
         self._unwritten = (found, record)
-        if self._path is not None and found is not None:
+        if found is not None:
             with contextlib.suppress(StorageError):
                 write_private(self._path, dump_json(record).encode(), is_cache=True)
                 self._unwritten = (None, {})
@@ -3383,22 +3382,27 @@ class AccountFile:
     def clear(self) -> None:
         """Remove this module's own keys, and the file if nothing else is in it."""
         self.update({}, {})
-        if self._path is not None and self._read() == {}:
+        if self._read() == {}:
             _quietly(os.unlink, os.path.realpath(self._path))
 
     def _load(self) -> dict[str, object]:
         found, (over, unwritten) = self._read(), self._unwritten
-        return unwritten if found == over else found or {}
+        return unwritten if found == over else _object(found)
 
     def _read(self) -> dict[str, object] | None:
-        """Return the file's content, None if it must not be replaced."""
-        if self._path is None:
-            return {}
+        """Return the file's content, None if there is no file that may be replaced."""
+        if not self._path:
+            return None
         try:
             data = read_private(self._path)
         except StorageError:
             return None
         return {} if data is None else parse_json_object(data)
+
+
+def _known(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields that hold something, be it False or 0."""
+    return {k: v for k, v in fields.items() if v not in (None, "", {})}
 
 
 def key_owner_of(api_key: str | None, account: Mapping[str, object]) -> str:
@@ -4063,9 +4067,9 @@ class OAuthService:
             file, account = self._account_file, self._account_file.account(newest)
             if account.get("accountUuid") not in (None, profile.account_uuid):
                 account = {}
-            news = {k: v for k, v in profile.to_record().items() if v is not None}
+            account = {**account, **_known(profile.to_record())}
             owners = [file.fingerprint(newest)]
-            file.update({**account, **news}, {**file.notes(), "account_of": owners})
+            file.update(account, {**file.notes(), "account_of": owners})
             completed = _with_plan(newest, profile)
             if is_ours and completed != newest:
                 self._view.save(completed, stored)
