@@ -3334,20 +3334,21 @@ class AccountFile:
             return pause if is_expired and 0 < pause <= SHORT_WAIT else None
         if failure.code == "invalid_scope" and scopes:
             return 0.0
-        is_dead = failure.code == "invalid_grant"
         # Probably dead; but a gateway may have said so, which must not end a login.
-        may_be_dead = failure.status in (401, 404) and failure.code != "invalid_client"
-        if is_dead or may_be_dead:
-            until = self._clock() + (MAX_LIFETIME if is_dead else WAIT_CEILING)
+        in_doubt = WAIT_CEILING if failure.status in (401, 404) else 0.0
+        known = {"invalid_grant": MAX_LIFETIME, "invalid_client": 0.0}
+        span = known.get(failure.code, in_doubt)
+        if span:  # other refusals are about the account or the settings
+            until = self._clock() + span
             self.note(refused=self.fingerprint(sent), refused_until=until)
-        return None  # other refusals are about the account or the settings
+        return None
 
     def _note_pause(self, error: Unavailable) -> float:
         """Note a pause after a 429 or 5xx, for every process; return its seconds."""
         import random
 
         status = error.status or 0
-        if status != 429 and status < 500:
+        if status not in (429, *range(500, 600)):
             return 0.0
         failures = int(self.number("failures")) + 1
         chance = random.random()  # noqa: S311 - it spreads load, and is no secret
@@ -3373,8 +3374,7 @@ class AccountFile:
         """Raise the error of a request that is known to fail, without sending it."""
         if self.is_refused(credentials):
             raise TokenRefused("invalid_grant", "refused before, and not sent again")
-        pause = self.pause_left()
-        if pause:
+        if pause := self.pause_left():
             span = describe_seconds(pause + 0.9)  # never 0 s
             text = f"requests to the server are paused for {span}; try again then"
             raise Unavailable(text, pause)
