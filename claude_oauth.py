@@ -3205,7 +3205,10 @@ def _tokens(credentials: Credentials | None) -> object:
 
 
 def console_key(credentials: Credentials) -> str | None:
-    """Return the API key of a login at the Console, None on the Claude.ai path."""
+    """Return the API key to use, None where the API takes the access token."""
+    # CLAUDE_OAUTH_TOKEN may hold a key as well.
+    if credentials.access_token.startswith("sk-ant-api"):
+        return credentials.access_token
     return None if credentials.is_claude_ai else credentials.api_key
 
 
@@ -3438,19 +3441,27 @@ class ServedToken:
     """An access token that is handed out for a moment without reading the store."""
 
     def __init__(self, credentials: Credentials, now: float) -> None:
-        key, self.token = console_key(credentials), credentials.access_token
-        self.expires_at = seconds_left(credentials, 0)
-        # CLAUDE_OAUTH_TOKEN may hold a key as well.
-        key = key or (self.token if self.token.startswith("sk-ant-api") else None)
-        bearer = {"Authorization": f"Bearer {self.token}", "anthropic-beta": OAUTH_BETA}
-        self.headers = {"x-api-key": key} if key else bearer
-        self.headers_expire_at = float("inf") if key else self.expires_at
-        if needs_key(credentials):
+        self.token = self.api_token = credentials.access_token
+        self.expires_at = self.headers_expire_at = seconds_left(credentials, 0)
+        bearer = f"Bearer {self.token}"
+        self.headers = {"Authorization": bearer, "anthropic-beta": OAUTH_BETA}
+        if key := console_key(credentials):
+            self.api_token, self.headers = key, {"x-api-key": key}
+            self.headers_expire_at = float("inf")
+        elif needs_key(credentials):
             self.headers_expire_at = 0.0  # the token is no API credential
         # Two clocks: one can be set, and the other stands still while a machine sleeps.
         self.since = now
         self.until = now + LOOK_INTERVAL
         self.look_again = time.monotonic() + LOOK_INTERVAL
+
+    def is_current(self, now: float, left: float, min_validity: float) -> bool:
+        """Tell whether what has so many seconds left is handed out without a look."""
+        return (
+            self.since <= now < self.until
+            and left > min_validity
+            and time.monotonic() < self.look_again
+        )
 
 
 # Never valid, so that every call looks at the store.
@@ -3881,11 +3892,7 @@ class OAuthService:
         """
         # Programs call this before every request: no lock, no system call, no copy.
         served, now = self._view.served, self._clock()
-        if (
-            served.since <= now < served.until
-            and served.expires_at - now > min_validity
-            and time.monotonic() < served.look_again
-        ):
+        if served.is_current(now, served.expires_at - now, min_validity):
             return served.token
         del served  # an error's traceback shows the variables of this frame
         return self._serve(min_validity).token
@@ -3898,11 +3905,7 @@ class OAuthService:
         ``create_api_key`` raise.
         """
         served, now = self._view.served, self._clock()
-        if (
-            served.since <= now < served.until
-            and served.headers_expire_at - now > REFRESH_BUFFER
-            and time.monotonic() < served.look_again
-        ):
+        if served.is_current(now, served.headers_expire_at - now, REFRESH_BUFFER):
             return served.headers.copy()
         del served
         return self._serve(REFRESH_BUFFER, for_api=True).headers.copy()
@@ -3913,8 +3916,7 @@ class OAuthService:
 
         Raises what ``access_token`` and ``create_api_key`` raise.
         """
-        headers = self._serve(min_validity, for_api=True).headers
-        return headers.get("x-api-key") or headers["Authorization"][len("Bearer ") :]
+        return self._serve(min_validity, for_api=True).api_token
 
     @hides_locals
     def refresh(self, *, rejected: str | None = None) -> Credentials:
@@ -3943,15 +3945,12 @@ class OAuthService:
     @hides_locals
     def _serve(self, min_validity: float, *, for_api: bool = False) -> ServedToken:
         """Return a token to hand out, refreshed if due; *for_api*, a key will do."""
-        token = environment_token()
-        if token:
-            return ServedToken(Credentials(token), self._clock())
-        credentials = required(self._view.look())
+        credentials = required(self.credentials())
         # A key does not expire: the API needs no fresh token beside it.
-        has_key = for_api and console_key(credentials) is not None
+        has_key = for_api and console_key(credentials)
         if not has_key and self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
-        if for_api and not has_key and needs_key(credentials):
+        if for_api and needs_key(credentials):
             credentials = self._with_token(
                 lambda _token: self._make_key(only_if_missing=True)
             )[0]
