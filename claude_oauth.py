@@ -3652,6 +3652,10 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
             signal.signal(number, handler)
 
 
+# Before any time by the monotonic clock.
+_NOT_FAILED: Final[tuple[float, ClaudeOAuthError]] = (-1.0, ClaudeOAuthError())
+
+
 class Refresher:
     """Gets a new access token; nothing else spends a refresh token.
 
@@ -3670,26 +3674,24 @@ class Refresher:
     def __init__(
         self, client: OAuthClient, view: StoreView, clock: Callable[[], float]
     ) -> None:
-        import threading
-
         self._client = client
         self._view = view
         self._account_file = view.account_file
         self._clock = clock
-        # Held by the one thread of this process that refreshes.
-        self._mutex = (os.getpid(), threading.Lock())
+        # Held by the one thread of a process that refreshes; nobody in a forked child
+        # would free its parent's.
+        self._mutexes: dict[int, threading.Lock] = {}
         # The last failed refresh and when it failed, for the threads that waited.
-        self._failed: tuple[float, ClaudeOAuthError | None] = (0.0, None)
+        self._failed = _NOT_FAILED
         self._not_before = 0.0
 
     def is_due(self, credentials: Credentials, min_validity: float) -> bool:
         """Tell whether a refresh should be tried now."""
-        left = seconds_left(credentials, self._clock())
-        if left <= 0 or not credentials.refresh_token:
-            return left <= 0
         put_off = self._not_before - self._clock()
         # A longer one dates from before the clock was set back.
-        return left <= min_validity and not 0 < put_off <= PUT_OFF
+        must_last = not credentials.refresh_token or 0 < put_off <= PUT_OFF
+        limit = 0 if must_last else max(min_validity, 0)
+        return seconds_left(credentials, self._clock()) <= limit
 
     def refresh(
         self, present: Credentials, min_validity: float, other_than: str | None = None
@@ -3733,20 +3735,18 @@ class Refresher:
         from contextlib import ExitStack
 
         began, deadline = time.monotonic(), Deadline(timeout)
-        if self._mutex[0] != os.getpid():  # the parent's thread cannot release it here
-            self._mutex = (os.getpid(), threading.Lock())
-        mutex = self._mutex[1]
+        mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
         if not mutex.acquire(timeout=timeout):
             raise Unavailable("another thread refreshes the login; try again later")
         with ExitStack() as stack:
             stack.callback(mutex.release)
-            newest = self._view.look()  # another thread may have refreshed
-            if newest and self._suffices(newest, min_validity, other_than):
+            newest = required(self._view.look())  # another thread may have refreshed
+            if self._suffices(newest, min_validity, other_than):
                 return newest, False
             when, failure = self._failed
-            if failure and when > began:
+            if when > began:
                 raise _copy_of(failure)  # or each thread would wait for the network
-            self._failed = (0.0, None)
+            self._failed = _NOT_FAILED
             stack.enter_context(self._view.storage.lock(deadline.left()))
 
             def refresh() -> tuple[Credentials, bool]:
@@ -3780,12 +3780,11 @@ class Refresher:
                 return self._spend(newest, stored, scopes), True
             except (TokenRefused, Unavailable) as error:
                 pause = self._account_file.note_failure(error, newest, scopes)
-                found = None
-                with contextlib.suppress(StorageError):  # then the refusal counts
-                    found = self._view.read()[1]
-                is_other = found and found.refresh_token != newest.refresh_token
-                # Another program may have refreshed meanwhile.
-                if is_last or (pause is None and not is_other):
+                before = after = newest.refresh_token
+                # Another program may have refreshed meanwhile; else the refusal counts.
+                with contextlib.suppress(StorageError, NotLoggedIn):
+                    after = required(self._view.read()[1]).refresh_token
+                if is_last or (pause is None and after == before):
                     raise
             time.sleep(pause or 0)
             scopes = ()  # the server keeps those granted
@@ -3794,13 +3793,11 @@ class Refresher:
     def _suffices(
         self, newest: Credentials, min_validity: float, other_than: str | None
     ) -> bool:
-        left = seconds_left(newest, self._clock())
-        if newest.access_token == other_than:
-            return False
         lifetime = self._account_file.number("lifetime")
         if 0 < lifetime <= min_validity:
-            return left > lifetime / 2  # a new one would not live long enough either
-        return left > min_validity
+            min_validity = lifetime / 2  # a new one would not live long enough either
+        left = seconds_left(newest, self._clock())
+        return left > min_validity and newest.access_token != other_than
 
     def _spend(
         self, newest: Credentials, stored: Credentials | None, scopes: Iterable[str]
