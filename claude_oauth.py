@@ -3934,10 +3934,11 @@ class OAuthService:
                 "CLAUDE_OAUTH_TOKEN is in force and cannot be refreshed; unset it"
             )
         present = required(self._view.look())
-        if rejected is not None and self.is_rejected(rejected):
+        if rejected is None:
+            return self._refresh(present, 0, present.access_token)
+        if self.is_rejected(rejected):
             raise TokenRefused("invalid_token", "the API refuses new tokens too", 401)
-        other_than = present.access_token if rejected is None else rejected
-        return self._refresh(present, 0, other_than)
+        return self._refresh(present, 0, rejected)
 
     @hides_locals
     def _serve(self, min_validity: float, *, for_api: bool = False) -> ServedToken:
@@ -3977,21 +3978,23 @@ class OAuthService:
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token; after a 401, once more with a new one."""
         token = self.access_token()
-        for is_last in (False, True):
-            try:
-                return ask(token), token
-            except (TokenRefused, Unavailable) as error:
-                is_dead = error.status == 401 and isinstance(error, TokenRefused)
-                if is_dead and environment_token():
-                    cure = "replace or unset CLAUDE_OAUTH_TOKEN"
-                    raise TokenRefused("invalid_token", cure, 401) from None
-                if error.status != 401 or environment_token():
+        try:
+            return ask(token), token
+        except (TokenRefused, Unavailable) as error:
+            if error.status != 401:
+                raise
+            if environment_token():
+                if isinstance(error, Unavailable):  # it says nothing of the token
                     raise
-                if is_last:
-                    self.note_rejected(token)
-                    raise
-            token = self.refresh(rejected=token).access_token
-        raise AssertionError("the last round returns or raises")
+                cure = "replace or unset CLAUDE_OAUTH_TOKEN"
+                raise TokenRefused("invalid_token", cure, 401) from None
+        token = self.refresh(rejected=token).access_token
+        try:
+            return ask(token), token
+        except (TokenRefused, Unavailable) as error:
+            if error.status == 401:
+                self.note_rejected(token)
+            raise
 
     # The account
 
