@@ -4214,15 +4214,17 @@ class OAuthService:
     ) -> Credentials:
         """Add the organization's API key: the stored one, or else a new one."""
         key = stored.api_key if stored else None
-        owner = key_owner_of(key, account)
-        if not owner or owner != self._account_file.notes().get("key_owner"):
-            key = None
+        owner = self._account_file.notes().get("key_owner")
+        if key_owner_of(key, account) == owner:  # which is never ""
+            return credentials.replace(api_key=key)
+        if credentials.is_claude_ai:
+            return credentials
         try:
-            if not key and not credentials.is_claude_ai:
-                key = self._client.create_api_key(credentials.access_token)
+            key = self._client.create_api_key(credentials.access_token)
+            return credentials.replace(api_key=key)
         except ClaudeOAuthError as error:
             warn(f"the login works, but no API key could be made: {error}")
-        return credentials.replace(api_key=key)
+            return credentials
 
     @hides_locals
     def logout(self) -> bool:
