@@ -4256,9 +4256,8 @@ class OAuthService:
 
     def _revoke(self, login: Credentials | None) -> None:
         token = login and login.refresh_token
-        is_ours = not self._view.is_read_only
-        if login and token and is_ours and self.config.revoke_url:
-            client_id = login.client_id or self.config.client_id
+        if token and self.config.revoke_url and not self._view.is_read_only:
+            client_id = self._client.client_id_for(login)
             config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
             client = OAuthClient(config, session=self._session)
             _try_within_limit("the revocation", lambda: client.revoke(token))
