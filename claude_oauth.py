@@ -4036,10 +4036,10 @@ class OAuthService:
     def _complete_account(self, renewed: Credentials) -> Credentials:
         """Ask for the profile if some of it is missing; a failure changes nothing."""
         account = self._account_file.account(renewed)
-        plan = (renewed.subscription_type, renewed.rate_limit_tier)
-        is_complete = all(plan) and all(map(account.get, _ACCOUNT_NEEDS))
+        needs = [renewed.subscription_type, renewed.rate_limit_tier]
+        needs += map(account.get, _ACCOUNT_NEEDS)
         may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
-        if is_complete or not may_ask or self._view.pending:
+        if all(needs) or not may_ask or self._view.pending:
             return renewed
         profile = self._try_profile(renewed.access_token)
         try:
@@ -4199,9 +4199,10 @@ class OAuthService:
                 redirect_uri=granted.redirect_uri,
                 state=state,
             )
-            profile = self._try_profile(credentials.access_token)
-            account = profile.to_record() if profile else {}
-            credentials = _with_plan(credentials, profile)
+            account: Mapping[str, object] = {}
+            if profile := self._try_profile(credentials.access_token):
+                account = profile.to_record()
+                credentials = _with_plan(credentials, profile)
             credentials = self._with_key(credentials, stored, account)
             self._view.save(credentials, stored, account)
         return credentials, account
@@ -4355,8 +4356,8 @@ def environment_token() -> str | None:
     return clean_token(value) if value else None
 
 
-def _with_plan(credentials: Credentials, profile: Profile | None) -> Credentials:
-    if not profile or not profile.organization_uuid:
+def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
+    if not profile.organization_uuid:
         return credentials  # nothing is known of a plan
     return credentials.replace(
         subscription_type=profile.subscription_type,
