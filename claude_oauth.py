@@ -3187,10 +3187,9 @@ def say(text: str, end: str = "\n") -> None:
 # -- Refresh ---------------------------------------------------------------------------
 
 
-def seconds_left(credentials: Credentials, now: float) -> float:
-    """Return how long an access token is still valid; infinity if unknown."""
-    expires_at = credentials.expires_at
-    return float("inf") if expires_at is None else expires_at - now
+def time_left(moment: float | None, now: float) -> float:
+    """Return how long it is until a token or a login ends; infinity if unknown."""
+    return float("inf") if moment is None else moment - now
 
 
 def required(credentials: Credentials | None) -> Credentials:
@@ -3315,7 +3314,8 @@ class AccountFile:
         settled = ("wait_until", "failures", "refused", "refused_until", "rejected")
         notes: dict[str, object] = {**dict.fromkeys(settled)}
         if renewed.access_token != before.access_token:
-            notes["lifetime"] = round(min(seconds_left(renewed, now), MAX_LIFETIME))
+            lifetime = time_left(renewed.expires_at, now)
+            notes["lifetime"] = round(min(lifetime, MAX_LIFETIME))
         if self.account(before):
             owners = [self.fingerprint(renewed), self.fingerprint(before)]
             notes["account_of"] = owners
@@ -3333,7 +3333,7 @@ class AccountFile:
         if isinstance(failure, Unavailable):
             pause = self._note_pause(failure)
             # While the token is alive it is served, and nobody has to wait at all.
-            is_expired = seconds_left(sent, self._clock()) <= 0
+            is_expired = time_left(sent.expires_at, self._clock()) <= 0
             return pause if is_expired and 0 < pause <= SHORT_WAIT else None
         if failure.code == "invalid_scope" and scopes:
             return 0.0
@@ -3442,7 +3442,7 @@ class ServedToken:
 
     def __init__(self, credentials: Credentials, now: float) -> None:
         self.token = self.api_token = credentials.access_token
-        self.expires_at = self.headers_expire_at = seconds_left(credentials, 0)
+        self.expires_at = self.headers_expire_at = time_left(credentials.expires_at, 0)
         bearer = f"Bearer {self.token}"
         self.headers = {"Authorization": bearer, "anthropic-beta": OAUTH_BETA}
         if key := console_key(credentials):
@@ -3691,7 +3691,7 @@ class Refresher:
         # A longer one dates from before the clock was set back.
         must_last = not credentials.refresh_token or 0 < put_off <= PUT_OFF
         limit = 0 if must_last else max(min_validity, 0)
-        return seconds_left(credentials, self._clock()) <= limit
+        return time_left(credentials.expires_at, self._clock()) <= limit
 
     def refresh(
         self, present: Credentials, min_validity: float, other_than: str | None = None
@@ -3701,39 +3701,40 @@ class Refresher:
         While the present token is valid, it is returned rather than wait or fail.  A
         token that is *other_than* the given one is wanted, however long that is valid.
         """
-        is_alive = other_than is None and seconds_left(present, self._clock()) > 0
-        limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
+        left = time_left(present.expires_at, self._clock())
+        if left <= 0 or other_than is not None:
+            limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
+            return self._refresh_alone(limit, min_validity, other_than)
         try:
-            if self._view.is_read_only:
-                return self._read_foreign(other_than), False
-            timeout = 0.0 if is_alive else limit
-            return self._refresh_alone(timeout, min_validity, other_than)
+            return self._refresh_alone(0.0, min_validity)
         except ClaudeOAuthError as error:
-            if not is_alive or isinstance(error, NotLoggedIn):
+            if isinstance(error, NotLoggedIn):
                 raise
             self._not_before = self._clock() + PUT_OFF
             if not isinstance(error, (Unavailable, BadAnswer)):
                 warn(f"{error} (the present token is used until it expires)")
             return present, False
 
-    def _read_foreign(self, other_than: str | None) -> Credentials:
+    def _read_foreign(self, other_than: str | None) -> tuple[Credentials, bool]:
         """Return the login that another program refreshes; never refresh it here."""
         newest = required(self._view.storage.load())
         self._view.remember(newest)
         if self._suffices(newest, 0, other_than):
-            return newest
+            return newest, False
         raise Unavailable(
             f"the token in {self._view.storage.describe()} has to be refreshed by the"
             " program that owns it; run that program, then try again"
         )
 
     def _refresh_alone(
-        self, timeout: float, min_validity: float, other_than: str | None
+        self, timeout: float, min_validity: float, other_than: str | None = None
     ) -> tuple[Credentials, bool]:
         """Lock, and go through the steps from 3 on; or fail as a refresh just did."""
         import threading
         from contextlib import ExitStack
 
+        if self._view.is_read_only:
+            return self._read_foreign(other_than)
         began, deadline = time.monotonic(), Deadline(timeout)
         mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
         if not mutex.acquire(timeout=timeout):
@@ -3796,7 +3797,7 @@ class Refresher:
         lifetime = self._account_file.number("lifetime")
         if 0 < lifetime <= min_validity:
             min_validity = lifetime / 2  # a new one would not live long enough either
-        left = seconds_left(newest, self._clock())
+        left = time_left(newest.expires_at, self._clock())
         return left > min_validity and newest.access_token != other_than
 
     def _spend(
@@ -4089,7 +4090,7 @@ class OAuthService:
         """
         if environment_token():
             return self._with_token(self._client.create_api_key)[0]
-        return self._with_token(lambda _token: self._make_key())[0].api_key or ""
+        return str(self._with_token(lambda _token: self._make_key())[0].api_key)
 
     def _make_key(self, *, only_if_missing: bool = False) -> Credentials:
         """Make an API key, and store it and whose it is."""
@@ -4281,7 +4282,7 @@ class OAuthService:
             source, (is_usable, warnings) = "store", self._condition(stored)
             method = "claude.ai" if stored.is_claude_ai else "console"
             shown, account = stored, self._account_file.account(stored)
-        expires_in = seconds_left(shown, self._clock())
+        expires_in = time_left(shown.expires_at, self._clock())
         return {
             "logged_in": is_usable,
             "source": source,
@@ -4312,9 +4313,8 @@ class OAuthService:
         """Return whether a token can be had, and what a person should know."""
         now, file = self._clock(), self._account_file
         # A key does not expire.
-        is_expired = seconds_left(stored, now) <= 0 and not console_key(stored)
-        ends_at = stored.refresh_token_expires_at
-        left = float("inf") if ends_at is None else ends_at - now
+        is_expired = time_left(stored.expires_at, now) <= 0 and not console_key(stored)
+        left = time_left(stored.refresh_token_expires_at, now)
         pause, ends = describe_seconds(file.pause_left() + 0.9), describe_seconds(left)
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
