@@ -3317,8 +3317,7 @@ class AccountFile:
             lifetime = time_left(renewed.expires_at, now)
             notes["lifetime"] = round(min(lifetime, MAX_LIFETIME))
         if self.account(before):
-            owners = [self.fingerprint(renewed), self.fingerprint(before)]
-            notes["account_of"] = owners
+            notes["account_of"] = [*map(self.fingerprint, (renewed, before))]
         if stored and stored.refresh_token != renewed.refresh_token:
             # It is spent.  If the store still holds it, because the successor could not
             # be saved, or a backup brings it back, it must not be sent again.
@@ -3457,11 +3456,8 @@ class ServedToken:
 
     def is_current(self, now: float, left: float, min_validity: float) -> bool:
         """Tell whether what has so many seconds left is handed out without a look."""
-        return (
-            self.since <= now < self.until
-            and left > min_validity
-            and time.monotonic() < self.look_again
-        )
+        is_fresh = self.since <= now < self.until and left > min_validity
+        return is_fresh and time.monotonic() < self.look_again
 
 
 # Never valid, so that every call looks at the store.
@@ -3906,7 +3902,7 @@ class OAuthService:
         if served.is_current(now, served.headers_expire_at - now, REFRESH_BUFFER):
             return served.headers.copy()
         del served
-        return self._serve(REFRESH_BUFFER, for_api=True).headers.copy()
+        return self._serve_api(REFRESH_BUFFER).headers.copy()
 
     @hides_locals
     def api_token(self, *, min_validity: float = REFRESH_BUFFER) -> str:
@@ -3914,7 +3910,7 @@ class OAuthService:
 
         Raises what ``access_token`` and ``create_api_key`` raise.
         """
-        return self._serve(min_validity, for_api=True).api_token
+        return self._serve_api(min_validity).api_token
 
     @hides_locals
     def refresh(self, *, rejected: str | None = None) -> Credentials:
@@ -3942,18 +3938,22 @@ class OAuthService:
         return self._refresh(present, 0, rejected)
 
     @hides_locals
-    def _serve(self, min_validity: float, *, for_api: bool = False) -> ServedToken:
-        """Return a token to hand out, refreshed if due; *for_api*, a key will do."""
+    def _serve(self, min_validity: float) -> ServedToken:
+        """Return a token to hand out, refreshed if that is due."""
         credentials = required(self.credentials())
-        # A key does not expire: the API needs no fresh token beside it.
-        has_key = for_api and console_key(credentials)
-        if not has_key and self._refresher.is_due(credentials, min_validity):
+        if self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
-        if for_api and needs_key(credentials):
-            credentials = self._with_token(
-                lambda _token: self._make_key(only_if_missing=True)
-            )[0]
         return self._view.serve(credentials, self._clock())
+
+    @hides_locals
+    def _serve_api(self, min_validity: float) -> ServedToken:
+        """Return what the API takes: a key where it needs one, else such a token."""
+        credentials = required(self.credentials())
+        if needs_key(credentials):
+            credentials, _ = self._with_token(lambda _: self._make_key(anew=False))
+        if console_key(credentials):  # it never expires
+            return self._view.serve(credentials, self._clock())
+        return self._serve(min_validity)
 
     def _refresh(
         self, present: Credentials, min_validity: float, other_than: str | None = None
@@ -4036,18 +4036,18 @@ class OAuthService:
 
     def _complete_account(self, renewed: Credentials) -> Credentials:
         """Ask for the profile if some of it is missing; a failure changes nothing."""
+        import contextlib
+
         account = self._account_file.account(renewed)
         needs = [renewed.subscription_type, renewed.rate_limit_tier]
         needs += map(account.get, _ACCOUNT_NEEDS)
         may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
         if all(needs) or not may_ask or self._view.pending:
             return renewed
-        profile = self._try_profile(renewed.access_token)
-        try:
-            completed = profile and self._keep_profile(profile, renewed.access_token)
-            return completed or renewed
-        except ClaudeOAuthError:
-            return renewed
+        if profile := self._try_profile(renewed.access_token):
+            with contextlib.suppress(ClaudeOAuthError):
+                return self._keep_profile(profile, renewed.access_token) or renewed
+        return renewed
 
     def _try_profile(self, access_token: str) -> Profile | None:
         """Return the profile; None if it cannot be had, or takes too long."""
@@ -4090,15 +4090,15 @@ class OAuthService:
         """
         if environment_token():
             return self._with_token(self._client.create_api_key)[0]
-        return str(self._with_token(lambda _token: self._make_key())[0].api_key)
+        return str(self._with_token(lambda _: self._make_key(anew=True))[0].api_key)
 
-    def _make_key(self, *, only_if_missing: bool = False) -> Credentials:
-        """Make an API key, and store it and whose it is."""
+    def _make_key(self, *, anew: bool) -> Credentials:
+        """Make an API key, *anew* even beside another; store it, and whose it is."""
         file = self._account_file
         with self.storage.lock(LOCK_TIMEOUT):
             stored, found = self._view.read()
             newest = required(found)
-            if only_if_missing and not needs_key(newest):
+            if not anew and not needs_key(newest):
                 self._view.remember(newest)
                 return newest
             self.storage.check()  # a permanent key must not be made to be lost
