@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     import requests
     from typing_extensions import Self, dataclass_transform
 
+    Clock = Callable[[], float]  # seconds since the epoch
+    Record = Mapping[str, object]  # a JSON object
     _T = TypeVar("_T")
     _Error = TypeVar("_Error", bound="ClaudeOAuthError")
 else:
@@ -317,21 +319,22 @@ def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
     return (os.environ if environ is None else environ).get(name, "").strip()
 
 
-def import_package(name: str) -> Any:
-    """Import a module of an optional package; ConfigError if that fails."""
+def import_package(name: str, cure: str = "") -> Any:
+    """Import a module that may be missing or broken; ConfigError if that fails."""
     from importlib import import_module
 
     package = name.partition(".")[0]
     try:
         import_module(package)
         return import_module(name)
-    except Exception as error:  # a broken one raises whatever its code runs into
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever its code runs into, a panic too
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         problem = "is missing" if is_missing else f"is broken: {printable(error)}"
-    raise ConfigError(
-        f"the package `{package}` {problem}; get it by `apt install python3-{package}`,"
-        f" `dnf install python3-{package}` or pip install {package}"
-    )
+    known = f"`apt install python3-{package}`, `dnf install python3-{package}`"
+    cure = cure or f"get it by {known} or pip install {package}"
+    raise ConfigError(f"the package `{package}` {problem}; {cure}")
 
 
 @hides_locals
@@ -435,8 +438,13 @@ class OAuthConfig(_Value):
 
     def _validate(self) -> None:
         agent, timeout = self.user_agent, self.timeout
-        if not isinstance(self.scopes, tuple):
-            raise ConfigError("scopes must be a list of strings")
+        scopes = self.scopes if isinstance(self.scopes, tuple) else ("",)
+        if not all(_text(scope, _NAME) for scope in scopes):
+            raise ConfigError("scopes must be a list of names, each without quotes")
+        client_id = _text(self.client_id or "", rf"\s*{_NAME}\s*")
+        if client_id is None:
+            name = "the client id (--client-id, CLAUDE_OAUTH_CLIENT_ID)"
+            raise ConfigError(f"{name} must be given alone, without quotes")
         is_number = isinstance(timeout, (int, float))
         if not is_number or not 0 < timeout <= MAX_REQUEST_TIMEOUT:
             raise ConfigError("timeout must be above 0 seconds and at most a day")
@@ -444,7 +452,7 @@ class OAuthConfig(_Value):
             raise ConfigError("user_agent must be printable ASCII")
         own = "" if USER_AGENT in agent else USER_AGENT
         self.__dict__["user_agent"] = f"{agent} {own}".strip()
-        self.__dict__["client_id"] = (self.client_id or "").strip()
+        self.__dict__["client_id"] = client_id.strip()
         self._check_endpoints()
 
     def _check_endpoints(self) -> None:
@@ -456,6 +464,15 @@ class OAuthConfig(_Value):
                     " (plain http is for loopback alone)"
                 )
 
+
+# A client id or a scope, and not what a shell, a template or an env file makes of one.
+_NAME: Final = r"(?![A-Z_]+=)[^\"'`$<>{}\0-\x1f]*"
+
+# Not with a backslash: some programs take that for a slash, and another host.
+_URL: Final = (
+    r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
+    r"(?:[/?#][!-\[\]-~]*)?"
+)
 
 # The values of each endpoint that need no look: importing urllib is slow.
 _KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
@@ -470,14 +487,12 @@ def may_carry_token(url: str | None) -> bool:
     """Tell whether a token may go to a URL: https, or plain http on this machine."""
     from urllib.parse import urlsplit
 
-    # Some programs take a backslash for a slash: then it is another host.
-    whole = _text(url, r"(?i)https?://[!-\[\]-~]+")
+    whole = _text(url, _URL)
     if whole is None:
         return False
     try:
         parts = urlsplit(whole)
-        host = parts.hostname or ""
-        is_safe = is_loopback(host) if parts.scheme == "http" else bool(host)
+        is_safe = parts.scheme == "https" or is_loopback(parts.hostname or "")
         return is_safe and parts.port != 0
     except ValueError:  # a port that is no number, brackets that do not match
         return False
@@ -619,7 +634,7 @@ class Credentials(_Value):
         return {"claudeAiOauth": tokens, **top}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, object]) -> Credentials:
+    def from_record(cls, record: Record) -> Credentials:
         """Read a stored JSON object.  Malformed fields beside the tokens are unknown.
 
         Raises StorageCorrupt if a token has the wrong type, or no header can carry it.
@@ -684,7 +699,7 @@ class Profile(_Value):
     has_extra_usage_enabled: bool | None = None
 
     @classmethod
-    def from_answer(cls, answer: Mapping[str, object]) -> Profile:
+    def from_answer(cls, answer: Record) -> Profile:
         """Read the profile endpoint's answer; BadAnswer if it names no account."""
         found = _read(answer.get("account"), _ACCOUNT_FIELDS, 0)
         organization = answer.get("organization")
@@ -701,7 +716,7 @@ class Profile(_Value):
 
     @classmethod
     def from_record(
-        cls, record: Mapping[str, object], credentials: Credentials | None = None
+        cls, record: Record, credentials: Credentials | None = None
     ) -> Profile | None:
         """Read the part from account.json, with plan and tier from the credential."""
         found = _read(record, _PROFILE_FIELDS, 1)
@@ -857,7 +872,7 @@ def error_of_answer(
     def first(limit: int, *found: object) -> str:
         return printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
 
-    code = first(60, answer.get("error"), error.get("type"), error.get("code"))
+    code = first(60, answer.get("error"), error.get("code"), error.get("type"))
     message, request = answer.get("message"), first(80, request_id)
     told = first(200, answer.get("error_description"), error.get("message"), message)
     details = "; ".join(filter(None, (told, request and f"request {request}")))
@@ -873,6 +888,12 @@ def error_of_answer(
     return Unavailable(f"{text}; try again later", retry_after, status)
 
 
+# A refresh token, a variable, a word for nothing, a path, or a token that is cut.
+_NO_TOKEN: Final = (
+    r"sk-ant-ort|[A-Z_]+=|\w*(?i:token|key)=|(?i:null|none|undefined)$|/\w+/|[.~]+/"
+    r"|.*\.{3}|sk-ant-[a-z]+\d*-?$"
+)
+
 # Error codes that say nothing about the grant, whatever the status.
 _PASSING_CODES: Final = (
     "", "temporarily_unavailable", "server_error", "rate_limit_error",
@@ -883,12 +904,13 @@ _PASSING_CODES: Final = (
 @hides_locals
 def merge_record(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored record with our part replaced; keys of other programs stay."""
-    foreign = _without(_TOKEN_KEYS, _object(stored.get("claudeAiOauth")))
-    kept = _without(RECORD_KEYS, stored)
+    foreign = without(_object(stored.get("claudeAiOauth")), _TOKEN_KEYS)
+    kept = without(stored, RECORD_KEYS)
     return {**kept, **ours, "claudeAiOauth": {**foreign, **ours["claudeAiOauth"]}}
 
 
-def _without(keys: Iterable[str], record: Mapping[str, Any]) -> dict[str, Any]:
+def without(record: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return a record without some of its keys."""
     return {key: value for key, value in record.items() if key not in keys}
 
 
@@ -896,8 +918,7 @@ def _without(keys: Iterable[str], record: Mapping[str, Any]) -> dict[str, Any]:
 def clean_token(value: str) -> str:
     """Return a token without the blanks around it; ConfigError if it is none."""
     token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
-    # Nor a refresh token, a variable's name, or one with its middle left out.
-    if not _text(token, r"(?a)(?!sk-ant-ort|[A-Z_]+=|.*\.{3})[\w.~+/-]+=*"):
+    if not _text(token, rf"(?a)(?!{_NO_TOKEN})[\w.~+/-]+=*"):
         raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
     return token
 
@@ -943,11 +964,12 @@ _CODE: Final = f"[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # a date or a path, or has a character of prompts, times and addresses in it.
 _WORD: Final = (
     r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
-    r"(?:[^\W\d_][^\W\d_A-Z]{0,14}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
+    r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
 )
 _NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w.~+/=-]\S*|{_WORD})"
 _VOUCHED_CODE: Final = (
-    rf"(?s:.*{_NO_PIECE}\s)?((?:(?!{_NO_PIECE})\S{{8,}}\s)*[^#&?:=\s]+=*)"
+    rf"(?s:.*{_NO_PIECE}\s)?((?:(?!{_NO_PIECE})(?:\S{{16,}}|(?=\S*[^\sA-Za-z])\S{{8,}})"
+    r"\s)*[^#&?:=\s]+=*)"
 )
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (
@@ -1001,6 +1023,9 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
     if len(text) > MAX_PASTE_CHARS:
         raise ValueError(f"that is longer than any code ({MAX_PASTE_CHARS} characters)")
     cleaned = _clean_paste(text, state)
+    # The address to open may have been copied along.
+    opened = rf"https?://\S*code_challenge=\S*{re.escape(state)}\S*\s*"
+    cleaned = re.sub(opened, "", cleaned) or cleaned
     for pattern, reason in PASTE_REFUSALS:
         if re.search(pattern, re.sub("[ \n]", "", cleaned)):
             raise ValueError(reason)
@@ -1027,13 +1052,13 @@ def _clean_paste(text: str, state: str) -> str:
     text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))
     # Bracketed paste, a shell's escapes, zero-width characters and direction marks.
     invisible = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
-    text = re.sub(rf"\x1b\[20[01]~|[\\{invisible}]", "", text)
-    text = re.sub("[\u2010-\u2015\u2212]", "-", text)
+    text = re.sub(rf"(?:\x1b|\^\[)?\[20[01]~|[\\{invisible}]", "", text)
+    text = re.sub("[\u2010-\u2015\u2212]", "-", text.replace("\u2014", "--"))
     text = re.sub("^([^=?]*)&state=", r"\1#", text)  # the end of an address
     if re.fullmatch("(?is)[^=]*%3d[^=]*", text):
         text = unquote(text)
     # Quotes, brackets and the lines of a box stand around an address or a code.
-    quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f"
+    quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f\u3008-\u3011"
     text = re.sub(rf"[{quotes}]|[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
     text = re.sub(r"(?<!\S)(?:~~|[*\[])+|(?:~~|[.,;!*\]])+(?!\S)", "", text)
@@ -1161,6 +1186,27 @@ class Deadline:
         return max(self._ends - time.monotonic(), 0.0)
 
 
+def start_thread(
+    name: str, function: Callable[..., object], *args: object
+) -> threading.Thread | None:
+    """Run a function in a daemon thread; return None where no thread can be started."""
+    import contextlib
+    import threading
+
+    def run() -> None:
+        # What a caller's function or a notebook's raises has nobody to handle it.
+        with contextlib.suppress(BaseException):
+            function(*args)
+
+    name = f"claude-oauth-{name}"
+    try:  # a sub-interpreter may refuse even to make one
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
 def call_with_limit(
     function: Callable[[], _T], seconds: float
 ) -> tuple[_T | None, BaseException | None]:
@@ -1168,8 +1214,6 @@ def call_with_limit(
 
     It goes on in a daemon thread then.  Where none can start, there is no limit.
     """
-    import threading
-
     outcome: list[tuple[_T | None, BaseException | None]] = [(None, TimeoutError())]
 
     def run() -> None:
@@ -1178,11 +1222,9 @@ def call_with_limit(
         except BaseException as error:  # whatever it is, the caller gets it
             outcome.append((None, error))
 
-    thread = threading.Thread(target=run, daemon=True, name="claude-oauth-call")
-    try:
-        thread.start()
+    if thread := start_thread("call", run):
         thread.join(seconds)
-    except RuntimeError:
+    else:
         run()
     return outcome.pop()
 
@@ -1199,7 +1241,7 @@ class OAuthClient:
         config: OAuthConfig,
         *,
         session: requests.Session | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ) -> None:
         self.config = config
         self._session = session
@@ -1356,7 +1398,9 @@ class OAuthClient:
         """Return status, headers and content of any answer."""
         from contextlib import ExitStack
 
-        headers = {"Accept": "application/json", "User-Agent": self.config.user_agent}
+        # Not compressed: a proxy that unpacks an answer may leave the label on it.
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        headers["User-Agent"] = self.config.user_agent
         if token:
             headers["Authorization"] = f"Bearer {token}"
             headers["anthropic-beta"] = OAUTH_BETA
@@ -1405,8 +1449,8 @@ class OAuthClient:
                 break
         data = bytes(content[:MAX_ANSWER_BYTES])
         # An exception of the session may hold the request, and so the tokens: what is
-        # raised has a text alone.  Whole tokens count, whatever comes behind them.
-        if error and not _fields_of(data):
+        # raised has a text alone.  What came whole counts, whatever comes behind it.
+        if error and not (parse_json_object(data) or _fields_of(data)):
             raise error
         return answers[0].status_code, answers[0].headers, data
 
@@ -1416,6 +1460,12 @@ def _without_redirect(request: Any) -> Any:
     request.register_hook("response", lambda got, **_: got.headers.update(Location=""))
     return request
 
+
+# A proxy's URL that every `requests` takes; the group is its host and port.
+_PROXY_URL: Final = (
+    r"(?i)(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?"
+    r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?"
+)
 
 _DROPPED: Final = "{route} dropped the connection; try again later"
 
@@ -1427,7 +1477,8 @@ _FAILURES: Final = {
     " check HTTPS_PROXY with its name and password",
     "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
     "Timeout TimeoutError": "no answer from {route} in time; try again later",
-    "ValueError FileNotFoundError PermissionError OSErrorNone": "no request to {route}"
+    "ValueError TypeError AttributeError ImportError LookupError FileNotFoundError"
+    " PermissionError OSErrorNone": "no request to {route}"
     " can be made ({kind}); check the address, the proxy and the certificates' files",
     "ConnectionError": "no connection to {route}; check the network and try again",
     "Exception": "no usable answer from {route} ({kind}); try again later",
@@ -1496,26 +1547,21 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
     raise ConfigError(f"{name} {problem}")
 
 
-# A proxy's URL that every `requests` takes; the group is its host and port.
-_PROXY_URL: Final = (
-    r"(?i)(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?"
-    r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?"
-)
-
-
 def _check_tls_files(bundle: Any, cert: Any) -> None:
-    import ssl
-
+    ssl = import_package("ssl", "this Python has no TLS: install OpenSSL for it")
     name, path = "SSLKEYLOGFILE", os.environ.get("SSLKEYLOGFILE", "")
     try:
         open(path or os.devnull, "ab").close()
-        if isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
+        if bundle is True:
+            name, path = "the package `requests`", import_requests().certs.where()
+            open(path, "rb").close()
+        elif isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
             variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
             name = _variable_or("the session's verify", path, variables)
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-        name, path = "the session's cert", cert
-        for path in [cert] if isinstance(cert, str) else cert or ():
-            open(path, "rb").close()  # to load it may ask for a passphrase
+        name, path = "the session's cert", "a file"  # not its name, which may be a key
+        for each in [cert] if isinstance(cert, str) else cert or ():
+            open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
         reason = printable(getattr(error, "strerror", "") or type(error).__name__)
         text = f"{name} names {printable(path)}, which cannot be used"
@@ -1571,7 +1617,7 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
     if path is None:
         path = os.path.join(default_directory(), name)
     found = os.path.expanduser(os.fsdecode(path))
-    if re.search("^\\s*$|^[\"'`$%~\u2018\u201c\xab]|\0", found):
+    if re.search(_NO_PATH, found):
         raise ConfigError(
             f"{printable(found)!r} is no path: it is empty, begins with a quote or a"
             " variable, or no home directory is known"
@@ -1596,6 +1642,7 @@ def warn(message: str, *, once: bool = False) -> None:
         _WARNED.add(message)
 
 
+_NO_PATH: Final = "^\\s*$|^[\"'`$%~<{\u2018\u201c\u201e\xab]|^\\w\\w+://|\0"
 _WARNED: Final[set[str]] = set()  # what this process says only once
 _NO_MODES: Final = "others can read this, by its mode; set its mode to 0600 if you can"
 
@@ -1737,11 +1784,11 @@ class _AtomicFile:
             _try_for_a_while(os.replace, self._temporary, self._real)
             return
         except OSError as error:
-            if error.errno not in (errno.EBUSY, errno.EPERM, errno.EACCES):
+            if errno.errorcode.get(error.errno or 0) not in _RENAME_FAULTS:
                 raise
         # Blanks, which JSON allows, first take the room for a longer record, and then
         # hide the end of a longer old one until it is cut off.
-        with open(self._real, "r+b") as file:
+        with _open_private(self._real, 0) as file:
             size = file.seek(0, os.SEEK_END)
             file.write(b" " * (len(data) - size))
             file.seek(0)
@@ -1750,8 +1797,16 @@ class _AtomicFile:
             _sync(file, self._directory)
 
 
+_DPAPI_MARK: Final = b"dpapi:"
+_UNDECRYPTABLE: Final = (
+    "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
+    " or the passphrase is not the one; set that, or move it away and log in again"
+)
+_ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
+_OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
 RESERVED_BYTES: Final = 16384  # room for what a credential's successor may be longer
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
+_RENAME_FAULTS: Final = "EBUSY EPERM EACCES EXDEV ENOSYS EOPNOTSUPP ENOTSUP".split()
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
 # With another error somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK,
 # and under Wine anything that came before.
@@ -1925,7 +1980,9 @@ class _RecordStorage:
         return found.st_mtime_ns, found.st_ino, found.st_size
 
     def _parse(self, data: bytes | None) -> dict[str, object]:
-        record = {} if data is None else parse_json_object(data, lenient=True)
+        # NULs may stand behind it after a crash.
+        whole = b"{}" if data is None else data.rstrip(b"\0")
+        record = parse_json_object(whole, lenient=True)
         if record is None:
             text = "is unreadable: it is damaged, or no record"
             raise StorageCorrupt(f"{self.describe()} {text}; {self._cure}")
@@ -1973,7 +2030,7 @@ class FileStorage(_RecordStorage):
         """Remove this module's keys, and the file if nothing else is in it."""
         self._refuse_if_read_only()
         stored = self._read_stored()
-        kept = _without(stored, _OUR_KEYS)
+        kept = without(stored, _OUR_KEYS)
         if kept == stored:
             return False
         real = os.path.realpath(self.path)
@@ -1986,7 +2043,7 @@ class FileStorage(_RecordStorage):
     def check(self) -> None:
         """Raise StorageError if a save cannot succeed; keep its room under a lock."""
         self._refuse_if_read_only()
-        self._read_record()
+        self._encode(self._read_record())
         left = self._swap_reserved(_AtomicFile(self.path, reserve=True))
         if left:
             left.discard()
@@ -2032,25 +2089,20 @@ class FileStorage(_RecordStorage):
             self._cipher = self._cipher or cipher
         if cipher is None:
             raise StorageError(f"set CLAUDE_OAUTH_PASSPHRASE_FILE to read {self.path}")
-        return {**_without(stored, _OUR_KEYS), **self._parse(cipher.decrypt(sealed))}
+        return {**without(stored, _OUR_KEYS), **self._parse(cipher.decrypt(sealed))}
+
+    def _encode(self, record: dict[str, object]) -> bytes:
+        if self._cipher:
+            foreign = without(record, RECORD_KEYS)
+            ours = dump_json(without(record, foreign)).encode("ascii")
+            text = binascii.b2a_base64(self._cipher.encrypt(ours), newline=False)
+            record = {**foreign, _ENCRYPTED_KEY: text.decode()}
+        return dump_json(record).encode("ascii")
 
     def _write_record(self, record: dict[str, object]) -> None:
         self._refuse_if_read_only()
-        if self._cipher:
-            foreign = _without(record, RECORD_KEYS)
-            ours = dump_json(_without(record, foreign)).encode("ascii")
-            text = binascii.b2a_base64(self._cipher.encrypt(ours), newline=False)
-            record = {**foreign, _ENCRYPTED_KEY: text.decode()}
-        file = self._swap_reserved(None) or _AtomicFile(self.path)
-        file.commit(dump_json(record).encode("ascii"))
-
-
-_ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
-_OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
-
-
-def _without(record: dict[str, object], keys: Iterable[str]) -> dict[str, object]:
-    return {key: value for key, value in record.items() if key not in keys}
+        data = self._encode(record)
+        (self._swap_reserved(None) or _AtomicFile(self.path)).commit(data)
 
 
 @hides_locals
@@ -2316,7 +2368,7 @@ class KeyringStorage(_SecretStorage):
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
         if action == "delete" and self._call("get", service) is None:
             return None
-        call = getattr(import_package("keyring"), f"{action}_password")
+        call = getattr(import_package("keyring.core"), f"{action}_password")
         arguments = filter(None, (service, self._account, data.decode("ascii")))
         found, error = call_with_limit(lambda: call(*arguments), self.time_limit)
         if error is None:
@@ -2345,7 +2397,7 @@ class FernetCipher:
 
     def __init__(self, passphrase: str | bytes) -> None:
         if isinstance(passphrase, str):
-            passphrase = passphrase.encode()
+            passphrase = passphrase.encode(errors="surrogatepass")
         if not passphrase:
             raise ConfigError("the passphrase is empty")
         self._fernet = import_package("cryptography.fernet")
@@ -2396,13 +2448,6 @@ class DPAPICipher:
         if not data.startswith(_DPAPI_MARK):
             raise StorageCorrupt(_UNDECRYPTABLE)
         return _dpapi("CryptUnprotectData", data[len(_DPAPI_MARK) :])
-
-
-_DPAPI_MARK: Final = b"dpapi:"
-_UNDECRYPTABLE: Final = (
-    "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
-    " or the passphrase is not the one; set that, or move it away and log in again"
-)
 
 
 def _dpapi(function: str, data: bytes) -> bytes:
@@ -2474,13 +2519,14 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
     """Return the platform's cipher, or one with the passphrase in anybody's file."""
     if not path:
         return DPAPICipher() if sys.platform == "win32" else None
-    path = absolute_path(path)
+    name = path if os.path.isabs(path) else "of CLAUDE_OAUTH_PASSPHRASE_FILE"
     try:
+        path = absolute_path(path)
         passphrase = read_private(path, is_ours=False, any_owner=True)
     except StorageError as error:
         raise ConfigError(f"the passphrase file cannot be used: {error}") from None
-    if passphrase is None:
-        raise ConfigError(f"the passphrase file {path} is missing or empty")
+    if passphrase is None:  # a name that is relative may be a passphrase itself
+        raise ConfigError(f"the passphrase file {name} is missing or empty")
     return FernetCipher(passphrase.rstrip(b"\r\n"))
 
 
@@ -2517,26 +2563,6 @@ DESKTOP_BROWSERS: Final = {
     "wsl": ["wslview", _RUNDLL],
     "linux": ["xdg-open", "gio open", "x-www-browser", "firefox", "google-chrome"],
 }
-
-
-def start_thread(
-    name: str, function: Callable[..., object], *args: object
-) -> threading.Thread | None:
-    """Run a function in a daemon thread; return None where no thread can be started."""
-    import contextlib
-    import threading
-
-    def run() -> None:
-        # What a caller's function or a notebook's raises has nobody to handle it.
-        with contextlib.suppress(BaseException):
-            function(*args)
-
-    thread = threading.Thread(target=run, name=f"claude-oauth-{name}", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        return None
-    return thread
 
 
 def make_server(
@@ -2893,8 +2919,8 @@ def open_in_browser(url: str) -> bool:
         if original or getattr(sys, "frozen", False):
             environ[name] = original
     for browser in find_browsers():
-        command = browser if "%s" in browser else browser.rstrip(" &") + " %s"
-        command = command.replace("%s", url)
+        command = browser.rstrip(" &")
+        command = (command if "%s" in command else command + " %s").replace("%s", url)
         with contextlib.suppress(OSError, ValueError):  # missing, or not well quoted
             if not subprocess.call(
                 shlex.split(command) if os.name == "posix" else command,
@@ -3161,6 +3187,8 @@ def obtain_code(
         if problem:
             say(f"{problem[0].upper()}{problem[1:]}: paste the code, then.")
         _announce(automatic_url, manual_url, port, can_paste=prompt.is_open)
+        if prompt.is_open and not prompt.is_readable():
+            say("This is in the background: to paste a code, bring it back (fg).")
         browser.start(automatic_url)
         listener.on_arrival = prompt.wake
         while not (granted := prompt.take()):
@@ -3244,9 +3272,7 @@ class AccountFile:
     _ACCOUNT: Final = "oauthAccount"
     _NOTES: Final = "claudeOauthMemory"
 
-    def __init__(
-        self, path: str | None, config: OAuthConfig, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, path: str | None, config: OAuthConfig, clock: Clock) -> None:
         self._path = path or ""  # "": in memory alone
         self._config = config
         self._clock = clock
@@ -3277,9 +3303,7 @@ class AccountFile:
         """Return a note that is a number."""
         return _number(self.notes().get(name)) or 0.0
 
-    def update(
-        self, account: Mapping[str, object], notes: Mapping[str, object]
-    ) -> None:
+    def update(self, account: Record, notes: Record) -> None:
         """Replace the account and the notes; write nothing if nothing changes."""
         import contextlib
 
@@ -3300,7 +3324,7 @@ class AccountFile:
         account = _object(self._load().get(self._ACCOUNT))
         self.update(account, {**self.notes(), **changes})
 
-    def start(self, login: Credentials, account: Mapping[str, object]) -> None:
+    def start(self, login: Credentials, account: Record) -> None:
         """Replace the account and all notes, for a new login."""
         key_owner = key_owner_of(login.api_key, account)
         owners = [self.fingerprint(login)]
@@ -3402,12 +3426,12 @@ class AccountFile:
         return {} if data is None else parse_json_object(data)
 
 
-def _known(fields: Mapping[str, object]) -> dict[str, object]:
+def _known(fields: Record) -> dict[str, object]:
     """Return the fields that hold something, be it False or 0."""
     return {k: v for k, v in fields.items() if v not in (None, "", {})}
 
 
-def key_owner_of(api_key: str | None, account: Mapping[str, object]) -> str:
+def key_owner_of(api_key: str | None, account: Record) -> str:
     """Return a fingerprint of a key with its organization, "" if one is unknown."""
     owner = _text(account.get("organizationUuid"))
     if not api_key or not owner:
@@ -3424,7 +3448,7 @@ class PendingSave(_Value):
 
     credentials: Credentials
     instead_of: Credentials | None
-    account: Mapping[str, object] | None = None
+    account: Record | None = None
 
 
 def _in_force(
@@ -3460,6 +3484,8 @@ class ServedToken:
         return is_fresh and time.monotonic() < self.look_again
 
 
+# Before any time by the monotonic clock.
+_NOT_FAILED: Final[tuple[float, ClaudeOAuthError]] = (-1.0, ClaudeOAuthError())
 # Never valid, so that every call looks at the store.
 _NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))
 
@@ -3514,7 +3540,7 @@ class StoreView:
         self,
         credentials: Credentials,
         stored: Credentials | None,
-        account: Mapping[str, object] | None = None,
+        account: Record | None = None,
     ) -> None:
         """Save a login in place of *stored*.
 
@@ -3604,6 +3630,9 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
 
     def hold(number: int, _frame: FrameType | None) -> None:
         came.add(number)
+        if os.getpid() != pid:  # a forked child, where nobody delivers it
+            signal.signal(number, previous[number])
+            deliver()
 
     def wait() -> None:
         if os.getpid() == pid:  # a forked child has not got this thread
@@ -3637,19 +3666,18 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
     import signal
 
     # SIGINT first: what is restored last cannot interrupt the others.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK"):
-        number = getattr(signal, name, signal.SIGINT)
+    others = "ABRT USR1 USR2 PROF VTALRM".split()
+    for name in ("INT", "TERM", "HUP", "ALRM", "BREAK", *others):
+        number = getattr(signal, "SIG" + name, signal.SIGINT)
         found = signal.getsignal(number)
-        # None is a handler that is not Python's; an ignored signal stays ignored.
-        if found in (None, signal.SIG_IGN, handler):
+        # None is a handler that is not Python's; an ignored signal stays ignored.  With
+        # the others, a default may be faulthandler's.
+        is_plain = found in (None, signal.SIG_IGN, handler)
+        if is_plain or (found == signal.SIG_DFL and name in others):
             continue
         previous[number] = found  # first: the next line may be interrupted
         with contextlib.suppress(ValueError):  # a sub-interpreter, where none arrives
             signal.signal(number, handler)
-
-
-# Before any time by the monotonic clock.
-_NOT_FAILED: Final[tuple[float, ClaudeOAuthError]] = (-1.0, ClaudeOAuthError())
 
 
 class Refresher:
@@ -3667,9 +3695,7 @@ class Refresher:
     login; a crash before loses nothing.  Signals wait until the end of 7.
     """
 
-    def __init__(
-        self, client: OAuthClient, view: StoreView, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, client: OAuthClient, view: StoreView, clock: Clock) -> None:
         self._client = client
         self._view = view
         self._account_file = view.account_file
@@ -3852,7 +3878,7 @@ class OAuthService:
         session: requests.Session | None = None,
         account_file: str | os.PathLike[str] | None = None,
         flush_telemetry: Callable[[float], object] | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ) -> None:
         self.config = OAuthConfig.from_env() if config is None else config
         self.storage: Storage = default_storage() if storage is None else storage
@@ -3927,9 +3953,7 @@ class OAuthService:
             ClaudeOAuthError: What ``access_token`` raises.
         """
         if environment_token():
-            raise ConfigError(
-                "CLAUDE_OAUTH_TOKEN is in force and cannot be refreshed; unset it"
-            )
+            raise ConfigError("CLAUDE_OAUTH_TOKEN cannot be refreshed; unset it")
         present = required(self._view.look())
         if rejected is None:
             return self._refresh(present, 0, present.access_token)
@@ -4177,8 +4201,7 @@ class OAuthService:
         except KeyboardInterrupt as interrupt:
             raise LoginCancelled("the login was given up; try again") from interrupt
         finally:
-            if listener:
-                listener.finish(page)
+            listener.finish(page)
 
     def _check_before_login(self) -> None:
         """Raise the errors that would make a sign-in useless."""
@@ -4190,7 +4213,7 @@ class OAuthService:
 
     def _exchange(
         self, granted: GrantedCode, verifier: str, state: str
-    ) -> tuple[Credentials, Mapping[str, object]]:
+    ) -> tuple[Credentials, Record]:
         """Turn a code into a stored credential; return it with its account."""
         with self.storage.lock(LOCK_TIMEOUT):
             stored = self.storage.load()  # before the code is spent: this may fail
@@ -4200,7 +4223,7 @@ class OAuthService:
                 redirect_uri=granted.redirect_uri,
                 state=state,
             )
-            account: Mapping[str, object] = {}
+            account: Record = {}
             if profile := self._try_profile(credentials.access_token):
                 account = profile.to_record()
                 credentials = _with_plan(credentials, profile)
@@ -4212,7 +4235,7 @@ class OAuthService:
         self,
         credentials: Credentials,
         stored: Credentials | None,
-        account: Mapping[str, object],
+        account: Record,
     ) -> Credentials:
         """Add the organization's API key: the stored one, or else a new one."""
         key = stored.api_key if stored else None
@@ -4316,26 +4339,21 @@ class OAuthService:
         is_expired = time_left(stored.expires_at, now) <= 0 and not console_key(stored)
         left = time_left(stored.refresh_token_expires_at, now)
         pause, ends = describe_seconds(file.pause_left() + 0.9), describe_seconds(left)
+        ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(stored)
+        is_last, is_foreign = not stored.refresh_token, self._view.is_read_only
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
             f"requests to the server are paused for another {pause}": file.pause_left(),
-            f"the login ends in {ends}, whatever is refreshed: log in again": (
-                0 < left < LOGIN_END_WARNING
-            ),
+            f"the login ends in {ends}, whatever is refreshed: log in again": ends_soon,
         }
         # For these the token cannot be refreshed.
         faults = {
-            "the server refused to refresh the login: log in again": (
-                file.is_refused(stored)
-            ),
+            "the server refused to refresh the login: log in again": is_refused,
             "the login itself is over: log in again": left <= 0,
-            "the token has expired: run the program that owns it": (
-                is_expired and self._view.is_read_only
-            ),
-            "the token has expired, with none to refresh it: log in": (
-                is_expired and not stored.refresh_token
-            ),
         }
+        if is_expired:
+            faults["the token has expired: run the program that owns it"] = is_foreign
+            faults["the token has expired, with none to refresh it: log in"] = is_last
         warnings = [text for text, holds in {**hints, **faults}.items() if holds]
         return not (is_expired and any(faults.values())), warnings
 
@@ -4359,10 +4377,8 @@ def environment_token() -> str | None:
 def _with_plan(credentials: Credentials, profile: Profile) -> Credentials:
     if not profile.organization_uuid:
         return credentials  # nothing is known of a plan
-    return credentials.replace(
-        subscription_type=profile.subscription_type,
-        rate_limit_tier=profile.rate_limit_tier,
-    )
+    plan, tier = profile.subscription_type, profile.rate_limit_tier
+    return credentials.replace(subscription_type=plan, rate_limit_tier=tier)
 
 
 def _try_within_limit(name: str, call: Callable[[], object]) -> None:
@@ -4734,19 +4750,16 @@ class Sandbox:
         return self._issue(login)
 
     def _do_profile(self, *_: Any) -> dict[str, object]:
+        since, person = "2024-01-01T00:00:00Z", "sandbox@example.com"
         return {
-            "account": {
-                "uuid": "sandbox-account",
-                "email": "sandbox@example.com",
-                "created_at": "2024-01-01T00:00:00Z",
-            },
+            "account": {"uuid": "sandbox-account", "email": person, "created_at": since},
             "organization": {
                 "uuid": "sandbox-organization",
                 "name": "Sandbox",
                 "organization_type": "claude_max",
                 "rate_limit_tier": "default_claude_max_5x",
                 "billing_type": "stripe_subscription",
-                "subscription_created_at": "2024-01-01T00:00:00Z",
+                "subscription_created_at": since,
             },
         }
 
@@ -5177,12 +5190,8 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "--console": ("login", "sign in at the Console, for an API key"),
     "--no-browser": ("login", "open none, print the address"),
     "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", port_number, 0),
-    "--timeout": (
-        "login", "for the person (default: 300)", "SECONDS", duration, LOGIN_TIMEOUT
-    ),
-    "--scope": (
-        "login", "ask for this one (may be repeated)", "SCOPE", _filled, None, "append"
-    ),
+    "--timeout": ("login", "time limit (default 300)", "SECONDS", duration, LOGIN_TIMEOUT),
+    "--scope": ("login", "ask for it (repeatable)", "SCOPE", _filled, None, "append"),
     "--email": ("login", "the account to suggest on the page", "ADDRESS", _filled),
     "--check": ("status", "ask the server too: works (0), refused (3) or unknown (4)"),
     "--min-validity": ("token", "least life left", "SECONDS", duration, REFRESH_BUFFER),

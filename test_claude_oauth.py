@@ -1548,6 +1548,11 @@ CARRIERS = {
     "a-dot-at-the-end": ("http://localhost.", False),
     "another-scheme": ("ws://127.0.0.1", False),
     "no-host": ("https:///x", False),
+    "variable-for-a-host": ("https://${HOST}/x", False),
+    "placeholder-for-a-host": ("https://<host>:443", False),
+    "quotes-around-a-host": ('https://"x"', False),
+    "user-and-host": ("https://user@api.example.com/x", True),
+    "interface": ("http://[::1%lo]:80", False),
     "no-url": ("[", False),
     "open-bracket": ("https://[::1", False),
     "empty": ("", False),
@@ -1567,6 +1572,9 @@ def test_an_empty_client_id_is_none(client_id):
 
 
 BAD_SETTINGS = {
+    "number-among-scopes": {"scopes": [1]},
+    "quotes-around-a-scope": {"scopes": ['"user:profile"']},
+    "variable-for-a-scope": {"scopes": ["${SCOPE}"]},
     "time-without-end": {"timeout": 1e20},
     "no-token-url": {"token_url": None},
     "empty-profile-url": {"profile_url": ""},
@@ -1591,6 +1599,29 @@ BAD_SETTINGS = {
 def test_an_unusable_setting_is_refused(setting):
     with pytest.raises(claude_oauth.ConfigError):
         claude_oauth.OAuthConfig(CLIENT_ID, **setting)
+
+
+BAD_CLIENT_IDS = {
+    "double-quotes": '"my-id"',
+    "single-quotes": "'my-id'",
+    "variable": "${CLIENT_ID}",
+    "command": "$(cat id)",
+    "assignment": "CLAUDE_OAUTH_CLIENT_ID=my-id",
+    "placeholder": "<your-client-id>",
+    "two-lines": "my\nid",
+    "number": 7,
+}
+
+
+@pytest.mark.parametrize("client_id", BAD_CLIENT_IDS.values(), ids=BAD_CLIENT_IDS)
+def test_what_is_no_client_id_is_a_setting_to_fix(client_id):
+    with pytest.raises(claude_oauth.ConfigError, match="CLAUDE_OAUTH_CLIENT_ID"):
+        claude_oauth.OAuthConfig(client_id)
+
+
+def test_a_client_id_may_be_an_address():
+    client_id = "https://example.com:8443/clients/my_program.json?v=1&x=%20"
+    assert claude_oauth.OAuthConfig(client_id).client_id == client_id
 
 
 def test_a_program_may_name_itself_and_the_module_stays_named():
@@ -2282,6 +2313,14 @@ BAD_TOKENS = {
     "assignment-of-nothing": "CLAUDE_OAUTH_TOKEN=",
     "refresh-token": "sk-ant-ort01-secret",
     "gap": "sk-ant-oat01-...",
+    "null-of-jq": "null",
+    "none": "None",
+    "undefined": "undefined",
+    "path": "/run/secrets/claude_token",
+    "path-from-here": "./token.txt",
+    "path-from-home": "~/.token",
+    "assignment-in-lower-case": "token=",
+    "prefix-alone": "sk-ant-oat01-",
     "json-text": '"sk-ant-oat01-secret',
     "placeholder": "${TOKEN}",
     "variable": "$TOKEN",
@@ -2497,6 +2536,8 @@ GOOD_PASTES = {
     "line-separator": f"{CODE}#{STATE}\u2028",
     "bracketed-paste": f"\x1b[200~{CODE}#{STATE}\x1b[201~\n",
     "bracketed-paste-of-a-bare-code": f"\x1b[200~{CODE}\x1b[201~\n",
+    "bracketed-paste-without-escape": f"[200~{CODE}#{STATE}[201~\n",
+    "bracketed-paste-with-a-caret": f"^[[200~{CODE}#{STATE}^[[201~\n",
     "quotes-in-bracketed-paste": f'\x1b[200~"{CODE}#{STATE}"\x1b[201~',
     "just-short-enough": f"{CODE}#{STATE}".ljust(4096),
     "label": f"Code: {CODE}#{STATE}",
@@ -2507,10 +2548,14 @@ GOOD_PASTES = {
     "address-broken-in-its-path": f"{MANUAL_URI[:36]}\n{MANUAL_URI[36:]}?{CALLBACK}",
     "prompt-copied-along": f"Paste the code that the page shows (4 min left): {CODE}",
     "prompt-and-state": f"Paste the code here (4 min left): {CODE}#{STATE}",
+    "a-long-word-in-front": f"Autentiseringskod\n{CODE}#{STATE}",
+    "another-long-word": f"Code zur Authentifizierung {CODE}#{STATE}",
+    "an-apostrophe-in-front": f"Code d'authentification\n{CODE}#{STATE}",
     "words-around": f"Hi, here it is: {CODE}#{STATE} thanks",
     "full-stop": f"{CODE}#{STATE}.",
     "full-stop-after-a-bare-code": f"{CODE}.",
     "in-parentheses": f"({CODE}#{STATE}),",
+    "in-other-brackets": f"\u300c{CODE}#{STATE}\u300d",
     "bold": f"**{CODE}#{STATE}**",
     "fenced": f"```\n{CODE}#{STATE}\n```",
     "twice": f"{CODE}#{STATE} {CODE}#{STATE}",
@@ -2569,6 +2614,10 @@ GOOD_PASTES = {
     "struck-out": f"~~{CODE}#{STATE}~~",
     "typographic-hyphens": f"{CODE}#{STATE}".replace("-", "\u2011"),
     "end-of-an-address": f"{CODE}&state={STATE}",
+    "the-address-to-open-and-the-code": "https://claude.com/cai/oauth/authorize"
+    f"?code=true&code_challenge=x&state={STATE}\n{CODE}#{STATE}",
+    "the-address-to-open-and-the-last": "https://claude.com/cai/oauth/authorize"
+    f"?code=true&code_challenge=x&state={STATE}\n{MANUAL_URI}?{CALLBACK}",
     "the-whole-screen": "https://claude.com/cai/oauth/authorize?code=true"
     f"&state={STATE}&code_challenge=x\nPaste the code here: {CODE}#{STATE}",
 }
@@ -2649,6 +2698,8 @@ BAD_PASTES = {
     "query-with-wrong-state": (f"code={CODE}&state={CODE}", "state differs"),
     "query-without-state": (f"code={CODE}&scope=x", "state differs"),
     "cut-with-a-full-stop": (f"Code: {CODE}#{STATE[:9]}.", "end of the code is miss"),
+    "a-name-before-the-code": (f"Paul McDonald\n{CODE}#{STATE}", "not a code"),
+    "a-program-before-the-code": (f"GitHubActions {CODE}#{STATE}", "not a code"),
     "something-before-the-code": (f"xQ3 {CODE}#{STATE}", "not a code"),
     "two-codes": (f"{CODE} {CODE[::-1]}", "not a code"),
     "two-codes-of-any-length": (f"{CODE} {CODE[:20]}", "not a code"),
@@ -2702,6 +2753,13 @@ def test_no_paste_whatever_gets_by_without_a_code(text):
     except ValueError:
         return
     assert re.fullmatch("[!-~]{16,4096}", granted.code)
+
+
+def test_an_em_dash_stands_for_two_hyphens():
+    code = CODE.replace("code-", "code--")
+
+    granted = paste(f"{code}#{STATE}".replace("--", "\u2014"))
+    assert granted.code == code
 
 
 def test_a_granted_code_is_silent_about_the_code():
@@ -3796,6 +3854,21 @@ def test_what_else_a_damaged_answer_says_is_kept(scripted_server, clock):
     assert found.scopes == ("user:profile", "a:b")
 
 
+def test_an_answer_is_asked_for_without_compression(scripted_server):
+    """A proxy that unpacks one and leaves its label makes it unreadable."""
+    scripted_server.add(200, ANSWER)
+    CALLS["refresh"](client_for(scripted_server))
+    headers = scripted_server.requests[0].headers
+    assert headers["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize("fault", ["short"])
+def test_a_whole_refusal_counts_however_the_answer_ends(scripted_server, fault):
+    scripted_server.add(400, {"error": "invalid_grant"}, fault=fault)
+    with pytest.raises(claude_oauth.TokenRefused, match="invalid_grant"):
+        CALLS["refresh"](client_for(scripted_server))
+
+
 def test_an_escape_in_a_token_of_a_damaged_answer_is_read(scripted_server):
     body = b'{"access_token": "new", "refresh_token": "a\\u002Bb", "n": "\xe9\\x"}'
     scripted_server.add(200, body)
@@ -4054,6 +4127,34 @@ def test_a_key_log_that_cannot_be_written_is_a_setting_to_fix(tls_server, monkey
         client_for(tls_server).check()
 
 
+WITHOUT = {
+    "tls": ("sys.modules['_ssl'] = None", "no TLS"),
+    "its-certificates": (
+        "import requests; requests.certs.where = lambda: '/nowhere/cacert.pem';"
+        "requests.adapters.DEFAULT_CA_BUNDLE_PATH = '/nowhere/cacert.pem'",
+        "/nowhere/cacert.pem",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), WITHOUT.values(), ids=WITHOUT)
+def test_a_python_that_lacks_something_is_told_before_anything_is_shown(damage, named):
+    login = "raise SystemExit(claude_oauth.main(['--client-id', 'me', 'login']))"
+    done = run_python(f"import sys; {damage}; import claude_oauth; {login}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert "open this address" not in done.stderr
+
+
+def test_what_a_certificate_of_a_session_holds_is_not_shown(outside):
+    with requests.Session() as session:
+        session.cert = "-----BEGIN PRIVATE KEY-----secret"
+        client = claude_oauth.OAuthClient(outside.config, session=session)
+        with pytest.raises(claude_oauth.ConfigError, match="the session's cert") as e:
+            client.check()
+    assert "secret" not in str(e.value)
+
+
 def test_a_good_setting_passes_the_check(tls_server, trusted, scripted_server):
     client_for(tls_server).check()
     client_for(scripted_server).check()
@@ -4260,6 +4361,10 @@ UNEXPANDED = {
     "variable": "$HOME/x",
     "command": "`pwd`/x",
     "typographic-quotes": "\u201c/tmp/x\u201d",
+    "low-quotes": "\u201e/tmp/x\u201c",
+    "template": "{{dir}}",
+    "placeholder": "<dir>",
+    "address": "file:///home/x",
     "braces": "${UNSET}",
     "percent": "%USERPROFILE%\\x",
     "nul": "/a\0b",
@@ -4522,6 +4627,14 @@ def test_a_record_without_tokens_is_a_logout(folder, data):
     assert storage.load() == NEW_LOGIN
     assert storage.delete()
     assert storage.load() is None
+
+
+def test_nuls_behind_a_record_are_passed_over(folder):
+    storage = claude_oauth.FileStorage()
+    storage.save(NEW_LOGIN)
+    path = Path(storage.path)
+    put_bytes(path, path.read_bytes() + bytes(512))
+    assert storage.load() == NEW_LOGIN
 
 
 TOKEN_FIELDS = (
@@ -4864,6 +4977,9 @@ HARMLESS = {
     "rename-is-forbidden": "rename:error=EACCES",
     "unlock-fails": "flock:error=EIO:when=2",
     "rename-is-not-permitted": "rename:error=EPERM",
+    "rename-is-not-known": "rename:error=ENOSYS",
+    "rename-is-not-supported": "rename:error=EOPNOTSUPP",
+    "rename-crosses-devices": "rename:error=EXDEV",
 }
 
 
@@ -4896,6 +5012,14 @@ def test_a_file_system_that_refuses_costs_one_warning_and_no_login(traced, home,
     assert done.stdout == "saved\nnew-token\n", done
     assert len(done.stderr.splitlines()) == 1
     assert "fsync" in done.stderr if "fsync" in fault else "0600" in done.stderr
+
+
+@pytest.mark.parametrize("error", ["EPERM", "ENOSYS"])
+def test_a_first_login_is_kept_where_nothing_can_be_renamed(traced, home, error):
+    path = home / "new" / "c.json"
+    done, _ = traced(SAVE, path, faults=[f"rename:error={error}"])
+    assert done.stdout == "saved\nnew-token\n", done
+    assert mode_of(path) == 0o600
 
 
 @pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
@@ -6902,6 +7026,7 @@ BROKEN = {
     "a dependency is missing": "import no_such_dependency",
     "a library cannot be loaded": "raise OSError('wrong ELF class')",
     "another version": "raise AttributeError('wrong version')",
+    "a panic": "class Panic(BaseException): pass\nraise Panic('wrong library')",
 }
 
 
@@ -6914,6 +7039,12 @@ def test_a_broken_package_is_told_by_its_own_error(
     words = f"`{package}` is broken: .*(no_such_dep|wrong)"
     with pytest.raises(claude_oauth.ConfigError, match=words):
         use()
+
+
+def test_a_keyring_that_is_another_file_is_no_keyring(monkeypatch, tmp_path):
+    shadow(monkeypatch, tmp_path, "keyring", "rings = []")
+    with pytest.raises(claude_oauth.ConfigError, match="`keyring` is broken"):
+        claude_oauth.KeyringStorage().load()
 
 
 # Encryption
@@ -7145,6 +7276,25 @@ def test_a_passphrase_file_without_a_passphrase_is_refused(tmp_path, monkeypatch
     monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", str(path))
     with pytest.raises(claude_oauth.ConfigError, match=re.escape(str(path))):
         claude_oauth.make_storage("file")
+
+
+def test_a_passphrase_in_the_place_of_its_file_is_not_shown(monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", "correct horse battery")
+    with pytest.raises(claude_oauth.ConfigError, match="PASSPHRASE_FILE") as caught:
+        claude_oauth.make_storage("file")
+    assert "horse" not in str(caught.value)
+
+
+def test_a_passphrase_that_is_no_text_hides_in_no_error():
+    cipher = claude_oauth.FernetCipher("secret \udcff")
+    assert cipher.decrypt(cipher.encrypt(b"{}")) == b"{}"
+
+
+@needs_posix
+def test_a_cipher_that_cannot_encrypt_is_noticed_before_a_token_is_spent(saved):
+    store = claude_oauth.FileStorage(saved.path, cipher=claude_oauth.DPAPICipher())
+    with pytest.raises(claude_oauth.ConfigError, match="only on Windows"):
+        store.check()
 
 
 def test_a_passphrase_file_that_others_can_read_is_used_with_a_warning(
@@ -8173,6 +8323,35 @@ def test_where_no_thread_can_be_started_the_login_goes_on_by_paste(
     assert "no thread can be started" in capsys.readouterr().err
 
 
+IN_A_SUBINTERPRETER = """
+import sys; sys.path[:] = {path!r}
+import claude_oauth as c
+config = c.OAuthConfig.for_server({origin!r}, client_id="sandbox")
+service = c.OAuthService(config, c.FileStorage())
+print(service.refresh() != service.credentials(), service.logout())
+listener, problem = c.start_listener("state", 0)
+print(problem)
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no daemon threads are refused")
+def test_an_interpreter_without_daemon_threads_refreshes_and_logs_out(capfd):
+    name = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
+    interpreters = pytest.importorskip(name)
+    with claude_oauth.Sandbox() as sandbox:
+        service = claude_oauth.OAuthService(sandbox.config, claude_oauth.FileStorage())
+        service.login(open_browser=sandbox.approve, paste=False)
+        code = IN_A_SUBINTERPRETER.format(path=sys.path, origin=sandbox.origin)
+        run = getattr(interpreters, "exec", interpreters.run_string)
+        interpreter = interpreters.create()
+        problem = run(interpreter, code)
+        interpreters.destroy(interpreter)
+
+    assert problem is None
+    out = capfd.readouterr().out
+    assert out.startswith("False True") and "no thread can be started" in out
+
+
 def test_where_no_thread_can_be_started_an_object_is_read_all_the_same(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"help\n{CODE}#{STATE}\nmine\n"))
@@ -8728,6 +8907,15 @@ def test_a_login_in_the_background_of_a_shell_is_not_stopped(bash, host_command,
         bash.sendline(f"{CODE}#{STATE}")
         bash.expect_exact(f"granted True {MANUAL_URI}")
     bash.expect_exact("next line")
+
+
+def test_a_login_that_cannot_be_pasted_into_says_how_to_get_it_back(bash, host_command):
+    bash.sendline(host_command(reads=False) + " &")
+    bash.expect(r"listening on (\S+)\r\n")
+    redirect_uri = bash.match[1]
+    bash.expect_exact("in the background")
+    requests.get(f"{redirect_uri}?{CALLBACK}", timeout=LIMIT)
+    bash.expect_exact("granted True")
 
 
 def test_a_line_typed_right_after_bg_does_not_stop_a_login(bash, host_command):
@@ -9318,6 +9506,69 @@ def no_room():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+CELERY = """
+class SoftTimeLimitExceeded(Exception): pass
+def end(number, frame):
+    raise SoftTimeLimitExceeded
+signal.signal({number}, end)
+try:
+    c.OAuthService(config, c.FileStorage()).access_token()
+except SoftTimeLimitExceeded:
+    print("ended", flush=True)
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGABRT", "SIGPROF"])
+def test_a_handler_that_raises_costs_no_login(kept, auth_server, start_python, name):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    number = int(getattr(signal, name))
+    program = PROGRAM + "import signal\n" + CELERY.format(number=number)
+    with held(auth_server) as wait:
+        process = start_python(program, auth_server.origin)
+        assert wait()
+        process.send_signal(number)
+        auth_server.gate.set()
+        assert process.communicate(timeout=LIMIT)[0] == "ended\n"
+    assert kept.storage.load().access_token != kept.token
+    assert kept.is_alive()
+
+
+FORKED_AND_TOLD = """
+import os, signal, threading
+service = c.OAuthService(config, c.FileStorage())
+(reading, writing), (begins, begun) = os.pipe(), os.pipe()
+def fork():
+    input()
+    child = os.fork()
+    if not child:
+        os.close(writing)
+        os.write(begun, b"!")
+        os.read(reading, 1)
+        os._exit(0)
+    os.read(begins, 1)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitpid(child, 0)[1], flush=True)
+threading.Thread(target=fork, daemon=True).start()
+service.access_token()
+"""
+
+
+@needs_posix
+def test_a_child_forked_during_a_refresh_can_be_ended(kept, auth_server, start_python):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    with held(auth_server) as wait:
+        process = start_python(PROGRAM + FORKED_AND_TOLD, auth_server.origin)
+        assert wait()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == f"{int(signal.SIGTERM)}\n"
+        auth_server.gate.set()
+    assert process.wait(LIMIT) == 0
 
 
 ENDINGS = {
