@@ -4750,9 +4750,9 @@ class Sandbox:
         return self._issue(login)
 
     def _do_profile(self, *_: Any) -> dict[str, object]:
-        since, person = "2024-01-01T00:00:00Z", "sandbox@example.com"
+        since, mail = "2024-01-01T00:00:00Z", "sandbox@example.com"
         return {
-            "account": {"uuid": "sandbox-account", "email": person, "created_at": since},
+            "account": {"uuid": "sandbox-account", "email": mail, "created_at": since},
             "organization": {
                 "uuid": "sandbox-organization",
                 "name": "Sandbox",
@@ -5190,7 +5190,7 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "--console": ("login", "sign in at the Console, for an API key"),
     "--no-browser": ("login", "open none, print the address"),
     "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", port_number, 0),
-    "--timeout": ("login", "time limit (default 300)", "SECONDS", duration, LOGIN_TIMEOUT),
+    "--timeout": ("login", "time limit (300)", "SECONDS", duration, LOGIN_TIMEOUT),
     "--scope": ("login", "ask for it (repeatable)", "SCOPE", _filled, None, "append"),
     "--email": ("login", "the account to suggest on the page", "ADDRESS", _filled),
     "--check": ("status", "ask the server too: works (0), refused (3) or unknown (4)"),
