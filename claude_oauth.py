@@ -450,8 +450,8 @@ class OAuthConfig(_Value):
             raise ConfigError("timeout must be above 0 seconds and at most a day")
         if _text(agent, "[ -~]*") is None:
             raise ConfigError("user_agent must be printable ASCII")
-        own = "" if USER_AGENT in agent else USER_AGENT
-        self.__dict__["user_agent"] = f"{agent} {own}".strip()
+        words = agent.replace(USER_AGENT, "").split()
+        self.__dict__["user_agent"] = " ".join((*words, USER_AGENT))
         self.__dict__["client_id"] = client_id.strip()
         self._check_endpoints()
 
@@ -4588,8 +4588,7 @@ class Sandbox:
         try:
             self._server = make_server("127.0.0.1", self._port, self._handle)
         except (OSError, OverflowError) as exc:
-            reason = getattr(exc, "strerror", "") or exc
-            text = f"port {self._port} of 127.0.0.1 cannot be used ({reason})"
+            text = f"port {self._port} of 127.0.0.1 cannot be used ({exc.args[-1]})"
             raise ConfigError(f"{text}: use another port") from None
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
         if start_thread("sandbox", self._server.serve_forever, 0.05) is None:
@@ -4653,8 +4652,8 @@ class Sandbox:
 
     def _handle(self, request: Any) -> None:
         """Answer a request of `make_server`; the connection ends with the answer."""
-        length = request.headers.get("Content-Length", "")
-        request.body = request.rfile.read(int(length)) if length.isdecimal() else b""
+        length = int(request.headers.get("Content-Length", 0))
+        request.body = request.rfile.read(length)
         bearer = request.headers.get("Authorization", "").split("Bearer ")[-1]
         request.token = request.headers.get("x-api-key", bearer)
         status, headers = 200, {"Content-Type": "application/json"}
@@ -4773,8 +4772,8 @@ class Sandbox:
         return {"raw_key": key}
 
     def _check_access(self, token: str, scope: str) -> None:
-        login, end = self._access.get(token, (None, 0.0))
-        if login is None or not login.is_alive or end <= time.monotonic():
+        login, end = self._access.get(token, (_NO_LOGIN, 0.0))
+        if not login.is_alive or end <= time.monotonic():
             raise _SandboxRefusal(401, "authentication_error", "the token is dead")
         if scope not in login.scopes:
             raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
@@ -4794,8 +4793,8 @@ class Sandbox:
 
     def _login_of(self, grant: str) -> types.SimpleNamespace:
         """Return the login of a code or refresh token; its reuse ends it (RFC 9700)."""
-        login = self._logins.get(grant)
-        if login is None or not login.is_alive:
+        login = self._logins.get(grant, _NO_LOGIN)
+        if not login.is_alive:
             raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
         if login.grant != grant:
             login.is_alive = False  # two programs have it: one may have stolen it
@@ -4819,15 +4818,17 @@ class Sandbox:
 
 def _visit(url: str) -> None:
     """Fetch a page of this machine as a browser does, redirects included."""
+    import contextlib
+
     get, host = import_requests().get, {"Host": url.split("/")[2]}
     for address in ("127.0.0.1", "[::1]"):  # `localhost` does not resolve everywhere
         page = url.replace("localhost", address, 1)
-        try:
+        with contextlib.suppress(OSError):  # the listener does not use this address
             get(page, headers=host, proxies={"no_proxy": "*"}, timeout=REQUEST_TIMEOUT)
-        except OSError:
-            continue  # the listener does not use this address
-        return
+            return
 
+
+_NO_LOGIN: Final = types.SimpleNamespace(is_alive=False)
 
 # By path, or grant_type: the name that `counts` has, and the scope that it requires.
 _SANDBOX_ENDPOINTS: Final = {
@@ -4967,7 +4968,7 @@ def _status(options: Any) -> int:
         "client id": status["client_id"],
     }
     word = check.partition(":")[0]
-    _print(options, {**status, "check": word} if word else status, rows)
+    _print(options, {**status, **_known({"check": word})}, rows)
     if status["source"] == "none" and not options.json:
         say("! run `claude-oauth login` to sign in")
     code = 0 if status["logged_in"] else 3
@@ -5194,7 +5195,7 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "--scope": ("login", "ask for it (repeatable)", "SCOPE", _filled, None, "append"),
     "--email": ("login", "the account to suggest on the page", "ADDRESS", _filled),
     "--check": ("status", "ask the server too: works (0), refused (3) or unknown (4)"),
-    "--min-validity": ("token", "least life left", "SECONDS", duration, REFRESH_BUFFER),
+    "--min-validity": ("token", "least time left", "SECONDS", duration, REFRESH_BUFFER),
     "--lifetime": ("sandbox", "life of an access token", "SECONDS", duration, 28800),
     "--browser": ("demo", "sign in with your own browser"),
     "--json": ("login status token refresh profile", "print one JSON object"),
