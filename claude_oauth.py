@@ -392,10 +392,8 @@ class OAuthConfig(_Value):
     ``client_id`` is the one that the program was issued; only a login needs it.
     ``revoke_url`` may be None: then a logout revokes nothing.  A program may put its
     own name into ``user_agent``; this module's stays.  ``timeout`` is the number of
-    seconds to connect, and to answer.
-
-    Raises:
-        ConfigError: A setting is unusable, or an endpoint not https (or loopback).
+    seconds to connect, and to answer.  Raises ConfigError if a setting is unusable, or
+    an endpoint not https (or loopback).
     """
 
     client_id: str
