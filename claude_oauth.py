@@ -4650,8 +4650,8 @@ class Sandbox:
 
     def _handle(self, request: Any) -> None:
         """Answer a request of `make_server`; the connection ends with the answer."""
-        length = int(request.headers.get("Content-Length", 0))
-        request.body = request.rfile.read(length)
+        length = request.headers.get("Content-Length", "")
+        request.body = request.rfile.read(int(length)) if length.isdecimal() else b""
         bearer = request.headers.get("Authorization", "").split("Bearer ")[-1]
         request.token = request.headers.get("x-api-key", bearer)
         status, headers = 200, {"Content-Type": "application/json"}
