@@ -8328,7 +8328,7 @@ import sys; sys.path[:] = {path!r}
 import claude_oauth as c
 config = c.OAuthConfig.for_server({origin!r}, client_id="sandbox")
 service = c.OAuthService(config, c.FileStorage())
-print(service.refresh() != service.credentials(), service.logout())
+print(service.refresh().access_token != {token!r}, service.logout())
 listener, problem = c.start_listener("state", 0)
 print(problem)
 """
@@ -8340,8 +8340,9 @@ def test_an_interpreter_without_daemon_threads_refreshes_and_logs_out(capfd):
     interpreters = pytest.importorskip(name)
     with claude_oauth.Sandbox() as sandbox:
         service = claude_oauth.OAuthService(sandbox.config, claude_oauth.FileStorage())
-        service.login(open_browser=sandbox.approve, paste=False)
-        code = IN_A_SUBINTERPRETER.format(path=sys.path, origin=sandbox.origin)
+        token = service.login(open_browser=sandbox.approve, paste=False).access_token
+        place = {"path": sys.path, "origin": sandbox.origin}
+        code = IN_A_SUBINTERPRETER.format(**place, token=token)
         run = getattr(interpreters, "exec", interpreters.run_string)
         interpreter = interpreters.create()
         problem = run(interpreter, code)
@@ -8349,7 +8350,7 @@ def test_an_interpreter_without_daemon_threads_refreshes_and_logs_out(capfd):
 
     assert problem is None
     out = capfd.readouterr().out
-    assert out.startswith("False True") and "no thread can be started" in out
+    assert out.startswith("True True") and "no thread can be started" in out
 
 
 def test_where_no_thread_can_be_started_an_object_is_read_all_the_same(monkeypatch):
