@@ -3307,8 +3307,7 @@ class AccountFile:
 
         own = {self._ACCOUNT: account, self._NOTES: _known(notes)}
         before, found = self._load(), self._read()
-        record = {k: v for k, v in before.items() if k not in own}
-        record.update(_known(own))
+        record = {**without(before, own), **_known(own)}
         if record == before:
             return
         self._unwritten = (found, record)
