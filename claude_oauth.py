@@ -3588,8 +3588,8 @@ class StoreView:
             return stamp, found
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
-            if took > SLOW_FAILURE:  # a dialog was shown, maybe: not again at once
-                self._failed_until = Deadline(5 * took)
+            # A long one showed a dialog, maybe: not again at once.
+            self._failed_until = Deadline(5 * (took - SLOW_FAILURE))
             is_new, self._failure = not self._failure, _copy_of(error)
             if known is None:
                 raise
