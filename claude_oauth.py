@@ -4407,14 +4407,13 @@ class BearerAuth:
         self, service: OAuthService, *, hosts: Iterable[str] = ("api.anthropic.com",)
     ) -> None:
         import functools
-        import re
         from urllib.parse import urlsplit
 
         self._service = service
         names = [hosts] if isinstance(hosts, str) else [*hosts]
         host = r"(?ai)[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]*::[0-9a-f:]*"
         for name in names:
-            if not isinstance(name, str) or not re.fullmatch(host, name):
+            if not _text(name, host):
                 raise ConfigError(
                     f"{printable(str(name).split('@')[-1])!r} is not a host name: give"
                     " names alone, without scheme, port or path"
