@@ -3431,9 +3431,7 @@ def _known(fields: Record) -> dict[str, object]:
 def key_owner_of(api_key: str | None, account: Record) -> str:
     """Return a fingerprint of a key with its organization, "" if one is unknown."""
     owner = _text(account.get("organizationUuid"))
-    if not api_key or not owner:
-        return ""
-    return fingerprint(api_key, client_id=owner)
+    return fingerprint(api_key, client_id=owner) if api_key and owner else ""
 
 
 class PendingSave(_Value):
@@ -4214,11 +4212,9 @@ class OAuthService:
         """Turn a code into a stored credential; return it with its account."""
         with self.storage.lock(LOCK_TIMEOUT):
             stored = self.storage.load()  # before the code is spent: this may fail
+            code, uri = granted.code, granted.redirect_uri
             credentials = self._client.exchange_code(
-                granted.code,
-                verifier=verifier,
-                redirect_uri=granted.redirect_uri,
-                state=state,
+                code, verifier=verifier, redirect_uri=uri, state=state
             )
             account: Record = {}
             if profile := self._try_profile(credentials.access_token):
@@ -4229,10 +4225,7 @@ class OAuthService:
         return credentials, account
 
     def _with_key(
-        self,
-        credentials: Credentials,
-        stored: Credentials | None,
-        account: Record,
+        self, credentials: Credentials, stored: Credentials | None, account: Record
     ) -> Credentials:
         """Add the organization's API key: the stored one, or else a new one."""
         key = stored.api_key if stored else None
