@@ -3218,6 +3218,14 @@ def time_left(moment: float | None, now: float) -> float:
     return float("inf") if moment is None else moment - now
 
 
+def wait_left(until: float, now: float, longest: float) -> float:
+    """Return the seconds until a moment, 0 once it has passed.
+
+    One that is longer than any dates from before the clock was set back: it is over.
+    """
+    return until - now if now < until <= now + longest else 0.0
+
+
 def required(credentials: Credentials | None) -> Credentials:
     """Return the credential, or raise NotLoggedIn if there is none."""
     if credentials is None:
@@ -3382,15 +3390,12 @@ class AccountFile:
 
     def pause_left(self) -> float:
         """Return the seconds of a noted pause that are left, 0 if there is none."""
-        left = self.number("wait_until") - self._clock()
-        # A longer one was noted before the clock was set back.
-        return left if 0 < left <= WAIT_CEILING else 0.0
+        return wait_left(self.number("wait_until"), self._clock(), WAIT_CEILING)
 
     def is_refused(self, credentials: Credentials) -> bool:
         """Tell whether the server is known to refuse this refresh token."""
-        left = self.number("refused_until") - self._clock()
-        # A longer one was noted before the clock was set back.
-        is_known = 0 < left <= 2 * MAX_LIFETIME
+        until = self.number("refused_until")
+        is_known = wait_left(until, self._clock(), 2 * MAX_LIFETIME) > 0
         return is_known and self.notes().get("refused") == self.fingerprint(credentials)
 
     def raise_known_failure(self, credentials: Credentials) -> None:
@@ -3704,9 +3709,8 @@ class Refresher:
 
     def is_due(self, credentials: Credentials, min_validity: float) -> bool:
         """Tell whether a refresh should be tried now."""
-        put_off = self._not_before - self._clock()
-        # A longer one dates from before the clock was set back.
-        must_last = not credentials.refresh_token or 0 < put_off <= PUT_OFF
+        put_off = wait_left(self._not_before, self._clock(), PUT_OFF)
+        must_last = put_off or not credentials.refresh_token
         limit = 0 if must_last else max(min_validity, 0)
         return time_left(credentials.expires_at, self._clock()) <= limit
 
