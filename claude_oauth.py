@@ -3665,19 +3665,17 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
     import contextlib
     import signal
 
+    # A default of these may be faulthandler's.
+    others = dict.fromkeys("ABRT USR1 USR2 PROF VTALRM".split(), signal.SIG_DFL)
     # SIGINT first: what is restored last cannot interrupt the others.
-    others = "ABRT USR1 USR2 PROF VTALRM".split()
     for name in ("INT", "TERM", "HUP", "ALRM", "BREAK", *others):
         number = getattr(signal, "SIG" + name, signal.SIGINT)
         found = signal.getsignal(number)
-        # None is a handler that is not Python's; an ignored signal stays ignored.  With
-        # the others, a default may be faulthandler's.
-        is_plain = found in (None, signal.SIG_IGN, handler)
-        if is_plain or (found == signal.SIG_DFL and name in others):
-            continue
-        previous[number] = found  # first: the next line may be interrupted
-        with contextlib.suppress(ValueError):  # a sub-interpreter, where none arrives
-            signal.signal(number, handler)
+        # None is a handler that is not Python's; an ignored signal stays ignored.
+        if found not in (None, signal.SIG_IGN, handler, others.get(name)):
+            previous[number] = found  # first: the next line may be interrupted
+            with contextlib.suppress(ValueError):  # a sub-interpreter: none arrives
+                signal.signal(number, handler)
 
 
 class Refresher:
