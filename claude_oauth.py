@@ -4050,7 +4050,7 @@ class OAuthService:
             return cached
         profile, token = self._with_token(self._client.fetch_profile)
         try:
-            self._keep_profile(profile, token)
+            self._keep_profile(profile, Credentials(token))
         except (StorageError, Unavailable) as error:
             warn(f"the profile could not be kept: {error}")
         return profile
@@ -4067,7 +4067,7 @@ class OAuthService:
             return renewed
         if profile := self._try_profile(renewed.access_token):
             with contextlib.suppress(ClaudeOAuthError):
-                return self._keep_profile(profile, renewed.access_token) or renewed
+                return self._keep_profile(profile, renewed)
         return renewed
 
     def _try_profile(self, access_token: str) -> Profile | None:
@@ -4076,15 +4076,15 @@ class OAuthService:
         fetch = self._client.fetch_profile
         return call_with_limit(lambda: fetch(access_token), self.config.timeout)[0]
 
-    def _keep_profile(self, profile: Profile, token: str) -> Credentials | None:
-        """Store the profile of an access token, if the store still holds that token."""
+    def _keep_profile(self, profile: Profile, login: Credentials) -> Credentials:
+        """Store the profile of a login if it is still stored; return it completed."""
         import contextlib
 
         is_ours = not self._view.is_read_only
         with self.storage.lock(SHORT_WAIT) if is_ours else contextlib.nullcontext():
             stored, newest = self._view.read()
-            if newest is None or newest.access_token != token:
-                return None  # somebody refreshed, or logged out or in, meanwhile
+            if newest is None or newest.access_token != login.access_token:
+                return login  # somebody refreshed, or logged out or in, meanwhile
             file, account = self._account_file, self._account_file.account(newest)
             if account.get("accountUuid") not in (None, profile.account_uuid):
                 account = {}
