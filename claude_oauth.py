@@ -3534,6 +3534,7 @@ class StoreView:
         newest = _in_force(self.pending, stored)
         if newest is stored:
             self.pending = None  # somebody has logged in or out since
+        self.remember(newest)
         return stored, newest
 
     def save(
@@ -3790,7 +3791,6 @@ class Refresher:
             stored, found = self._view.read()
             newest = required(found)
             if self._suffices(newest, min_validity, other_than):
-                self._view.remember(newest)
                 return newest, False
             if not is_last:
                 self._account_file.raise_known_failure(newest)
@@ -4120,7 +4120,6 @@ class OAuthService:
             stored, found = self._view.read()
             newest = required(found)
             if not anew and not needs_key(newest):
-                self._view.remember(newest)
                 return newest
             self.storage.check()  # a permanent key must not be made to be lost
             key = self._client.create_api_key(newest.access_token)
