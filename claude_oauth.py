@@ -3781,34 +3781,33 @@ class Refresher:
             return with_signals_deferred(refresh)
 
     def _refresh_if_needed(
-        self, min_validity: float, other_than: str | None
+        self, min_validity: float, other_than: str | None, *, is_last: bool = False
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
         import contextlib
 
-        scopes: tuple[str, ...] = ()
-        for is_last in (False, True):
-            stored, found = self._view.read()
-            newest = required(found)
-            if self._suffices(newest, min_validity, other_than):
-                return newest, False
-            if not is_last:
-                self._account_file.raise_known_failure(newest)
-                scopes = scopes_to_refresh(newest.scopes, self._client.config.scopes)
-            self._view.storage.check()
-            try:
-                return self._spend(newest, stored, scopes), True
-            except (TokenRefused, Unavailable) as error:
-                pause = self._account_file.note_failure(error, newest, scopes)
-                before = after = newest.refresh_token
-                # Another program may have refreshed meanwhile; else the refusal counts.
-                with contextlib.suppress(StorageError, NotLoggedIn):
-                    after = required(self._view.read()[1]).refresh_token
-                if is_last or (pause is None and after == before):
-                    raise
-            time.sleep(pause or 0)
-            scopes = ()  # the server keeps those granted
-        raise AssertionError("the last round returns or raises")
+        stored, found = self._view.read()
+        newest = required(found)
+        if self._suffices(newest, min_validity, other_than):
+            return newest, False
+        scopes: tuple[str, ...] = ()  # the server keeps those granted
+        if not is_last:
+            self._account_file.raise_known_failure(newest)
+            scopes = scopes_to_refresh(newest.scopes, self._client.config.scopes)
+        self._view.storage.check()
+        try:
+            return self._spend(newest, stored, scopes), True
+        except (TokenRefused, Unavailable) as error:
+            pause = self._account_file.note_failure(error, newest, scopes)
+            # Another program may have refreshed meanwhile; else the refusal counts.
+            with contextlib.suppress(StorageError, NotLoggedIn):
+                latest = required(self._view.read()[1])
+                if latest.refresh_token != newest.refresh_token:
+                    pause = 0.0
+            if is_last or pause is None:
+                raise
+        time.sleep(pause)
+        return self._refresh_if_needed(min_validity, other_than, is_last=True)
 
     def _suffices(
         self, newest: Credentials, min_validity: float, other_than: str | None
@@ -3824,15 +3823,20 @@ class Refresher:
     ) -> Credentials:
         """Spend the refresh token; keep a successor even beside a bad access token."""
         answer = self._client.request_refresh(newest, scopes)
-        now, problem = self._clock(), None
+        now = self._clock()
         try:
             renewed = Credentials.from_answer(answer, received_at=now, previous=newest)
-        except BadAnswer as defect:
-            successor = _text(answer.get("refresh_token"))
-            if not successor:
-                raise
-            renewed, problem = newest.replace(refresh_token=successor), defect
-        renewed = renewed.replace(client_id=self._client.client_id_for(newest))
+        except BadAnswer:
+            if successor := _text(answer.get("refresh_token")):
+                self._keep(newest.replace(refresh_token=successor), newest, stored)
+            raise
+        return self._keep(renewed, newest, stored)
+
+    def _keep(
+        self, renewed: Credentials, before: Credentials, stored: Credentials | None
+    ) -> Credentials:
+        """Save the new login, and note the result for the other processes."""
+        renewed = renewed.replace(client_id=self._client.client_id_for(before))
         try:
             self._view.save(renewed, stored)
         except ClaudeOAuthError as error:
@@ -3841,9 +3845,7 @@ class Refresher:
                 " it is kept in memory and saved as soon as that works"
             )
         finally:  # the token before is spent, and nobody must send it again
-            self._account_file.note_success(renewed, newest, stored)
-        if problem:
-            raise problem
+            self._account_file.note_success(renewed, before, stored)
         return renewed
 
 
