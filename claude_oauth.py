@@ -3538,32 +3538,29 @@ class StoreView:
         return stored, newest
 
     def save(
-        self,
-        credentials: Credentials,
-        stored: Credentials | None,
-        account: Record | None = None,
+        self, new: Credentials, old: Credentials | None, account: Record | None = None
     ) -> None:
-        """Save a login in place of *stored*.
+        """Save a new login in place of the *old* one, which the store holds.
 
         After an error it is served from memory, and every look tries to save it again.
         """
         if account is None and self.pending:
             account = self.pending.account
-        pending: PendingSave | None = PendingSave(credentials, stored, account)
+        pending: PendingSave | None = PendingSave(new, old, account)
         error: ClaudeOAuthError | None = None
         try:
-            self.storage.save(credentials)
+            self.storage.save(new)
             pending = None
         except Exception as problem:  # whatever it is: the token before it is spent
             error = StorageError(f"the storage fails ({type(problem).__name__})")
             error = problem if isinstance(problem, ClaudeOAuthError) else error
         finally:
             self.pending = pending
-            self.remember(credentials)
+            self.remember(new)
         if error:  # raised out here, where no other exception hangs on it
             raise error
         if account is not None:
-            self.account_file.start(credentials, account)
+            self.account_file.start(new, account)
 
     def remember(self, credentials: Credentials | None) -> None:
         """Use this as the store's content until the next look."""
