@@ -4426,12 +4426,9 @@ class BearerAuth:
 
     def auth_flow(self, request: Any) -> Iterator[Any]:
         """Sign, send, and repeat once after a 401: what ``httpx.Auth`` asks for."""
-        if not self._may_sign(str(request.url)):
-            yield request
-            return
-        self._sign(request)
-        response: Any = yield request
-        if self._is_refusal(response) and self._renew(request):
+        may_sign = self._may_sign(str(request.url))
+        response: Any = yield self(request)
+        if may_sign and self._is_refusal(response) and self._renew(request):
             response = yield request
             self._note_answer(request, response)
 
