@@ -3288,11 +3288,10 @@ class AccountFile:
 
     def fingerprint(self, credentials: Credentials) -> str:
         """Return a hash that identifies a login without revealing its token."""
-        return fingerprint(
-            credentials.refresh_token or credentials.access_token,
-            client_id=credentials.client_id or self._config.client_id,
-            token_url=self._config.token_url.lower(),
-        )
+        token = credentials.refresh_token or credentials.access_token
+        client_id = credentials.client_id or self._config.client_id
+        url = self._config.token_url.lower()
+        return fingerprint(token, client_id=client_id, token_url=url)
 
     def account(self, credentials: Credentials) -> dict[str, Any]:
         """Return the account that was cached for this login, empty if there is none."""
@@ -3837,10 +3836,8 @@ class Refresher:
         try:
             self._view.save(renewed, stored)
         except ClaudeOAuthError as error:
-            warn(
-                f"the refreshed login could not be saved ({error});"
-                " it is kept in memory and saved as soon as that works"
-            )
+            problem = f"the refreshed login could not be saved ({error})"
+            warn(f"{problem}; it is kept in memory and saved as soon as that works")
         finally:  # the token before is spent, and nobody must send it again
             self._account_file.note_success(renewed, before, stored)
         return renewed
@@ -3860,8 +3857,7 @@ class OAuthService:
         session: A ``requests.Session`` for this service's own requests.
         account_file: Where the account is cached, and the pauses that processes share.
             Default: the storage's ``account_file``; in memory if it has none.
-        flush_telemetry: Called at logout, before anything is deleted, with the seconds
-            that it may take.
+        flush_telemetry: Called first at logout, with the seconds that it may take.
         clock: Seconds since the epoch.
     """
 
@@ -4407,10 +4403,9 @@ class BearerAuth:
         host = r"(?ai)[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]*::[0-9a-f:]*"
         for name in names:
             if not _text(name, host):
-                raise ConfigError(
-                    f"{printable(str(name).split('@')[-1])!r} is not a host name: give"
-                    " names alone, without scheme, port or path"
-                )
+                shown = printable(str(name).split("@")[-1])
+                cure = "give names alone, without scheme, port or path"
+                raise ConfigError(f"{shown!r} is not a host name: {cure}")
         api = urlsplit(service.config.profile_url).hostname
         self._hosts = {*map(str.lower, names), api}
         # A crawler asks about many origins; each is decided on once.
