@@ -3733,8 +3733,7 @@ class Refresher:
 
     def _read_foreign(self, other_than: str | None) -> tuple[Credentials, bool]:
         """Return the login that another program refreshes; never refresh it here."""
-        newest = required(self._view.storage.load())
-        self._view.remember(newest)
+        newest = required(self._view.read()[1])
         if self._suffices(newest, 0, other_than):
             return newest, False
         raise Unavailable(
