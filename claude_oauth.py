@@ -3219,10 +3219,8 @@ def time_left(moment: float | None, now: float) -> float:
 
 
 def wait_left(until: float, now: float, longest: float) -> float:
-    """Return the seconds until a moment, 0 once it has passed.
-
-    One that is longer than any dates from before the clock was set back: it is over.
-    """
+    """Return the seconds until a moment, 0 once it has passed."""
+    # A wait longer than the longest dates from before the clock was set back.
     return until - now if now < until <= now + longest else 0.0
 
 
@@ -3723,9 +3721,9 @@ class Refresher:
             return self._refresh_alone(limit, min_validity, other_than)
         try:
             return self._refresh_alone(0.0, min_validity)
+        except NotLoggedIn:
+            raise
         except ClaudeOAuthError as error:
-            if isinstance(error, NotLoggedIn):
-                raise
             self._not_before = self._clock() + PUT_OFF
             if not isinstance(error, (Unavailable, BadAnswer)):
                 warn(f"{error} (the present token is used until it expires)")
