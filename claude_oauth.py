@@ -3661,7 +3661,7 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
     import signal
 
     # A default of these may be faulthandler's.
-    others = dict.fromkeys("ABRT USR1 USR2 PROF VTALRM".split(), signal.SIG_DFL)
+    others = dict.fromkeys(["ABRT", "USR1", "USR2", "PROF", "VTALRM"], signal.SIG_DFL)
     # SIGINT first: what is restored last cannot interrupt the others.
     for name in ("INT", "TERM", "HUP", "ALRM", "BREAK", *others):
         number = getattr(signal, "SIG" + name, signal.SIGINT)
@@ -3734,10 +3734,9 @@ class Refresher:
         newest = required(self._view.read()[1])
         if self._suffices(newest, 0, other_than):
             return newest, False
-        raise Unavailable(
-            f"the token in {self._view.storage.describe()} has to be refreshed by the"
-            " program that owns it; run that program, then try again"
-        )
+        owner = "the program that owns it; run that program, then try again"
+        where = self._view.storage.describe()
+        raise Unavailable(f"the token in {where} has to be refreshed by {owner}")
 
     def _refresh_alone(
         self, timeout: float, min_validity: float, other_than: str | None = None
@@ -4276,8 +4275,7 @@ class OAuthService:
     def status(self) -> dict[str, object]:
         """Return what `status --json` prints; no network, never a token.
 
-        Raises StorageError if the storage cannot be read, ConfigError for a malformed
-        CLAUDE_OAUTH_TOKEN.
+        Raises what ``credentials`` raises.
         """
         source, method, is_usable, warnings = "none", None, False, []
         # An empty credential stands for none: what it lacks is null in the answer.
@@ -4369,8 +4367,7 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
     _, error = call_with_limit(call, FLUSH_TIMEOUT)
     if error:
         # Others' errors may quote a secret.
-        is_ours = isinstance(error, ClaudeOAuthError)
-        problem = str(error) if is_ours else type(error).__name__
+        problem = error if isinstance(error, ClaudeOAuthError) else type(error).__name__
         warn(f"logging out goes on without {name} ({problem})")
 
 
