@@ -3452,9 +3452,13 @@ def _in_force(
     pending: PendingSave | None, stored: Credentials | None
 ) -> Credentials | None:
     """Return the pending login while the store holds what it replaces, else that."""
-    if pending and _tokens(stored) == _tokens(pending.instead_of):
-        return pending.credentials
-    return stored
+    if not pending or _tokens(stored) != _tokens(pending.instead_of):
+        return stored
+    newest = pending.credentials
+    # A key that another process has made meanwhile is permanent.
+    if stored and pending.account is None:
+        newest = newest.replace(api_key=newest.api_key or stored.api_key)
+    return newest
 
 
 class ServedToken:
@@ -3600,12 +3604,8 @@ class StoreView:
 
         # There was a warning already; after an error the next call tries again.
         with contextlib.suppress(ClaudeOAuthError), self.storage.lock(0):
-            stored, _ = self.read()
-            if self.pending:
-                newest = self.pending.credentials
-                # A key that another process has made meanwhile is permanent.
-                if stored and self.pending.account is None:
-                    newest = newest.replace(api_key=newest.api_key or stored.api_key)
+            stored, newest = self.read()
+            if self.pending and newest:
                 self.save(newest, stored)
 
 

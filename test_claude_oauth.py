@@ -9955,6 +9955,19 @@ def test_a_key_that_another_process_made_meanwhile_is_saved_along(kept):
     assert (saved.access_token, saved.api_key) == (new, "sk-ant-api03-made")
 
 
+def test_a_key_that_was_made_meanwhile_outlives_a_refresh_of_what_is_unsaved(kept):
+    kept.save(-1, scopes=claude_oauth.CONSOLE_SCOPES)
+    storage = FullDisk(kept.path)
+    service = kept.service(storage)
+    service.access_token()
+    stored = kept.storage.load()
+    kept.storage.save(stored.replace(api_key="sk-ant-api03-made"))
+    assert service.refresh().api_key == "sk-ant-api03-made"
+    storage.is_full = False
+    service.access_token()
+    assert kept.storage.load().api_key == "sk-ant-api03-made"
+
+
 def test_threads_that_serve_what_is_unsaved_lose_nothing(kept):
     kept.save(-1)
     storage = FullDisk(kept.path)
