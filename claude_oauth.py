@@ -1196,9 +1196,8 @@ def start_thread(
         with contextlib.suppress(BaseException):
             function(*args)
 
-    name = f"claude-oauth-{name}"
     try:  # a sub-interpreter may refuse even to make one
-        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread = threading.Thread(target=run, name=f"claude-oauth-{name}", daemon=True)
         thread.start()
     except RuntimeError:
         return None
@@ -1256,10 +1255,9 @@ class OAuthClient:
         """Return the client id that a grant was issued to; ConfigError if unknown."""
         client_id = getattr(credentials, "client_id", "") or self.config.client_id
         if not client_id:
-            raise ConfigError(
-                "no client id: pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
-                " (the one that your program was issued)"
-            )
+            cure = "pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
+            issued = "the one that your program was issued"
+            raise ConfigError(f"no client id: {cure} ({issued})")
         return client_id
 
     def authorize_url(
@@ -1461,10 +1459,9 @@ def _without_redirect(request: Any) -> Any:
 
 # A proxy's URL that every `requests` takes; the group is its host and port.
 _PROXY_URL: Final = (
-    r"(?i)(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?"
-    r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?"
+    r"(?i)\A(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?((?:"
+    r"[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
 )
-
 _DROPPED: Final = "{route} dropped the connection; try again later"
 
 # The text for an exception of a class, or with one inside; the first match counts.
@@ -1526,12 +1523,11 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
     proxy = requests.utils.select_proxy(url, settings["proxies"])
     if not proxy:
         return parts.netloc, proxies
-    match, kind = re.fullmatch(_PROXY_URL, proxy), ""
     try:
-        if match:
-            proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
-            requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
-            return f"{parts.netloc} through the proxy {match[1]}", proxies
+        [host] = re.findall(_PROXY_URL, proxy)  # else a ValueError
+        proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
+        requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
+        return f"{parts.netloc} through the proxy {host}", proxies
     except (ValueError, AssertionError) as error:
         kind = type(error).__name__
     problem = (
@@ -1561,9 +1557,12 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
         for each in [cert] if isinstance(cert, str) else cert or ():
             open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
-        reason = printable(getattr(error, "strerror", "") or type(error).__name__)
         text = f"{name} names {printable(path)}, which cannot be used"
-        raise ConfigError(f"{text} ({reason.lower()}); correct or unset it") from None
+        raise ConfigError(f"{text} ({_reason(error)}); correct or unset it") from None
+
+
+def _reason(error: Exception) -> str:
+    return printable(getattr(error, "strerror", "") or type(error).__name__).lower()
 
 
 def _variable_or(name: str, value: str, variables: Iterable[str]) -> str:
@@ -1706,10 +1705,6 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
         warn(f"{path}: {_NO_MODES}", once=True)
     elif _make_private(fd, 0o600, os.path.dirname(path)):
         warn(f"others could read {path}; it is set to 0600 now")
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.strerror or type(error).__name__}".lower()
 
 
 def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
