@@ -1615,10 +1615,9 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
         path = os.path.join(default_directory(), name)
     found = os.path.expanduser(os.fsdecode(path))
     if re.search(_NO_PATH, found):
-        raise ConfigError(
-            f"{printable(found)!r} is no path: it is empty, begins with a quote or a"
-            " variable, or no home directory is known"
-        )
+        why = "it is empty, begins with a quote or a variable"
+        text = f"{printable(found)!r} is no path: {why}, or no home directory is known"
+        raise ConfigError(text)
     return os.path.abspath(found)
 
 
@@ -1708,7 +1707,7 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
 
 
 def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
-    """Replace a private file whole, and on the disk but for caches.  Hold the lock."""
+    """Replace a private file whole, synced but for caches.  Hold the lock."""
     _AtomicFile(path).commit(data, sync=not is_cache)
 
 
@@ -1745,9 +1744,6 @@ class _AtomicFile:
                 _sync(self._file, self._directory)
             self._file.close()
             self._replace(data)
-            if sync:
-                # Impossible on Windows and some mounts; the file itself is on the disk.
-                _quietly(_sync_directory, self._directory)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {_reason(error)}") from None
         finally:
@@ -1844,6 +1840,7 @@ def _sync(file: io.BufferedRandom, directory: str) -> None:
 
 
 def _sync_directory(directory: str) -> None:
+    # Impossible on Windows and some mounts; the file itself is on the disk.
     fd = os.open(directory, os.O_RDONLY)
     _quietly(os.fsync, fd)
     os.close(fd)
@@ -2096,6 +2093,7 @@ class FileStorage(_RecordStorage):
         self._refuse_if_read_only()
         data = self._encode(record)
         (self._swap_reserved(None) or _AtomicFile(self.path)).commit(data)
+        _quietly(_sync_directory, os.path.dirname(os.path.realpath(self.path)))
 
 
 @hides_locals
@@ -2471,13 +2469,11 @@ def _dpapi_error(number: int) -> StorageError:
     if number == 13:  # ERROR_INVALID_DATA
         return StorageCorrupt(_UNDECRYPTABLE)
     if number in (2, 5, 1325, 0x80090345):  # no profile, denied, a dialog, delegation
-        return StorageLocked(
-            "Windows refuses the user's key, as over SSH; sign in with a password"
-        )
-    return StorageError(
-        f"Windows cannot use the user's key (error {number:#x}): another user, another"
-        " machine or a reset password; move the file away and log in again"
-    )
+        text = "Windows refuses the user's key, as over SSH; sign in with a password"
+        return StorageLocked(text)
+    text = f"Windows cannot use the user's key (error {number:#x})"
+    causes = "another user, another machine or a reset password"
+    return StorageError(f"{text}: {causes}; move the file away and log in again")
 
 
 def default_storage() -> Storage:
@@ -2547,9 +2543,8 @@ TEXT_BROWSERS: Final = (
     r"(?=[\s\"']|$)"
 )
 
-_RUNDLL: Final = "rundll32.exe url.dll,FileProtocolHandler"
-
 # What opens an address, in this order.  Source: `webbrowser`, wslu's manual.
+_RUNDLL: Final = "rundll32.exe url.dll,FileProtocolHandler"
 DESKTOP_BROWSERS: Final = {
     "darwin": ["open"],
     "win32": [_RUNDLL],
@@ -2948,7 +2943,8 @@ class _PastePrompt:
         self._lines, self._writer = socket.socketpair()
         self._source, self._size = self._lines.fileno(), 65536
         self._receive: Callable[[int], bytes] = self._lines.recv
-        self._needs_thread = self._is_idle = True  # no thread reads yet
+        # Unless it is closed: a thread has to read, and none does yet.
+        self._needs_thread = self._is_idle = is_open
         self._is_terminal = self._is_shown = False
         self._held = b""  # of a paste that may go on
         self._is_whole = False  # nothing follows what is held, for a moment or at all
@@ -2975,7 +2971,7 @@ class _PastePrompt:
 
     def _request_line(self) -> None:
         """Have a thread read one line; if none can start, read it after asking."""
-        if self.is_open and self._is_idle and not self._held:
+        if self._is_idle and not self._held:
             self._is_idle = not start_thread("paste", self._read_line)
             if self._is_shown and self._is_idle:
                 self._read_line()
@@ -3025,11 +3021,11 @@ class _PastePrompt:
         chunk, self._is_idle = b"", self._needs_thread
         with contextlib.suppress(OSError):  # it was closed, or the terminal is gone
             chunk = self._receive(self._size)
-        if not (chunk or self._held):
-            self._stop()
-            return
         self._is_whole = not chunk
-        self._held += chunk or b"\n"
+        if chunk or self._held:
+            self._held += chunk or b"\n"
+        else:
+            self._stop()
 
     def show(self, seconds_left: float) -> None:
         """Ask, unless that has been done."""
@@ -3089,7 +3085,7 @@ class _PastePrompt:
         """Ask no more, and leave the line on which the person is asked."""
         if self._is_shown and self._is_terminal:
             say(text)
-        self.is_open = self._is_shown = False
+        self.is_open = self._is_shown = self._is_idle = False
 
     def close(self) -> None:
         """Ask no more, and take no more news."""
