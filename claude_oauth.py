@@ -1310,9 +1310,8 @@ class OAuthClient:
         }
         answer = self._send(self.config.token_url, body, "access_token")
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
-        asked = Credentials("", scopes=self.config.scopes, client_id=body["client_id"])
-        now = self._clock()
-        return Credentials.from_answer(answer, received_at=now, previous=asked)
+        base = Credentials("", scopes=self.config.scopes, client_id=body["client_id"])
+        return Credentials.from_answer(answer, received_at=self._clock(), previous=base)
 
     def refresh(
         self, credentials: Credentials, *, scopes: Iterable[str] | None = None
@@ -1577,9 +1576,8 @@ def _variable_or(name: str, value: str, variables: Iterable[str]) -> str:
 class Storage(Protocol):
     """Where a credential waits between runs.  Safe to share between threads.
 
-    Two attributes are optional: ``read_only`` (True: another program owns the
-    credential, so its refresh token is never spent) and ``account_file`` (the path
-    where the account is cached; None: in memory alone).
+    Optional: ``read_only`` (True: another program owns the credential, so its refresh
+    token is never spent), ``account_file`` (where the account is cached; None: memory).
     """
 
     def load(self) -> Credentials | None:
@@ -1714,8 +1712,7 @@ def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
 class _AtomicFile:
     """The successor of a private file: made beside it, and renamed over it once whole.
 
-    Made with room before a refresh token is spent, it can take the answer even if the
-    disk fills meanwhile.
+    Made with room before a refresh, it can take the answer even if the disk fills.
     """
 
     def __init__(self, path: str, *, reserve: bool = False) -> None:
@@ -2157,16 +2154,14 @@ class MemoryStorage:
 class _SecretStorage(_RecordStorage):
     """A record in a store of the system, which may be locked, slow or gone at any time.
 
-    An empty file beside the lock tells other processes of a save; without it, they
-    notice when they refresh.
+    An empty file beside the lock tells others of a save; else they notice at a refresh.
     """
 
     read_only = False
     _cure = "`claude-oauth logout` removes it"
     # Its name, and what helps where it cannot be used, or is locked.
     _title = _hint = _unlock = ""
-    # Does "get", "set" (with data) or "delete" for a service's item.  None: it is
-    # certain that there is no such item.
+    # Does "get", "set" (with data) or "delete" for a service's item; None: surely none.
     _call: Callable[..., bytes | None]
 
     def __init__(
@@ -2275,10 +2270,8 @@ class KeychainStorage(_SecretStorage):
 
     _title = "macOS Keychain"
     _hint = "whether the login is there is not known; look at HOME, try again"
-    _unlock = (
-        "unlock it in this session with"
-        " `security unlock-keychain ~/Library/Keychains/login.keychain-db`"
-    )
+    _path = "~/Library/Keychains/login.keychain-db"
+    _unlock = f"unlock it in this session with `security unlock-keychain {_path}`"
 
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
         import re
@@ -2315,8 +2308,7 @@ class KeychainStorage(_SecretStorage):
         import subprocess
 
         try:
-            # In a session of its own it has no terminal to ask on, and a Ctrl-C that is
-            # meant for us does not end it half-way.
+            # In its own session it has no terminal to ask on, and no Ctrl-C ends it.
             done = subprocess.run(
                 [SECURITY, "-i"],
                 input=line,
@@ -2454,9 +2446,8 @@ def _dpapi(function: str, data: bytes) -> bytes:
     crypt32 = ctypes.WinDLL("crypt32", use_last_error=True)
     given = Blob(len(data), ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p))
     taken, no, ui_forbidden = Blob(), None, 0x1
-    if not getattr(crypt32, function)(
-        ctypes.byref(given), no, no, no, no, ui_forbidden, ctypes.byref(taken)
-    ):
+    call = getattr(crypt32, function)
+    if not call(ctypes.byref(given), no, no, no, no, ui_forbidden, ctypes.byref(taken)):
         raise _dpapi_error(ctypes.get_last_error())
     try:
         return ctypes.string_at(taken.data, taken.size)
@@ -2586,9 +2577,7 @@ def make_server(
             while self.connection.recv(65536) and deadline.left():
                 pass
 
-        def send_error(
-            self, code: int, message: str | None = None, explain: str | None = None
-        ) -> None:
+        def send_error(self, code: int, *_told: object, **_more: object) -> None:
             """Say in our own words that `parse_request` did not understand it."""
             respond(self, code, stray_page("it is no browser's, or too large"))
 
@@ -2890,10 +2879,7 @@ def find_browsers() -> list[str]:
 
 
 def open_in_browser(url: str) -> bool:
-    """Run the first command that succeeds; wait for it, in silence.
-
-    A browser gets neither our terminal, nor a frozen program's libraries.
-    """
+    """Run the first command that succeeds; wait for it, in silence."""
     import contextlib
     import shlex
     import subprocess
@@ -3008,10 +2994,9 @@ class _PastePrompt:
                 waiting.register(self._source, selectors.EVENT_READ)
             ready = [key.fileobj for key, _ in waiting.select(seconds)]
         _quietly(self._wake_up.recv, 4096)
+        self._is_whole = True
         # Asked again: `bg` may have put the program into the background meanwhile.
-        is_typed = self._source in ready and self.is_readable()
-        self._is_whole = not is_typed
-        if is_typed:
+        if self._source in ready and self.is_readable():
             self._read()
 
     def _read(self) -> None:
@@ -3165,10 +3150,9 @@ def obtain_code(
         if not deadline.left():
             raise LoginTimeout(TOO_LATE)
         if not (prompt.is_open or port or (browser.is_open and listener.redirect_uri)):
-            raise LoginCancelled(
-                f"{problem or 'no browser was opened'} and nothing can be pasted "
-                "here; log in from a terminal, or give a port that your browser reaches"
-            )
+            why = problem or "no browser was opened"
+            cure = "log in from a terminal, or give a port that your browser reaches"
+            raise LoginCancelled(f"{why} and nothing can be pasted here; {cure}")
 
     try:
         prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
