@@ -1553,7 +1553,7 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
             name = _variable_or("the session's verify", path, variables)
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
         name, path = "the session's cert", "a file"  # not its name, which may be a key
-        for each in [cert] if isinstance(cert, str) else cert or ():
+        for each in filter(None, cert if isinstance(cert, (tuple, list)) else [cert]):
             open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
         text = f"{name} names {printable(path)}, which cannot be used"
@@ -3007,8 +3007,10 @@ class _PastePrompt:
         with contextlib.suppress(OSError):  # it was closed, or the terminal is gone
             chunk = self._receive(self._size)
         self._is_whole = not chunk
-        if chunk or self._held:
-            self._held += chunk or b"\n"
+        if chunk:
+            self._held += chunk
+        elif self._held:
+            self._held += b"\n"
         else:
             self._stop()
 
