@@ -2895,15 +2895,16 @@ def open_in_browser(url: str) -> bool:
     for browser in find_browsers():
         command = browser.rstrip(" &")
         command = (command if "%s" in command else command + " %s").replace("%s", url)
-        with contextlib.suppress(OSError, ValueError):  # missing, or not well quoted
-            if not subprocess.call(
+        # It fails, is missing or not well quoted.
+        with contextlib.suppress(subprocess.CalledProcessError, OSError, ValueError):
+            subprocess.check_call(
                 shlex.split(command) if os.name == "posix" else command,
                 **quiet,
                 env=environ,
                 start_new_session=True,  # neither Ctrl-C nor the terminal is for it
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-            ):
-                return True
+            )
+            return True
     return False
 
 
@@ -3108,15 +3109,14 @@ class _Browser:
 
 def _announce(automatic_url: str, manual_url: str, port: int, can_paste: bool) -> None:
     """Show what to open."""
-    where, url = " on this machine", automatic_url
+    where, url, other = " on this machine", automatic_url, ""
     if can_paste:
         where, url = ", on any machine", manual_url
+        other = "Where this machine's port is forwarded, this one needs no paste:\n"
+        other += automatic_url + "\n"
     say(f"To sign in, open this address in a browser{where}:\n{url}")
     if port:
-        if can_paste:
-            say("Where this machine's port is forwarded, this one needs no paste:")
-            say(automatic_url)
-        say(f"  (forwarded by: ssh -L {port}:localhost:{port} HOST)")
+        say(f"{other}  (forwarded by: ssh -L {port}:localhost:{port} HOST)")
 
 
 @hides_locals
