@@ -1553,7 +1553,8 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
             name = _variable_or("the session's verify", path, variables)
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
         name, path = "the session's cert", "a file"  # not its name, which may be a key
-        for each in filter(None, cert if isinstance(cert, (tuple, list)) else [cert]):
+        certs: Any = cert if isinstance(cert, (tuple, list)) else [cert]
+        for each in filter(None, certs):
             open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
         text = f"{name} names {printable(path)}, which cannot be used"
@@ -1770,7 +1771,7 @@ class _AtomicFile:
             _try_for_a_while(os.replace, self._temporary, self._real)
             return
         except OSError as error:
-            if errno.errorcode.get(error.errno or 0) not in _RENAME_FAULTS:
+            if errno.errorcode.get(error.errno or 0) not in _RENAME_FAULTS.split():
                 raise
         # Blanks, which JSON allows, first take the room for a longer record, and then
         # hide the end of a longer old one until it is cut off.
@@ -1792,7 +1793,7 @@ _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
 _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
 RESERVED_BYTES: Final = 16384  # room for what a credential's successor may be longer
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
-_RENAME_FAULTS: Final = "EBUSY EPERM EACCES EXDEV ENOSYS EOPNOTSUPP ENOTSUP".split()
+_RENAME_FAULTS: Final = "EBUSY EPERM EACCES EXDEV ENOSYS EOPNOTSUPP ENOTSUP"
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
 # With another error somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK,
 # and under Wine anything that came before.
@@ -1898,8 +1899,7 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
         else:
             import fcntl
 
-            # Not lockf: it is lost as soon as any descriptor of the file is closed,
-            # and does not keep threads apart.
+            # Not lockf: closing any descriptor of the file loses it, and threads share.
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if file:
@@ -1926,8 +1926,7 @@ def _release(file: Any, path: str, left: _AtomicFile | None) -> None:
     if sys.platform != "win32":
         import fcntl
 
-        # A child that was forked meanwhile has the file open too: to close it here
-        # would leave it locked for as long as the child lives.
+        # A child forked meanwhile has the file open too: closing it would not unlock.
         _quietly(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
 
 
@@ -2884,9 +2883,8 @@ def open_in_browser(url: str) -> bool:
     import shlex
     import subprocess
 
-    environ = {**os.environ}
+    environ = without(os.environ, ["TERM"])  # no text-mode browser runs without it
     quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    environ.pop("TERM", None)  # no text-mode browser runs without it
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
         # Source: PyInstaller's manual, "LD_LIBRARY_PATH / LIBPATH considerations".
         original = environ.pop(name + "_ORIG", "")
@@ -2930,8 +2928,7 @@ class _PastePrompt:
         self._lines, self._writer = socket.socketpair()
         self._source, self._size = self._lines.fileno(), 65536
         self._receive: Callable[[int], bytes] = self._lines.recv
-        # Unless it is closed: a thread has to read, and none does yet.
-        self._needs_thread = self._is_idle = is_open
+        self._needs_thread = self._is_idle = is_open  # no thread reads yet
         self._is_terminal = self._is_shown = False
         self._held = b""  # of a paste that may go on
         self._is_whole = False  # nothing follows what is held, for a moment or at all
@@ -3142,9 +3139,11 @@ def obtain_code(
     Raises LoginDenied, LoginTimeout, or LoginCancelled if no way to answer is left.
     """
     deadline = Deadline(timeout)
-    automatic_url = url_for(listener.redirect_uri or manual_redirect_uri)
-    manual_url = url_for(manual_redirect_uri)
-    port = port if listener.redirect_uri else 0
+    automatic_url = manual_url = url_for(manual_redirect_uri)
+    if listener.redirect_uri:
+        automatic_url = url_for(listener.redirect_uri)
+    else:
+        port = 0
     prompt = _PastePrompt(state, manual_redirect_uri, is_open=paste)
     browser = _Browser(open_browser, prompt.wake)
 
