@@ -1553,8 +1553,7 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
             name = _variable_or("the session's verify", path, variables)
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
         name, path = "the session's cert", "a file"  # not its name, which may be a key
-        certs: Any = cert if isinstance(cert, (tuple, list)) else [cert]
-        for each in filter(None, certs):
+        for each in [cert] if isinstance(cert, str) else cert or ():
             open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
         text = f"{name} names {printable(path)}, which cannot be used"
