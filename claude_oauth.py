@@ -260,17 +260,20 @@ def hides_locals(subject: _T) -> _T:
     Error trackers record the local variables of each frame.  When an exception leaves,
     the call's arguments and the frames below are cleared; those of its causes, too.
     """
-    hidden: Any = subject
-    if isinstance(hidden, type):
-        for name, member in list(vars(hidden).items()):
-            if name[0] != "_" or name in ("__init__", "__call__", "__enter__"):
-                setattr(hidden, name, hides_locals(member))
-    elif isinstance(hidden, classmethod):
-        hidden = classmethod(hides_locals(hidden.__func__))
-    elif isinstance(hidden, types.FunctionType):
-        hidden = _clearing_frames(hidden)
-    decorated: _T = hidden
+    decorated: _T = _hiding_locals(subject)
     return decorated
+
+
+def _hiding_locals(subject: Any) -> Any:
+    if isinstance(subject, classmethod):
+        return classmethod(hides_locals(subject.__func__))
+    if isinstance(subject, types.FunctionType):
+        return _clearing_frames(subject)
+    if isinstance(subject, type):
+        for name, member in list(vars(subject).items()):
+            if name[0] != "_" or name in ("__init__", "__call__", "__enter__"):
+                setattr(subject, name, hides_locals(member))
+    return subject
 
 
 def _clearing_frames(function: Any) -> Any:
@@ -1611,7 +1614,9 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
 
     if path is None:
         path = os.path.join(default_directory(), name)
-    found = os.path.expanduser(os.fsdecode(path))
+    found = os.fsdecode(path)
+    if os.environ.get("HOME") != "":  # else it would be a directory of the root
+        found = os.path.expanduser(found)
     if re.search(_NO_PATH, found):
         why = "it is empty, begins with a quote or a variable"
         text = f"{printable(found)!r} is no path: {why}, or no home directory is known"

@@ -4408,6 +4408,13 @@ needs_root = pytest.mark.skipif(
 
 
 @needs_posix
+def test_an_empty_home_is_no_home(monkeypatch):
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(claude_oauth.ConfigError, match="no home directory is known"):
+        claude_oauth.FileStorage("~/credentials.json")
+
+
+@needs_posix
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777], ids=oct)
 def test_files_and_folders_are_private_whatever_the_umask(home, umask):
     before = os.umask(umask)
