@@ -330,9 +330,9 @@ def import_package(name: str, cure: str = "") -> Any:
     try:
         import_module(package)
         return import_module(name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever its code runs into, a panic too
+    except BaseException as error:  # whatever its code runs into, a Rust panic too
+        if not isinstance(error, Exception) and "Panic" not in type(error).__name__:
+            raise
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         problem = "is missing" if is_missing else f"is broken: {printable(error)}"
     known = f"`apt install python3-{package}`, `dnf install python3-{package}`"
@@ -873,7 +873,7 @@ def error_of_answer(
     def first(limit: int, *found: object) -> str:
         return printable(next(filter(_text, found), ""), secrets=secrets, limit=limit)
 
-    code = first(60, answer.get("error"), error.get("code"), error.get("type"))
+    code = first(60, answer.get("error"), error.get("type"), error.get("code"))
     message, request = answer.get("message"), first(80, request_id)
     told = first(200, answer.get("error_description"), error.get("message"), message)
     details = "; ".join(filter(None, (told, request and f"request {request}")))
@@ -891,8 +891,8 @@ def error_of_answer(
 
 # A refresh token, a variable, a word for nothing, a path, or a token that is cut.
 _NO_TOKEN: Final = (
-    r"sk-ant-ort|[A-Z_]+=|\w*(?i:token|key)=|(?i:null|none|undefined)$|/\w+/|[.~]+/"
-    r"|.*\.{3}|sk-ant-[a-z]+\d*-?$"
+    r"sk-ant-ort|sk-ant-[a-z]+\d*-?$|[A-Z_]+=|\w*(?i:token|key)=|.*\.{3}|[.~]+/"
+    r"|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users)/|(?i:null|none|undefined)$"
 )
 
 # Error codes that say nothing about the grant, whatever the status.
@@ -969,8 +969,8 @@ _WORD: Final = (
 )
 _NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w.~+/=-]\S*|{_WORD})"
 _VOUCHED_CODE: Final = (
-    rf"(?s:.*{_NO_PIECE}\s)?((?:(?!{_NO_PIECE})(?:\S{{16,}}|(?=\S*[^\sA-Za-z])\S{{8,}})"
-    r"\s)*[^#&?:=\s]+=*)"
+    rf"(?s:.*{_NO_PIECE}\s)?((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])"
+    r"[^\s=]{8,})\s)*[^#&?:=\s]+=*)"
 )
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (
@@ -1682,7 +1682,7 @@ def read_private(
         # Not after opening it: a named pipe would hold the program up.
         if os.stat(path).st_mode & 0o170000 != 0o100000:  # S_IFMT, S_IFREG
             raise StorageError(f"{path} is not a regular file; move it away")
-        with open(path, "rb") as file:
+        with _try_for_a_while(open, path, "rb") as file:
             _check_owner_and_mode(file.fileno(), path, is_ours, any_owner)
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
@@ -1802,7 +1802,7 @@ _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else 
 # With another error somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK,
 # and under Wine anything that came before.
 _LOCK_FAULTS: Final = {"nt": {errno.EBADF, errno.EINVAL}}.get(
-    os.name, {*errno.errorcode} - {errno.EAGAIN}
+    os.name, {*range(1000)} - {errno.EAGAIN}
 )
 
 
@@ -1817,15 +1817,14 @@ def _open_private(path: str, flags: int) -> io.BufferedRandom:
     return file
 
 
-def _try_for_a_while(function: Callable[..., object], *arguments: object) -> None:
+def _try_for_a_while(function: Callable[..., Any], *arguments: object) -> Any:
     """Call a function again while Windows says that a file is open elsewhere."""
     for pause in _PAUSES:
         try:
-            function(*arguments)
-            return
+            return function(*arguments)
         except PermissionError:
             time.sleep(pause)
-    function(*arguments)
+    return function(*arguments)
 
 
 def _sync(file: io.BufferedRandom, directory: str) -> None:
@@ -1920,13 +1919,15 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
 
 def _release(file: Any, path: str, left: _AtomicFile | None) -> None:
     """Remove what this and dead processes have left beside a lock, and unlock it."""
-    import glob
+    import contextlib
 
     if left:
         left.discard()
-    directory = glob.escape(os.path.dirname(path))
-    for name in glob.glob(os.path.join(directory, f".*{_TEMPORARY_SUFFIX}")):
-        _quietly(os.unlink, name)
+    directory = os.path.dirname(path)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            if name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX):
+                _quietly(os.unlink, os.path.join(directory, name))
     if sys.platform != "win32":
         import fcntl
 
@@ -1970,9 +1971,7 @@ class _RecordStorage:
         return found.st_mtime_ns, found.st_ino, found.st_size
 
     def _parse(self, data: bytes | None) -> dict[str, object]:
-        # NULs may stand behind it after a crash.
-        whole = b"{}" if data is None else data.rstrip(b"\0")
-        record = parse_json_object(whole, lenient=True)
+        record = {} if data is None else parse_json_object(data, lenient=True)
         if record is None:
             text = "is unreadable: it is damaged, or no record"
             raise StorageCorrupt(f"{self.describe()} {text}; {self._cure}")
@@ -2354,7 +2353,7 @@ class KeyringStorage(_SecretStorage):
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
         if action == "delete" and self._call("get", service) is None:
             return None
-        call = getattr(import_package("keyring.core"), f"{action}_password")
+        call = getattr(import_package("keyring"), f"{action}_password", None)
         arguments = filter(None, (service, self._account, data.decode("ascii")))
         found, error = call_with_limit(lambda: call(*arguments), self.time_limit)
         if error is None:
@@ -2686,7 +2685,7 @@ class AuthCodeListener:
         self._threads: WeakSet[threading.Thread] = WeakSet()  # theirs, while they run
         # The page names the account: nobody else on this machine may find it.
         self._page_path = "/done/" + generate_state()[:16]
-        self._cleanup = contextlib.ExitStack()
+        self._cleanup, self._closing = contextlib.ExitStack(), threading.RLock()
 
     def __enter__(self) -> Self:
         import importlib
@@ -2695,7 +2694,7 @@ class AuthCodeListener:
         # Without a descriptor left, a request could not load what it needs, and glibc,
         # which loads a library when the first thread ends, would end the process.
         call_with_limit(lambda: importlib.import_module("hashlib"), VISIT_SECONDS)
-        with self._cleanup as stack:
+        with type(self._cleanup)() as stack:
             servers = self._bind(stack)
             self.port = servers[0].server_address[1]
             stop, stopper = map(stack.enter_context, socket.socketpair())
@@ -2732,7 +2731,8 @@ class AuthCodeListener:
         """Stop listening; nothing of it is left afterwards."""
         self._is_closed = True
         self._is_over.set()
-        self._cleanup.close()
+        with self._closing:  # guards the cleanup: a second close waits for the first
+            self._cleanup.close()
 
     def _bind(self, stack: Any, tries: int = 10) -> list[Any]:
         """Listen on 127.0.0.1 and ::1, which browsers try in either order.
@@ -2772,7 +2772,7 @@ class AuthCodeListener:
                     key.data(key.fileobj)
 
     def _accept(self, server: Any) -> None:
-        """Give one connection a thread of its own."""
+        """Give one connection a thread of its own, for what follows here."""
         try:
             sock, address = server.socket.accept()
         except OSError:  # no descriptor is left for it, or it has gone again
@@ -2799,8 +2799,6 @@ class AuthCodeListener:
         self._drop_all_but(0)
         for thread in self._threads:
             thread.join(VISIT_SECONDS + 1)
-
-    # What follows runs in a connection's thread.
 
     def _serve_client(self, server: Any, sock: socket.socket, address: Any) -> None:
         server.process_request_thread(sock, address)
@@ -2968,14 +2966,14 @@ class _PastePrompt:
         import builtins
         import contextlib
 
-        line = ""
+        data = b""
         try:
             with contextlib.suppress(Exception):  # closed, no front end, no text
                 # Python's own input() in a daemon thread can abort the process.
                 read = builtins.input if self._is_notebook else sys.stdin.readline
                 line = read() + "\n" * self._is_notebook
+                data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
         finally:
-            data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
             if data:
                 _quietly(self._writer.sendall, data + b"\n")
             else:
@@ -3356,7 +3354,7 @@ class AccountFile:
         import random
 
         status = error.status or 0
-        if status not in (429, *range(500, 600)):
+        if status not in (429, *range(500, 1000)):
             return 0.0
         failures = int(self.number("failures")) + 1
         chance = random.random()  # noqa: S311 - it spreads load, and is no secret
@@ -3570,8 +3568,8 @@ class StoreView:
             return stamp, found
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
-            # A long one showed a dialog, maybe: not again at once.
-            self._failed_until = Deadline(5 * (took - SLOW_FAILURE))
+            if took > SLOW_FAILURE:  # a dialog was shown, maybe: not again at once
+                self._failed_until = Deadline(5 * took)
             is_new, self._failure = not self._failure, _copy_of(error)
             if known is None:
                 raise
@@ -3604,10 +3602,11 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
     done, pid = threading.Event(), os.getpid()
 
     def hold(number: int, _frame: FrameType | None) -> None:
-        came.add(number)
-        if os.getpid() != pid:  # a forked child, where nobody delivers it
+        if os.getpid() == pid:
+            came.add(number)
+        else:  # a forked child, where nobody delivers it
             signal.signal(number, previous[number])
-            deliver()
+            signal.raise_signal(number)
 
     def wait() -> None:
         if os.getpid() == pid:  # a forked child has not got this thread
@@ -3945,7 +3944,8 @@ class OAuthService:
             credentials, _ = self._with_token(lambda _: self._make_key(anew=False))
         if console_key(credentials):  # it never expires
             return self._view.serve(credentials, self._clock())
-        return self._serve(min_validity)
+        served = self._serve(min_validity)  # by now it may be another login
+        return served if served.headers_expire_at else self._serve_api(min_validity)
 
     def _refresh(
         self, present: Credentials, min_validity: float, other_than: str | None = None
@@ -4505,9 +4505,8 @@ class Sandbox:
             service = OAuthService(sandbox.config, MemoryStorage())
             service.login(open_browser=sandbox.approve, paste=False)
 
-    It enforces the rules: S256, the same redirect_uri and state, and codes and refresh
-    tokens that work once; reuse of one ends the whole login.
-    ``/v1/messages`` takes its tokens and keys, and answers with the body that it got.
+    It enforces the rules: S256, the same redirect_uri and state, codes and refresh
+    tokens that work once (reuse ends the login).  ``/v1/messages`` echoes a body.
 
     Attributes:
         origin: ``http://127.0.0.1:PORT``, once the block has begun.
@@ -4588,8 +4587,7 @@ class Sandbox:
     ) -> None:
         """Answer the next requests of an endpoint, a key of `counts`, with an error.
 
-        A refresh_token that ends the login: 400, "invalid_grant"; a pause: 429,
-        "rate_limit_error", with retry_after in seconds.
+        As 400, "invalid_grant"; 429, "rate_limit_error", and retry_after in seconds.
         """
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
         self._failures[endpoint].extend([refusal] * times)
@@ -4784,7 +4782,6 @@ def _visit(url: str) -> None:
 
 
 _NO_LOGIN: Final = types.SimpleNamespace(is_alive=False)
-
 # By path, or grant_type: the name that `counts` has, and the scope that it requires.
 _SANDBOX_ENDPOINTS: Final = {
     "/oauth/authorize": ("authorize", ""),
@@ -5042,10 +5039,14 @@ def _demo(options: Any) -> None:
 
 def _temporary_directory() -> ContextManager[str]:
     """Return a directory that goes with its context, also if a signal ends that."""
+    import contextlib
     import signal
     from tempfile import TemporaryDirectory
 
-    _hold_signals(signal.default_int_handler, {})
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(number, signal.default_int_handler)
     return TemporaryDirectory(prefix="claude-oauth-")
 
 
@@ -5133,8 +5134,7 @@ def port_number(text: str) -> int:
     return int(duration(str(int(text)), 65535))
 
 
-# Each option: its parsers, help, metavar, type, default, action and choices; a flag:
-# parsers and help.
+# Each option: its parsers, help, metavar, type, default, action, choices.
 _OPTIONS: Final[Mapping[str, Any]] = {
     "--client-id": ("claude-oauth", "the client id of your program", "ID", _filled),
     "--dir": ("claude-oauth", "folder of the login's files", "PATH", _filled),
