@@ -2353,7 +2353,7 @@ class KeyringStorage(_SecretStorage):
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
         if action == "delete" and self._call("get", service) is None:
             return None
-        call = getattr(import_package("keyring"), f"{action}_password", None)
+        call: Any = getattr(import_package("keyring"), f"{action}_password", None)
         arguments = filter(None, (service, self._account, data.decode("ascii")))
         found, error = call_with_limit(lambda: call(*arguments), self.time_limit)
         if error is None:
