@@ -2112,6 +2112,11 @@ REFUSED_ANSWERS = {
         {"error": "invalid_client", "message": "No"},
         ("invalid_client", "No"),
     ),
+    "type-before-code": (
+        400,
+        {"error": {"type": "invalid_grant", "code": "token_revoked"}},
+        ("invalid_grant", None),
+    ),
     "description-is-no-text": (
         400,
         {"error": "invalid_grant", "error_description": {"a": 1}},
@@ -5031,7 +5036,7 @@ def test_a_first_login_is_kept_where_nothing_can_be_renamed(traced, home, error)
     assert mode_of(path) == 0o600
 
 
-@pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+@pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "524"])
 def test_a_file_system_without_locks_is_told_to_be_left(traced, saved, error):
     done, _ = traced(SAVE, saved.path, faults=[f"flock:error={error}"])
     assert done.stdout.startswith("StorageError: cannot lock "), done
@@ -8332,6 +8337,19 @@ def test_where_no_thread_can_be_started_the_login_goes_on_by_paste(
     assert "no thread can be started" in capsys.readouterr().err
 
 
+def test_two_threads_may_close_a_listener(listener):
+    with threads(2) as start:
+        for _ in range(20):
+            again = claude_oauth.AuthCodeListener(STATE).__enter__()
+            for closing in [start(again.close), start(again.close)]:
+                closing.result(LIMIT)
+
+
+def test_a_listener_that_is_entered_twice_keeps_its_port_and_says_so(listener):
+    with pytest.raises(OSError, match="(?i)use|10048|10013"):
+        listener.__enter__()
+
+
 IN_A_SUBINTERPRETER = """
 import sys; sys.path[:] = {path!r}
 import claude_oauth as c
@@ -9965,6 +9983,51 @@ def test_a_key_that_was_made_meanwhile_outlives_a_refresh_of_what_is_unsaved(kep
     storage.is_full = False
     service.access_token()
     assert kept.storage.load().api_key == "sk-ant-api03-made"
+
+
+class Replaced(claude_oauth.MemoryStorage):
+    """A store in which somebody logs in while a refresh waits for its lock."""
+
+    other = None
+
+    def lock(self, timeout):
+        if self.other:
+            self._stored, self.other = self.other, None
+        return super().lock(timeout)
+
+
+class Dialog(claude_oauth.MemoryStorage):
+    """A store that shows a dialog at each read, until it gives up."""
+
+    shown = 0
+
+    def load(self):
+        self.shown += 1
+        threading.Event().wait(2 * claude_oauth.SLOW_FAILURE)
+        raise claude_oauth.StorageLocked("it asks a person")
+
+
+def test_a_store_that_is_slow_to_fail_is_left_alone_for_a_time(config):
+    storage = Dialog()
+    service = claude_oauth.OAuthService(config, storage)
+    for _ in range(6):
+        with pytest.raises(claude_oauth.StorageLocked):
+            service.credentials()
+    assert storage.shown == 1
+
+
+def test_a_login_that_becomes_the_console_s_is_served_by_its_key(clock):
+    with claude_oauth.Sandbox(scopes=claude_oauth.CONSOLE_SCOPES) as sandbox:
+        console = claude_oauth.MemoryStorage()
+        claude_oauth.OAuthService(sandbox.config, console).login(
+            console=True, open_browser=sandbox.approve, paste=False
+        )
+        scopes = claude_oauth.CLAUDE_AI_SCOPES
+        storage = Replaced(claude_oauth.Credentials("old", "r", 1.0, scopes=scopes))
+        service = claude_oauth.OAuthService(sandbox.config, storage)
+        service.credentials()
+        storage.other = console.load().replace(api_key=None)
+        assert list(service.auth_headers()) == ["x-api-key"]
 
 
 def test_threads_that_serve_what_is_unsaved_lose_nothing(kept):
@@ -16048,6 +16111,21 @@ def test_a_sandbox_can_be_served_outside_the_main_thread(tmp_path, monkeypatch):
 
     assert done.stdout.startswith("export CLAUDE_OAUTH_SERVER=http://127.0.0.1:")
     assert "Traceback" not in done.stderr
+
+
+KEPT_HANDLERS = """
+import signal, claude_oauth
+names = ("SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1")
+for name in names:
+    signal.signal(getattr(signal, name), print)
+claude_oauth.main(["demo"])
+print({signal.getsignal(getattr(signal, name)) is print for name in names})
+"""
+
+
+@needs_posix
+def test_a_demo_leaves_the_handlers_of_its_host_alone():
+    assert run_python(KEPT_HANDLERS).stdout.endswith("{True}\n")
 
 
 HOSTS_WITHOUT_PYTHON = {
