@@ -23,7 +23,7 @@ talks to a server.  Every section uses only the sections above it:
     Client        OAuthClient: the HTTP requests
     Storage       where a credential is kept; the lock that processes share
     Sign-in       AuthCodeListener, the paste prompt, and the race between them
-    Refresh       the one place that spends a refresh token
+    Refresh       the one place that spends a stored refresh token
     Service       OAuthService: login, access_token, profile, logout, status; BearerAuth
     Sandbox       a loopback authorization server, for demos and for tests
     Command line  main(argv=None) -> int
@@ -320,6 +320,18 @@ def _clear_frame(frame: FrameType) -> bool:
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
     """Return an environment variable without surrounding blanks, "" if it is unset."""
     return (os.environ if environ is None else environ).get(name, "").strip()
+
+
+def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) -> str:
+    """Return untrusted text as one printable line, without ``secrets`` and tokens."""
+    import re
+
+    line = "".join(filter(str.isprintable, " ".join(str(text).split())))
+    for secret in secrets:
+        if len(secret) > 3:
+            line = line.replace(secret, "…")
+    line = re.sub(r"sk-ant-[\w-]+", "sk-ant-…", line)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def import_package(name: str, cure: str = "") -> Any:
@@ -771,18 +783,6 @@ def dump_json(obj: object) -> str:
     import json
 
     return json.dumps(obj, separators=(",", ":"))
-
-
-def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) -> str:
-    """Return untrusted text as one printable line, without ``secrets`` and tokens."""
-    import re
-
-    line = "".join(filter(str.isprintable, " ".join(str(text).split())))
-    for secret in secrets:
-        if len(secret) > 3:
-            line = line.replace(secret, "…")
-    line = re.sub(r"sk-ant-[\w-]+", "sk-ant-…", line)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def read_answer(
@@ -1587,7 +1587,7 @@ class Storage(Protocol):
         """Return the stored credential, or None if it is certain that there is none."""
 
     def save(self, credentials: Credentials) -> None:
-        """Write a credential whole, or raise StorageError and leave the old one."""
+        """Write a credential whole; after a StorageError it may be stored, or not."""
 
     def delete(self) -> bool:
         """Remove this module's own keys; return whether there were any."""
@@ -2658,7 +2658,7 @@ class AuthCodeListener:
     """Waits on the loopback interface for the browser to bring the code.
 
     Nothing ends the wait but a callback with the right state.  That request is held
-    until `finish` says what became of the login.  To enter it raises OSError if it
+    until `finish` says what became of the login.  Entering it raises OSError if it
     cannot listen; the login can go on by paste.
     """
 
@@ -2676,7 +2676,7 @@ class AuthCodeListener:
         self._is_over = threading.Event()  # there is a page, or there will be none
         self.on_arrival: Callable[[], object] = lambda: None
         self._state = state
-        self._changed = threading.Condition()  # guards what follows; held for moments
+        self._changed = threading.Condition()  # guards the next three; held for moments
         self._query = ""  # of the callback that counts
         self._page = ""
         self._pages_owed = 0  # callbacks that have not got the page yet
@@ -3214,7 +3214,7 @@ def _tokens(credentials: Credentials | None) -> object:
 
 
 def console_key(credentials: Credentials) -> str | None:
-    """Return the API key to use, None where the API takes the access token."""
+    """Return the API key to use; None if there is none, or the token serves."""
     # CLAUDE_OAUTH_TOKEN may hold a key as well.
     if credentials.access_token.startswith("sk-ant-api"):
         return credentials.access_token
@@ -3243,7 +3243,7 @@ class AccountFile:
         failures    the number of such answers in a row
         lifetime    seconds that the last access token had when it was new
         refused     the fingerprint of a dead refresh token; counts to refused_until
-        rejected    that of a new access token that the API answered 401 to
+        rejected    that of a new access token that the API refused, or is yet to take
         account_of  those of the login that the cached account belongs to
         key_owner   that of the stored API key together with its organization
 
@@ -3340,7 +3340,7 @@ class AccountFile:
             return pause if is_expired and 0 < pause <= SHORT_WAIT else None
         if failure.code == "invalid_scope" and scopes:
             return 0.0
-        # Probably dead; but a gateway may have said so, which must not end a login.
+        # A 401 or 404 may be a gateway's, which must not end a login: for 1 h only.
         in_doubt = WAIT_CEILING if failure.status in (401, 404) else 0.0
         known = {"invalid_grant": MAX_LIFETIME, "invalid_client": 0.0}
         span = known.get(failure.code, in_doubt)
@@ -3393,7 +3393,7 @@ class AccountFile:
         return unwritten if found == over else _object(found)
 
     def _read(self) -> dict[str, object] | None:
-        """Return the file's content, None if there is no file that may be replaced."""
+        """Return the content; {} if there is no file, None if it must stay as it is."""
         if not self._path:
             return None
         try:
@@ -3429,7 +3429,7 @@ class PendingSave(_Value):
 def _in_force(
     pending: PendingSave | None, stored: Credentials | None
 ) -> Credentials | None:
-    """Return the pending login while the store holds what it replaces, else that."""
+    """Return what is pending while the store holds what it replaces, else `stored`."""
     if not pending or _tokens(stored) != _tokens(pending.instead_of):
         return stored
     newest = pending.credentials
@@ -3472,7 +3472,7 @@ _NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))
 class StoreView:
     """The storage as this process sees it: the last read, and a pending save.
 
-    Hold the storage's lock for `read`, `save` and `remember`, unless it is read-only.
+    Hold the storage's lock for `read` and `save`, unless it is read-only.
     """
 
     def __init__(self, storage: Storage, account_file: AccountFile) -> None:
@@ -3490,8 +3490,8 @@ class StoreView:
     def look(self) -> Credentials | None:
         """Return the login in force; read the store only if it may have changed.
 
-        While it fails, what was read before is served, with one warning; a StorageError
-        if that is nothing: a failure never means "not logged in".
+        While it fails, what was read before is served, with one warning; if that is
+        nothing, the error is raised: a failure never means "not logged in".
         """
         if self._pid != os.getpid():
             # Forked: the parent saves what is pending, and refreshes it as well.
@@ -3590,8 +3590,8 @@ class StoreView:
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
     """Call a function to its end, although a signal tells the program to end.
 
-    In the main thread they come afterwards, except SIGQUIT.  In another thread the
-    program's exit waits; SIGKILL, and a SIGTERM without a handler, do not.
+    In the main thread they come afterwards, but for SIGQUIT and a default SIGUSR1 or
+    the like.  In another, the exit waits, LOCK_TIMEOUT at most; a default SIGTERM not.
     """
     import atexit
     import signal
@@ -3653,7 +3653,7 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
 
 
 class Refresher:
-    """Gets a new access token; nothing else spends a refresh token.
+    """Gets a new access token; nothing else spends a stored refresh token.
 
     1. Look: a token that is good for long enough costs nothing (`is_due`).
     2. Lock out the other threads, look again, and lock out the other processes.
@@ -3663,8 +3663,8 @@ class Refresher:
     6. Save the new login; it is on the disk, or pending, before anybody gets it.
     7. Note the result for the other processes, and unlock.
 
-    Between 5 and 6 a power failure, or a signal that cannot be deferred, loses the
-    login; a crash before loses nothing.  Signals wait until the end of 7.
+    From 5 on, a power failure, a lost answer, or an exit while the save is pending can
+    lose the login; a crash before loses nothing.  Signals: see `with_signals_deferred`.
     """
 
     def __init__(self, client: OAuthClient, view: StoreView, clock: Clock) -> None:
@@ -3682,8 +3682,8 @@ class Refresher:
     def is_due(self, credentials: Credentials, min_validity: float) -> bool:
         """Tell whether a refresh should be tried now."""
         put_off = wait_left(self._not_before, self._clock(), PUT_OFF)
-        must_last = put_off or not credentials.refresh_token
-        limit = 0 if must_last else max(min_validity, 0)
+        until_expiry = put_off or not credentials.refresh_token
+        limit = 0 if until_expiry else max(min_validity, 0)
         return time_left(credentials.expires_at, self._clock()) <= limit
 
     def refresh(
@@ -3741,7 +3741,7 @@ class Refresher:
             self._failed = _NOT_FAILED
             stack.enter_context(self._view.storage.lock(deadline.left()))
 
-            def refresh() -> tuple[Credentials, bool]:
+            def run_locked() -> tuple[Credentials, bool]:
                 with stack:  # unlocks before the signals are delivered
                     try:
                         return self._refresh_if_needed(min_validity, other_than)
@@ -3749,7 +3749,7 @@ class Refresher:
                         self._failed = (time.monotonic(), _copy_of(error))
                         raise
 
-            return with_signals_deferred(refresh)
+            return with_signals_deferred(run_locked)
 
     def _refresh_if_needed(
         self, min_validity: float, other_than: str | None, *, is_last: bool = False
@@ -3770,7 +3770,7 @@ class Refresher:
             return self._spend(newest, stored, scopes), True
         except (TokenRefused, Unavailable) as error:
             pause = self._account_file.note_failure(error, newest, scopes)
-            # Another program may have refreshed meanwhile; else the refusal counts.
+            # Another program may have refreshed meanwhile; else the failure counts.
             with contextlib.suppress(StorageError, NotLoggedIn):
                 latest = required(self._view.read()[1])
                 if latest.refresh_token != newest.refresh_token:
@@ -3865,17 +3865,17 @@ class OAuthService:
     def access_token(self, *, min_validity: float = REFRESH_BUFFER) -> str:
         """Return an access token that works, refreshed if that is due.
 
-        While a refresh is under way, or fails for a reason that may pass, a token that
-        is still alive is handed out; after its expiry all wait for the one refresh.
+        While a refresh is under way, or has failed, a token that is still alive is
+        handed out; after its expiry all wait for the one refresh.
 
         Args:
             min_validity: Seconds that the token should live on at least.
 
         Raises:
-            NotLoggedIn: There is no credential; log in.
+            NotLoggedIn: There is no credential, or nothing to refresh it with; log in.
             TokenRefused: The refresh token is dead and the token has expired; log in.
             Unavailable: The token has expired and the server cannot be asked now.
-            StorageError: The storage cannot be read, or a refreshed token not be kept.
+            StorageError: The storage cannot be read, or could not take a new login.
         """
         # Programs call this before every request: no lock, no system call, no copy.
         served, now = self._view.served, self._clock()
@@ -3938,7 +3938,7 @@ class OAuthService:
 
     @hides_locals
     def _serve_api(self, min_validity: float) -> ServedToken:
-        """Return what the API takes: a key where it needs one, else such a token."""
+        """Return what the API takes: a key where it needs one, else an access token."""
         credentials = required(self.credentials())
         if needs_key(credentials):
             credentials, _ = self._with_token(lambda _: self._make_key(anew=False))
@@ -3951,12 +3951,12 @@ class OAuthService:
         self, present: Credentials, min_validity: float, other_than: str | None = None
     ) -> Credentials:
         credentials, is_new = self._refresher.refresh(present, min_validity, other_than)
-        # The token is on the disk: a slow profile costs only time.
+        # The token is saved (else nothing is asked): a slow profile costs only time.
         return self._complete_account(credentials) if is_new else credentials
 
     @hides_locals
     def is_rejected(self, token: str) -> bool:
-        """Tell whether the API refused an access token when it was new."""
+        """Tell whether the API has refused, or not yet accepted, this new token."""
         return self._account_file.notes().get("rejected") == fingerprint(token)
 
     @hides_locals
