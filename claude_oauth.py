@@ -4416,13 +4416,14 @@ class BearerAuth:
     def _sign(self, request: Any) -> None:
         """Set the headers of a request, in place of any other credential."""
         headers = self._service.auth_headers()
-        if "anthropic-beta" in headers:
-            asked_for = request.headers.get("anthropic-beta", OAUTH_BETA)
-            headers["anthropic-beta"] = _with_beta(asked_for)
+        present = set(map(str.lower, request.headers))
+        if "anthropic-beta" in present & headers.keys():
+            headers["anthropic-beta"] = _with_beta(request.headers["anthropic-beta"])
         # The API takes a token or a key, and refuses both.
-        request.headers.pop("authorization", None)
-        request.headers.pop("x-api-key", None)
-        request.headers.update(headers)
+        for name in present & {"authorization", "x-api-key"}:
+            del request.headers[name]
+        for name, value in headers.items():
+            request.headers[name] = value
 
     @hides_locals
     def _renew(self, request: Any) -> bool:
@@ -4879,7 +4880,7 @@ def _report(error: BaseException) -> int:
 
 def _service(options: Any) -> OAuthService:
     given = {"client_id": options.client_id, "scopes": getattr(options, "scope", None)}
-    config = OAuthConfig.from_env().replace(**{k: v for k, v in given.items() if v})
+    config = OAuthConfig.from_env().replace(**_known(given))
     return OAuthService(config, make_storage(options.store, options.dir))
 
 
@@ -5155,7 +5156,6 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     "--browser": ("demo", "sign in with your own browser"),
     "--json": ("login status token refresh profile", "print one JSON object"),
 }
-
 _EPILOG: Final = """\
 environment: CLAUDE_OAUTH_CLIENT_ID, CLAUDE_OAUTH_DIR, CLAUDE_OAUTH_STORE,
   CLAUDE_OAUTH_SERVER (see `sandbox`), CLAUDE_OAUTH_TOKEN (comes before any store),
