@@ -11206,6 +11206,9 @@ class RoughServer(AuthServer):
         self.reuser = None
 
     def answer(self, handler, request):
+        if len(request.body) < int(request.headers.get("Content-Length") or 0):
+            handler.close_connection = True  # its sender was killed in between
+            return None
         trouble = request.path == "/v1/oauth/token" and self.dice.choice(self.TROUBLES)
         if not trouble:
             return super().answer(handler, request)
