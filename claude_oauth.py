@@ -640,7 +640,7 @@ class Credentials(_Value):
     def to_record(self) -> dict[str, object]:
         """Return the JSON object to store, without the fields that are None."""
         tokens: dict[str, object] = {}
-        for name, (key, _read, write) in _RECORD_FIELDS.items():
+        for name, (key, _, write) in _RECORD_FIELDS.items():
             if (value := getattr(self, name)) is not None:
                 tokens[key] = write(value)
         top: dict[str, object] = {k: tokens.pop(k) for k in tokens.keys() & RECORD_KEYS}
@@ -655,7 +655,7 @@ class Credentials(_Value):
         key = record.get("consoleApiKey")
         stored = {**_object(record.get("claudeAiOauth")), "consoleApiKey": key}
         found: dict[str, Any] = {}
-        for name, (key, read, _write) in _RECORD_FIELDS.items():
+        for name, (key, read, _) in _RECORD_FIELDS.items():
             found[name] = read(stored.get(key))
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if name in cls._secret[:2] and is_needed and found[name] is None:
