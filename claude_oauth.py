@@ -2992,10 +2992,11 @@ class _PastePrompt:
             waiting.register(self._wake_up, selectors.EVENT_READ)
             if self.is_readable():
                 waiting.register(self._source, selectors.EVENT_READ)
-            ready = [key.fileobj for key, _ in waiting.select(seconds)]
+            waiting.select(seconds)
+            # Asked again: `fg` and `bg` come between, and what is typed is the shell's.
+            ready = [key.fileobj for key, _ in waiting.select(0)]
         _quietly(self._wake_up.recv, 4096)
         self._is_whole = True
-        # Asked again: `bg` may have put the program into the background meanwhile.
         if self._source in ready and self.is_readable():
             self._read()
 
@@ -3111,8 +3112,7 @@ def _announce(automatic_url: str, manual_url: str, port: int, can_paste: bool) -
     where, url, other = " on this machine", automatic_url, ""
     if can_paste:
         where, url = ", on any machine", manual_url
-        other = "Where this machine's port is forwarded, this one needs no paste:\n"
-        other += automatic_url + "\n"
+        other = f"With the port forwarded, this one needs no paste:\n{automatic_url}\n"
     say(f"To sign in, open this address in a browser{where}:\n{url}")
     if port:
         say(f"{other}  (forwarded by: ssh -L {port}:localhost:{port} HOST)")
