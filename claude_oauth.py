@@ -42,8 +42,8 @@ import sys
 import time
 import types
 
-# `token` stands in shell loops, so importing must cost next to nothing: what is slow to
-# import is imported where it is needed, and `typing` never is.
+# Shell loops run the command `token`, so this module must load fast: it imports slow
+# modules where it needs them, and `typing` never.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -104,7 +104,7 @@ SCOPE_USER_SESSIONS_CLAUDE_CODE: Final = "user:sessions:claude_code"
 SCOPE_USER_MCP_SERVERS: Final = "user:mcp_servers"
 SCOPE_USER_FILE_UPLOAD: Final = "user:file_upload"
 
-# Both paths ask for these; the server grants those that fit the account.
+# Every login, Claude.ai or Console, asks for these; the server grants what fits.
 ALL_SCOPES: Final = (
     SCOPE_ORG_CREATE_API_KEY, SCOPE_USER_PROFILE, SCOPE_USER_INFERENCE,
     SCOPE_USER_SESSIONS_CLAUDE_CODE, SCOPE_USER_MCP_SERVERS, SCOPE_USER_FILE_UPLOAD,
@@ -120,7 +120,7 @@ SUBSCRIPTION_TYPES: Final = {
 
 # The anthropic-beta header that the API requires with an OAuth token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
-# The service's CDN refuses an empty one, and those of scripting libraries.
+# The service's CDN refuses an empty User-Agent, and those of scripting libraries.
 USER_AGENT: Final = "claude-oauth-py/" + __version__
 
 # Seconds.
@@ -131,15 +131,15 @@ LOGIN_END_WARNING: Final = 3 * 86400.0  # before the login itself ends: `status`
 LOGIN_TIMEOUT: Final = 300.0  # for a person to sign in
 REQUEST_TIMEOUT: Final = 30.0  # to connect, and to answer; under 15, slow proxies fail
 MAX_REQUEST_TIMEOUT: Final = 86400.0  # far longer ones exceed the system's own limits
-LOOK_INTERVAL: Final = 0.5  # a token is served this long without a look at the store
+LOOK_INTERVAL: Final = 0.5  # a token is served this long without checking the store
 SLOW_FAILURE: Final = 0.1  # a store that takes longer to fail is left alone for a time
 LOCK_TIMEOUT: Final = 3 * REQUEST_TIMEOUT  # as long as one request may take elsewhere
-PUT_OFF: Final = 30.0  # to the next try, if a refresh fails while the token is alive
+REFRESH_RETRY_DELAY: Final = 30.0  # until the next try, if the token is still valid
 SHORT_WAIT: Final = 2.0  # once the token has expired, a pause up to this is waited out
-WAIT_FLOOR: Final = 1.0  # after a 5xx at least; without Retry-After it doubles
-RATE_LIMIT_FLOOR: Final = 30.0  # after a 429 that names none; asking sooner prolongs it
+WAIT_FLOOR: Final = 1.0  # at least, after a 5xx; doubles each time without Retry-After
+RATE_LIMIT_FLOOR: Final = 30.0  # after a bare 429; asking again too soon prolongs it
 WAIT_CEILING: Final = 3600.0  # a longer Retry-After counts as this
-FLUSH_TIMEOUT: Final = 5.0  # that a logout gives to telemetry, and then to revocation
+FLUSH_TIMEOUT: Final = 5.0  # for telemetry at a logout, and again for the revocation
 
 MAX_ANSWER_BYTES: Final = 1 << 20  # far more than any answer; the rest is not read
 MAX_FILE_BYTES: Final = 1 << 20  # no credential file is larger
@@ -348,7 +348,7 @@ def import_package(name: str, cure: str = "") -> Any:
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         problem = "is missing" if is_missing else f"is broken: {printable(error)}"
     known = f"`apt install python3-{package}`, `dnf install python3-{package}`"
-    cure = cure or f"get it by {known} or pip install {package}"
+    cure = cure or f"install it: {known} or pip install {package}"
     raise ConfigError(f"the package `{package}` {problem}; {cure}")
 
 
@@ -402,13 +402,13 @@ class _Value:
 
 @hides_locals
 class OAuthConfig(_Value):
-    """Who asks, and where: the client id, the endpoints, the scopes.
+    """The client id, the endpoints, the scopes and how requests are sent.
 
     ``client_id`` is the one that the program was issued; only a login needs it.
-    ``revoke_url`` may be None: then a logout revokes nothing.  A program may put its
-    own name into ``user_agent``; this module's stays.  ``timeout`` is the number of
-    seconds to connect, and to answer.  Raises ConfigError if a setting is unusable, or
-    an endpoint not https (or loopback).
+    ``revoke_url`` may be None: then a logout revokes nothing.  ``user_agent`` may name
+    the program; this module's name is appended.  ``timeout`` is the limit in seconds,
+    to connect and again to answer.  Raises ConfigError if a setting is unusable, or an
+    endpoint is neither https nor on loopback.
     """
 
     client_id: str
@@ -444,7 +444,7 @@ class OAuthConfig(_Value):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> OAuthConfig:
-        """Return what CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER say."""
+        """Return the settings from CLAUDE_OAUTH_CLIENT_ID and CLAUDE_OAUTH_SERVER."""
         client_id = setting("CLAUDE_OAUTH_CLIENT_ID", environ)
         server = setting("CLAUDE_OAUTH_SERVER", environ)
         return cls.for_server(server, client_id=client_id) if server else cls(client_id)
@@ -478,16 +478,16 @@ class OAuthConfig(_Value):
                 )
 
 
-# A client id or a scope, and not what a shell, a template or an env file makes of one.
+# A client id or a scope, without the syntax of a shell, a template or an env file.
 _NAME: Final = r"(?![A-Z_]+=)[^\"'`$<>{}\0-\x1f]*"
 
-# Not with a backslash: some programs take that for a slash, and another host.
+# No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
     r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
     r"(?:[/?#][!-\[\]-~]*)?"
 )
 
-# The values of each endpoint that need no look: importing urllib is slow.
+# The values of each endpoint that need not be parsed: importing urllib is slow.
 _KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
     name: [url]
     for name, url in vars(OAuthConfig).items()
@@ -522,7 +522,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _text(value: object, pattern: str = r"(?s).*\S.*") -> str | None:
-    """Return a text if all of it matches: by default one that is not blank."""
+    """Return a str that matches as a whole, by default a non-blank one; else None."""
     import re
 
     return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
@@ -545,7 +545,7 @@ def _object(value: object) -> dict[str, Any]:
 def _number(value: object, low: float = -1e15, high: float = 1e15) -> float | None:
     digits = _text(value, "[0-9]+")
     number: Any = float(digits) if digits else value
-    is_number = type(number) in (int, float)  # True is none
+    is_number = type(number) in (int, float)  # bool is an int, but not a number here
     return number if is_number and low <= number <= high else None
 
 
@@ -559,7 +559,7 @@ def _milliseconds(moment: float) -> int:
 
 
 def _lifetime(value: object) -> float | None:
-    # Less than a millisecond is no lifetime, and may not even be told from none.
+    # Less than a millisecond is useless, and could be lost when added to a timestamp.
     return _number(value, 0.001, MAX_LIFETIME)
 
 
@@ -586,8 +586,8 @@ _RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any], Any]]] = 
 }
 _TOKEN_KEYS: Final = {key for key, *_ in _RECORD_FIELDS.values()}
 
-# The profile's fields: the key in the server's answer, and the one in account.json: ""
-# for what stays with the credential.
+# The profile's fields: the key in the server's answer, and the key in account.json, ""
+# if the credential has the field instead.
 _ACCOUNT_FIELDS: Final = {
     "account_uuid": ("uuid", "accountUuid"),
     "email": ("email", "emailAddress"),
@@ -648,9 +648,9 @@ class Credentials(_Value):
 
     @classmethod
     def from_record(cls, record: Record) -> Credentials:
-        """Read a stored JSON object.  Malformed fields beside the tokens are unknown.
+        """Read a stored JSON object; a malformed field other than a token is ignored.
 
-        Raises StorageCorrupt if a token has the wrong type, or no header can carry it.
+        Raises StorageCorrupt if a token has the wrong type, or cannot go into a header.
         """
         key = record.get("consoleApiKey")
         stored = {**_object(record.get("claudeAiOauth")), "consoleApiKey": key}
@@ -671,15 +671,15 @@ class Credentials(_Value):
     ) -> Credentials:
         """Read a token endpoint's answer, merged over the previous credential.
 
-        Raises BadAnswer without a usable access token.  Beside that anything may be
-        missing or malformed: the refresh token is spent.  Source: RFC 6749 section 5.1.
+        Raises BadAnswer if no access token is usable.  Another field may be missing or
+        malformed, since the refresh token is spent.  Source: RFC 6749 section 5.1.
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
         access_token = _header_text(answer.get("access_token"))
         if access_token is None:
             raise BadAnswer("access_token")
-        # What is absent, blank or no text counts as bearer.
+        # A type that is absent, blank or not a string counts as bearer.
         if _text(answer.get("token_type"), r"(?is)\s*(?!bearer\s*$)\S.*"):
             raise BadAnswer("token_type", "is not bearer")
         base = previous or cls(access_token)
@@ -790,8 +790,8 @@ def read_answer(
 ) -> dict[str, object]:
     """Return the JSON object of a 2xx answer, as far as it can be read.
 
-    The grant is spent: a defect elsewhere must not lose the tokens.  Without the field,
-    an ``error`` in it counts as with another status.
+    The grant is spent, so a defect elsewhere must not lose the tokens.  If ``field`` is
+    missing, an ``error`` in the answer is raised as it would be with a 4xx status.
     """
     answer = parse_json_object(content, lenient=True)
     if answer is None:
@@ -826,7 +826,7 @@ def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[st
     """Return the granted scopes, and the wanted ones that a refresh may add."""
     granted = tuple(granted)
     added = set(wanted).intersection(ALLOWED_SCOPE_EXPANSIONS).difference(granted)
-    # Without those granted, a guess could narrow the token.
+    # If the granted scopes are unknown, a guess could narrow the token.
     return (*granted, *sorted(added)) if granted else ()
 
 
@@ -889,7 +889,7 @@ def error_of_answer(
     return Unavailable(f"{text}; try again later", retry_after, status)
 
 
-# A refresh token, a variable, a word for nothing, a path, or a token that is cut.
+# Not an access token: a refresh token, NAME=, a path, `null`, or a token cut short.
 _NO_TOKEN: Final = (
     r"sk-ant-ort|sk-ant-[a-z]+\d*-?$|[A-Z_]+=|\w*(?i:token|key)=|.*\.{3}|[.~]+/"
     r"|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users)/|(?i:null|none|undefined)$"
@@ -920,7 +920,7 @@ def clean_token(value: str) -> str:
     """Return a token without the blanks around it; ConfigError if it is none."""
     token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
     if not _text(token, rf"(?a)(?!{_NO_TOKEN})[\w.~+/-]+=*"):
-        raise ConfigError("CLAUDE_OAUTH_TOKEN is no token; set it to the token alone")
+        raise ConfigError("CLAUDE_OAUTH_TOKEN is malformed; set it to the token alone")
     return token
 
 
@@ -968,7 +968,7 @@ _WORD: Final = (
     r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
 )
 _NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w.~+/=-]\S*|{_WORD})"
-_VOUCHED_CODE: Final = (
+_CODE_WITH_STATE: Final = (
     rf"(?s:.*{_NO_PIECE}\s)?((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])"
     r"[^\s=]{8,})\s)*[^#&?:=\s]+=*)"
 )
@@ -1030,7 +1030,7 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
     for pattern, reason in PASTE_REFUSALS:
         if re.search(pattern, re.sub("[ \n]", "", cleaned)):
             raise ValueError(reason)
-    # A terminal that marks the start of a paste, or its end, but not both, sends more.
+    # With only one of the two bracketed-paste marks, more of the paste is to come.
     if ("\x1b[200~" in text) != ("\x1b[201~" in text) and state not in cleaned:
         raise ValueError("that is not a code")
     # The whole screen may have been copied: then the state stands behind the code.
@@ -1080,7 +1080,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     pattern, mark = _BARE_CODE, text.find("#")
     found = re.search(rf"#{re.escape(state)}(?![\w#-])", text)
     if found:
-        pattern, text = _VOUCHED_CODE, text[: found.start()]
+        pattern, text = _CODE_WITH_STATE, text[: found.start()]
     elif mark >= 0 and state.startswith("".join(text[mark + 1 :].split())):
         raise ValueError("the end of the code is missing")
     elif re.search(r"(?i)#|\bstate ?[:=]", text):
@@ -1088,7 +1088,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     code = "".join(re.findall(rf"\A{pattern}\Z", text))
     pieces = re.split(r"\s", code)
     joined = "".join(pieces)
-    # Codes are as long as each other; the halves of a broken one hardly ever are.
+    # Two codes have the same length; the halves of one broken code hardly ever do.
     is_two = len(joined) == 2 * len(pieces[0]) >= 64
     if is_two or not re.fullmatch(rf"(?!.*{re.escape(state)}){_CODE}", joined):
         raise ValueError("that is not a code")
@@ -1195,7 +1195,7 @@ def start_thread(
     import threading
 
     def run() -> None:
-        # What a caller's function or a notebook's raises has nobody to handle it.
+        # Nobody is there to handle an error of a caller's function, or of a notebook.
         with contextlib.suppress(BaseException):
             function(*args)
 
@@ -1210,9 +1210,9 @@ def start_thread(
 def call_with_limit(
     function: Callable[[], _T], seconds: float
 ) -> tuple[_T | None, BaseException | None]:
-    """Return what a function returns, and what it raises: TimeoutError if it is late.
+    """Call a function; return its result and its exception, TimeoutError if it is late.
 
-    It goes on in a daemon thread then.  Where none can start, there is no limit.
+    A late call goes on in a daemon thread.  If no thread can start, there is no limit.
     """
     outcome: list[tuple[_T | None, BaseException | None]] = [(None, TimeoutError())]
 
@@ -1233,7 +1233,7 @@ def call_with_limit(
 class OAuthClient:
     """The requests to the service, each with a time limit and a size limit.
 
-    Without a session each has its own.  Thread-safe if the session is.
+    Without a session, each request makes its own.  Thread-safe if the session is.
     """
 
     def __init__(
@@ -1321,9 +1321,9 @@ class OAuthClient:
     ) -> Credentials:
         """Spend the refresh token for new tokens, merged over the given ones.
 
-        Save what this returns before using it: the token that was sent is dead.  Raises
-        NotLoggedIn without one; TokenRefused if it is dead, or a scope is out of reach;
-        Unavailable if the answer is not usable, and it may be spent.
+        Save the result before you use it: the token that was sent is dead.  Raises
+        NotLoggedIn if there is none to send; TokenRefused if it is dead, or a scope is
+        not allowed; Unavailable if no answer is usable: it may be spent all the same.
         """
         answer = self.request_refresh(credentials, scopes or ())
         now = self._clock()
@@ -1396,7 +1396,7 @@ class OAuthClient:
         """Return status, headers and content of any answer."""
         from contextlib import ExitStack
 
-        # Not compressed: a proxy that unpacks an answer may leave the label on it.
+        # Not compressed: a proxy that unpacks an answer may leave its Content-Encoding.
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         headers["User-Agent"] = self.config.user_agent
         if token:
@@ -1428,7 +1428,7 @@ class OAuthClient:
                 except requests.HTTPError as error:  # of a hook in the session
                     response = error.response
                 answers.append(stack.enter_context(response))
-                # Byte by byte where a token is spent: urllib3 2 drops a cut piece.
+                # Byte by byte for a refresh: urllib3 2 drops an incomplete chunk.
                 for piece in response.iter_content((4096, 1)[is_refresh]):
                     content.extend(piece)
                     if len(content) >= MAX_ANSWER_BYTES:
@@ -1437,8 +1437,8 @@ class OAuthClient:
         # `requests` limits the wait for each packet only: slow headers, or a resolver
         # that hangs, would hold the lock for ever.
         deadline, error = Deadline(3 * self.config.timeout), None
-        # Of two tries the second follows a dropped connection: if the server has spent
-        # a refresh token, its successor is lost, and any later try would send the same.
+        # Try again after a dropped connection only: if the server has spent the refresh
+        # token, its successor is lost anyway, and a later try would send the same one.
         for _ in range(1 + (body is None or is_refresh)):
             _nothing, failure = call_with_limit(request, deadline.left())
             error = _error_of_failure(failure, route)
@@ -1446,8 +1446,8 @@ class OAuthClient:
             if answers or str(error) != _DROPPED.format(route=route):
                 break
         data = bytes(content[:MAX_ANSWER_BYTES])
-        # An exception of the session may hold the request, and so the tokens: what is
-        # raised has a text alone.  What came whole counts, whatever comes behind it.
+        # An exception of the session may hold the request, and so the tokens: the one
+        # raised here holds only text.  A complete answer counts, whatever follows it.
         if error and not (parse_json_object(data) or _fields_of(data)):
             raise error
         return answers[0].status_code, answers[0].headers, data
@@ -1470,8 +1470,8 @@ _DROPPED: Final = "{route} dropped the connection; try again later"
 _FAILURES: Final = {
     "SSLError": "TLS to {route} failed, or its certificate is not trusted; if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
-    "ProxyError": "the way to {route} is closed: the proxy refused or did not answer;"
-    " check HTTPS_PROXY with its name and password",
+    "ProxyError": "no connection to {route}: the proxy refused or did not answer;"
+    " check HTTPS_PROXY, with its user name and password",
     "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
     "Timeout TimeoutError": "no answer from {route} in time; try again later",
     "ValueError TypeError AttributeError ImportError LookupError FileNotFoundError"
@@ -1507,8 +1507,8 @@ def import_requests() -> Any:
 def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
     """Return a text that names the host and its proxy, and the proxies to use.
 
-    ConfigError if the proxy's URL, which is not shown (a password may be in it), or a
-    file that TLS needs is unusable.
+    Raises ConfigError if the proxy's URL, or a file that TLS needs, is unusable.  The
+    URL is not shown: a password may be in it.
     """
     import re
     from urllib.parse import urlsplit
@@ -1535,8 +1535,8 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
     problem = (
         "names a SOCKS proxy; get PySocks: pip install PySocks"
         if kind == "InvalidSchema"
-        else "is no usable proxy URL; give it as http://host:port, and write characters"
-        " like # ? / [ @ of a password as %23 %3F %2F %5B %40"
+        else "is not a usable proxy URL; give it as http://host:port, and characters"
+        " like # ? / [ @ in a password as %23 %3F %2F %5B %40"
     )
     name = "the proxy of the session or the system"
     name = _variable_or(name, proxy, ("HTTPS_PROXY", "ALL_PROXY"))
@@ -1568,8 +1568,8 @@ def _reason(error: Exception) -> str:
 
 
 def _variable_or(name: str, value: str, variables: Iterable[str]) -> str:
-    """Return the variable of the environment that has this value, or the name."""
-    known = sorted(os.environ.items(), reverse=True)  # of two, the first counts
+    """Return the name of the variable that has this value, else the given name."""
+    known = sorted(os.environ.items(), reverse=True)  # if two have it, the first name
     return {v: n for n, v in known if n.upper() in variables}.get(value, name)
 
 
@@ -1597,11 +1597,11 @@ class Storage(Protocol):
         """Raise StorageError if a save could not succeed now, under the same lock."""
 
     def lock(self, timeout: float) -> ContextManager[object]:
-        """Return a lock across processes; Unavailable if not free in time (0: once)."""
+        """Return an inter-process lock; Unavailable if held too long (0: try once)."""
         ...
 
     def stamp(self) -> object:
-        """Return a cheap value that changes when the record may have; None: read it."""
+        """Return a cheap value that changes whenever the record does; None: read it."""
 
     def describe(self) -> str:
         """Say for people where the credential is."""
@@ -1618,8 +1618,8 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
     if os.environ.get("HOME") != "":  # else it would be a directory of the root
         found = os.path.expanduser(found)
     if re.search(_NO_PATH, found):
-        why = "it is empty, begins with a quote or a variable"
-        text = f"{printable(found)!r} is no path: {why}, or no home directory is known"
+        why = "empty, quoted, a variable, or no home directory is known"
+        text = f"{printable(found)!r} is no path ({why}); give an absolute path"
         raise ConfigError(text)
     return os.path.abspath(found)
 
@@ -1632,7 +1632,7 @@ def default_directory(environ: Mapping[str, str] | None = None) -> str:
 
 
 def warn(message: str, *, once: bool = False) -> None:
-    """Tell the program's log, or stderr if it has none, what a person should know."""
+    """Log a warning; Python prints it to stderr if the program sets up no logging."""
     import logging
 
     if message not in _WARNED:
@@ -1643,7 +1643,7 @@ def warn(message: str, *, once: bool = False) -> None:
 
 _NO_PATH: Final = "^\\s*$|^[\"'`$%~<{\u2018\u201c\u201e\xab]|^\\w\\w+://|\0"
 _WARNED: Final[set[str]] = set()  # what this process says only once
-_NO_MODES: Final = "others can read this, by its mode; set its mode to 0600 if you can"
+_READABLE_BY_OTHERS: Final = "others can read this; set its mode to 0600 if you can"
 
 
 def _make_private(target: int | str, mode: int, subject: str) -> bool:
@@ -1652,7 +1652,7 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
         return False  # the mode is invented there, and access follows from the ACL
     if _quietly(os.chmod, target, mode) and not os.stat(target).st_mode & 0o077:
         return True
-    warn(f"{subject}: {_NO_MODES}", once=True)
+    warn(f"{subject}: {_READABLE_BY_OTHERS}", once=True)
     return False
 
 
@@ -1673,10 +1673,10 @@ def _make_directory(path: str) -> None:
 def read_private(
     path: str, *, is_ours: bool = True, any_owner: bool = False
 ) -> bytes | None:
-    """Return a private file's content, None if there is none, or only blanks and NULs.
+    """Return a private file's content; None if it is missing, blank or all NULs.
 
-    A file of ours that others can read is set to 0600 with a warning.  What is no
-    regular file of this user is a StorageError.
+    A file of ours that others can read is set to 0600 with a warning.  Raises
+    StorageError if it is not a regular file, or is another user's.
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
@@ -1704,7 +1704,7 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
     if not found.st_mode & 0o077:
         return
     if not is_ours:
-        warn(f"{path}: {_NO_MODES}", once=True)
+        warn(f"{path}: {_READABLE_BY_OTHERS}", once=True)
     elif _make_private(fd, 0o600, os.path.dirname(path)):
         warn(f"others could read {path}; it is set to 0600 now")
 
@@ -1715,9 +1715,9 @@ def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
 
 
 class _AtomicFile:
-    """The successor of a private file: made beside it, and renamed over it once whole.
+    """A replacement for a private file: written beside it, then renamed over it.
 
-    Made with room before a refresh, it can take the answer even if the disk fills.
+    If it reserves space before a refresh, a disk that fills up cannot lose the tokens.
     """
 
     def __init__(self, path: str, *, reserve: bool = False) -> None:
@@ -1737,7 +1737,7 @@ class _AtomicFile:
             raise StorageError(f"cannot write {path}: {_reason(error)}") from None
 
     def commit(self, data: bytes, *, sync: bool = True) -> None:
-        """Put the data in the file's place, through the descriptor that has room."""
+        """Write the data, into the reserved space if any, and replace the file."""
         try:
             self._file.seek(0)
             self._file.write(data)
@@ -1767,9 +1767,9 @@ class _AtomicFile:
         return os.path.getsize(self._real)
 
     def _replace(self, data: bytes) -> None:
-        """Rename over the file, or rewrite it in place where that is refused.
+        """Rename over the file, or rewrite it in place if the system refuses that.
 
-        As for a mount of its own, in a sticky directory, or if it is open on Windows.
+        As for a mount point, in a sticky directory, or a file that is open on Windows.
         """
         try:
             _try_for_a_while(os.replace, self._temporary, self._real)
@@ -1777,8 +1777,8 @@ class _AtomicFile:
         except OSError as error:
             if errno.errorcode.get(error.errno or 0) not in _RENAME_FAULTS.split():
                 raise
-        # Blanks, which JSON allows, first take the room for a longer record, and then
-        # hide the end of a longer old one until it is cut off.
+        # Blanks, which JSON allows, first reserve space for a longer record, and then
+        # overwrite the end of a longer old one until the file is truncated.
         with _open_private(self._real, 0) as file:
             size = file.seek(0, os.SEEK_END)
             file.write(b" " * (len(data) - size))
@@ -1791,16 +1791,16 @@ class _AtomicFile:
 _DPAPI_MARK: Final = b"dpapi:"
 _UNDECRYPTABLE: Final = (
     "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
-    " or the passphrase is not the one; set that, or move it away and log in again"
+    " or the passphrase is wrong; set the right one, or move it away and log in again"
 )
 _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
 _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
-RESERVED_BYTES: Final = 16384  # room for what a credential's successor may be longer
+RESERVED_BYTES: Final = 16384  # how much longer a record may get by a refresh
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 _RENAME_FAULTS: Final = "EBUSY EPERM EACCES EXDEV ENOSYS EOPNOTSUPP ENOTSUP"
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
-# With another error somebody else holds the lock: EAGAIN; on Windows EACCES or EDEADLK,
-# and under Wine anything that came before.
+# Any other error means that the lock is held: EAGAIN; on Windows EACCES or EDEADLK, and
+# under Wine the number of whatever error came before.
 _LOCK_FAULTS: Final = {"nt": {errno.EBADF, errno.EINVAL}}.get(
     os.name, {*range(1000)} - {errno.EAGAIN}
 )
@@ -1859,9 +1859,9 @@ def _quietly(function: Callable[..., object], *arguments: object) -> bool:
 def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager[Any]:
     """Return a lock that processes and threads share, held until its context ends.
 
-    The kernel frees it when a process dies.  The file stays: to remove it would let two
-    processes hold locks on two files of one name.  Meanwhile the thread's id is a key
-    of *held*, for the `_AtomicFile` that a check makes for the next save.
+    The kernel frees it when a process dies.  The file stays: removing it would let two
+    processes lock two files of the same name.  While it is locked, *held* has the
+    thread's id as a key, for the `_AtomicFile` that `check` makes for the next save.
     """
     import threading
     from contextlib import contextmanager
@@ -1869,13 +1869,13 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     @contextmanager
     def hold() -> Iterator[None]:
         deadline = Deadline(timeout)
-        # The kernel's lock has no time limit to wait with, so this tries again: a
-        # signal gets through at once, and nothing is left behind at the end.
+        # The kernel's lock cannot be waited for with a time limit, so this polls: a
+        # signal still arrives at once, and no thread is left waiting for the lock.
         while (file := _open_locked(path)) is None:
             left = deadline.left()
             if not left:
                 raise Unavailable(f"another process holds the lock {path}; try later")
-            # Ever longer, or hundreds that wait would starve the one that holds it.
+            # Wait longer each time: hundreds of waiters would starve the lock's holder.
             time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
         holder = threading.get_native_id()  # another one in a forked child
         with file:
@@ -1961,7 +1961,7 @@ class _RecordStorage:
         self._write_record(merge_record(self._read_record(), credentials.to_record()))
 
     def stamp(self) -> object:
-        """Return what a single ``stat`` tells of a file."""
+        """Return the file's date, inode and size, or "absent", from one ``stat``."""
         try:
             found = os.stat(self._watched)
         except FileNotFoundError:
@@ -2053,7 +2053,7 @@ class FileStorage(_RecordStorage):
             raise StorageError(f"{self.path} is another program's; log in or out there")
 
     def _swap_reserved(self, file: _AtomicFile | None) -> _AtomicFile | None:
-        """Under the lock keep a file, and return the one before; else return it."""
+        """Keep a file, return the previous one; without the lock, return it unkept."""
         import threading
 
         holder = threading.get_native_id()
@@ -2103,7 +2103,7 @@ class MemoryStorage:
 
     def __init__(self, credentials: Credentials | None = None) -> None:
         self._stored = credentials
-        # By process: nobody in a forked child would free its parent's.
+        # By process id: in a forked child, nobody would release the parent's lock.
         self._mutexes: dict[int, threading.Lock] = {}
         self._changes = 0
 
@@ -2154,16 +2154,16 @@ class MemoryStorage:
 
 @hides_locals
 class _SecretStorage(_RecordStorage):
-    """A record in a store of the system, which may be locked, slow or gone at any time.
+    """A record in a system store, which may be locked, slow or gone at any time.
 
-    An empty file beside the lock tells others of a save; else they notice at a refresh.
+    An empty file beside the lock tells other processes of a save before they refresh.
     """
 
     read_only = False
     _cure = "`claude-oauth logout` removes it"
-    # Its name, and what helps where it cannot be used, or is locked.
+    # The store's name, and what to do if it cannot be used, or is locked.
     _title = _hint = _unlock = ""
-    # Does "get", "set" (with data) or "delete" for a service's item; None: surely none.
+    # Does "get", "set" (with data) or "delete" for an item; None: no such item, surely.
     _call: Callable[..., bytes | None]
 
     def __init__(
@@ -2194,17 +2194,17 @@ class _SecretStorage(_RecordStorage):
         """Remove the record, readable or not; return whether there was one."""
         found = self._call("delete", self._service) is not None
         if self._call("get", self._service) is not None:
-            raise StorageError("the login was deleted, but is still there")
+            raise StorageError("the deleted login is still there; try again")
         _quietly(write_private, self._watched, b"")
         return found
 
     def check(self) -> None:
-        """Raise StorageError if a save could not succeed now, by a trial of its size.
+        """Raise StorageError if a trial record of the same size cannot be saved now.
 
         A store that can be read may be full, or refuse writes.
         """
         beside = f"{self._service} check"
-        # As many quotes, which `security` wants escaped, and what a refresh may add.
+        # As many quotes, which `security` needs escaped, plus what a refresh may add.
         record = dump_json(self._read_record()) + '"x' * 128
         quotes = '"' * record.count('"')
         self._put(beside, quotes.ljust(len(record), "x").encode())
@@ -2226,7 +2226,7 @@ class _SecretStorage(_RecordStorage):
         _quietly(write_private, self._watched, b"")
 
     def _put(self, service: str, data: bytes) -> None:
-        # Only a read tells: a success can lie, a refusal can come after the change.
+        # Read it back: "success" may be false, and a failure may come after the change.
         problem = StorageError(f"the {self._title} does not keep records; {_USE_FILE}")
         try:
             self._call("set", service, data)
@@ -2250,8 +2250,8 @@ class _SecretStorage(_RecordStorage):
 _USE_FILE: Final = "choose a file with `--store file`"
 STORE_TIMEOUT: Final = 10.0  # seconds: a dialog that nobody sees waits for ever
 SECURITY: Final = "/usr/bin/security"  # the first on PATH could be anybody's
-# Bytes of a line for `security -i`, newline included.  From 4096 on it stores a value
-# that was cut, and exits with 0.  Source: Apple's SecurityTool, readline.c.
+# The most bytes in a line for `security -i`, newline included.  From 4096 on, it stores
+# a truncated value and exits with 0.  Source: Apple's SecurityTool, readline.c.
 SECURITY_LINE: Final = 4094
 # What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
 # -U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h.
@@ -2271,7 +2271,7 @@ class KeychainStorage(_SecretStorage):
     """
 
     _title = "macOS Keychain"
-    _hint = "whether the login is there is not known; look at HOME, try again"
+    _hint = "it is not known whether the login is there; check HOME, try again"
     _path = "~/Library/Keychains/login.keychain-db"
     _unlock = f"unlock it in this session with `security unlock-keychain {_path}`"
 
@@ -2284,7 +2284,7 @@ class KeychainStorage(_SecretStorage):
             for word in (self._account.encode(), service.encode(), data)
         )
         digits = data.hex().encode("ascii")
-        # -U without -T and -A: they change who may read the item, which asks a person.
+        # Not -T or -A, which change who may read the item: macOS would ask a person.
         command, *forms = {
             "get": (b"find-generic-password", b" -w"),
             "set": (b"add-generic-password -U", b" -X " + digits, b" -w " + secret),
@@ -2348,7 +2348,7 @@ class KeyringStorage(_SecretStorage):
 
     _title = "keyring"
     _hint = "it needs a desktop session (D-Bus) with an unlocked keyring"
-    _unlock = "unlock it, as by signing in to the desktop"
+    _unlock = "unlock it, for example by signing in to the desktop"
 
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
         if action == "delete" and self._call("get", service) is None:
@@ -2360,11 +2360,11 @@ class KeyringStorage(_SecretStorage):
             is_there = found is not None or action != "get"
             return str(found).encode(errors="surrogatepass") if is_there else None
         name, is_missing = type(error).__name__, isinstance(error, ImportError)
-        # What a write complains about may have the secret in it.
+        # The error of a write may quote the secret.
         reason = name if data else printable(f"{name}: {error}")
         if is_missing:
-            raise ConfigError(f"the backend of `keyring` is not there ({reason})")
-        # Where a time limit is over, most likely a dialog waits that nobody sees.
+            raise ConfigError(f"`keyring` has no backend ({reason}); {_USE_FILE}")
+        # After a timeout, a dialog that nobody sees is most likely waiting.
         locked = "TimeoutError KeyringLocked LockedException PromptDismissedException"
         raise self._failure(reason, is_locked=name in locked.split())
 
@@ -2377,7 +2377,7 @@ class FernetCipher:
     """
 
     _COST = (1 << 15, 8, 3)  # scrypt's n, r and p: 32 MiB and some 0.2 s
-    # The text begins with it; a planted record's other cost could make reading slow.
+    # The text begins with this; a forged record's higher cost could make reading slow.
     _START = b"scrypt:%d:%d:%d" % _COST
 
     def __init__(self, passphrase: str | bytes) -> None:
@@ -2388,36 +2388,36 @@ class FernetCipher:
         self._fernet = import_package("cryptography.fernet")
         self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
         self._passphrase = passphrase
-        self._boxes: dict[bytes, Any] = {}  # by salt: to derive a key is slow
+        self._fernets: dict[bytes, Any] = {}  # by salt: to derive a key is slow
 
     def encrypt(self, data: bytes) -> bytes:
         """Return ASCII text that carries the cost and the salt along."""
-        salt = next(iter(self._boxes), os.urandom(16).hex().encode("ascii"))
-        return b"%b:%b:%b" % (self._START, salt, self._box(salt).encrypt(data))
+        salt = next(iter(self._fernets), os.urandom(16).hex().encode("ascii"))
+        return b"%b:%b:%b" % (self._START, salt, self._fernet_for(salt).encrypt(data))
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted; StorageCorrupt if it cannot be."""
         import contextlib
         import re
 
-        # 0.1.0 wrote a digest of the key before Fernet's own, which has one.
+        # 0.1.0 put a digest of the key before the Fernet token, which has its own.
         form = rb"%b:([0-9a-f]{32}):(?:[0-9a-f]{16}:)?(.+)" % self._START
         found = re.fullmatch(form, data)
         with contextlib.suppress(self._fernet.InvalidToken):
             if found:
-                return bytes(self._box(found.group(1)).decrypt(found.group(2)))
+                return bytes(self._fernet_for(found.group(1)).decrypt(found.group(2)))
         raise StorageCorrupt(_UNDECRYPTABLE)
 
-    def _box(self, salt: bytes) -> Any:
+    def _fernet_for(self, salt: bytes) -> Any:
         import base64
 
-        if salt not in self._boxes:
+        if salt not in self._fernets:
             # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
             (n, r, p), raw = self._COST, bytes.fromhex(salt.decode())
             scrypt = self._kdf.Scrypt(salt=raw, length=32, n=n, r=r, p=p)
             key = base64.urlsafe_b64encode(scrypt.derive(self._passphrase))
-            self._boxes[salt] = self._fernet.Fernet(key)
-        return self._boxes[salt]
+            self._fernets[salt] = self._fernet.Fernet(key)
+        return self._fernets[salt]
 
 
 @hides_locals
@@ -2494,11 +2494,11 @@ def make_storage(kind: str | None = None, directory: str | None = None) -> Stora
     if kind in stores:
         return stores[kind](lock_path=os.path.join(directory, "lock"))
     name = printable(kind, limit=40)
-    raise ConfigError(f"no store is {name!r}; choose auto, file, keychain or keyring")
+    raise ConfigError(f"no such store: {name!r}; use auto, file, keychain or keyring")
 
 
 def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
-    """Return the platform's cipher, or one with the passphrase in anybody's file."""
+    """Return the platform's cipher, or one for the passphrase in any owner's file."""
     if not path:
         return DPAPICipher() if sys.platform == "win32" else None
     name = path if os.path.isabs(path) else "of CLAUDE_OAUTH_PASSPHRASE_FILE"
@@ -2507,7 +2507,7 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
         passphrase = read_private(path, is_ours=False, any_owner=True)
     except StorageError as error:
         raise ConfigError(f"the passphrase file cannot be used: {error}") from None
-    if passphrase is None:  # a name that is relative may be a passphrase itself
+    if passphrase is None:  # not shown if relative: it may be the passphrase itself
         raise ConfigError(f"the passphrase file {name} is missing or empty")
     return FernetCipher(passphrase.rstrip(b"\r\n"))
 
@@ -2515,18 +2515,18 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
 # -- Sign-in ---------------------------------------------------------------------------
 
 # Seconds.
-VISIT_SECONDS: Final = 5.0  # for a connection to say what it wants, and 1 to hang up
-PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once all is decided
-PASTE_PAUSE: Final = 0.05  # of silence end a paste of several lines
-FOREGROUND_INTERVAL: Final = 0.5  # to look at what no wait reports: `fg`, Ctrl-C
+CONNECTION_TIMEOUT: Final = 5.0  # for a client to send its request; 1 more to close
+PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once the login has ended
+PASTE_PAUSE: Final = 0.05  # without input, which end a paste of several lines
+FOREGROUND_INTERVAL: Final = 0.5  # between checks for what ends no wait: `fg`, Ctrl-C
 
-MAX_VISITORS: Final = 128  # connections; the oldest one makes room for the next
+MAX_CONNECTIONS: Final = 128  # connections; the oldest one is dropped for the next
 MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
 MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corrects them
 # Characters that a terminal takes in one line; the rest is lost.  Source: tty(4).
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
-# epoll refuses files, macOS's poll terminals, and select descriptors over 1023.
-WAIT_BY: Final = "Select" if sys.platform in ("darwin", "win32") else "Poll"
+# epoll refuses files, poll refuses terminals on macOS, select descriptors over 1023.
+SELECTOR_KIND: Final = "Select" if sys.platform in ("darwin", "win32") else "Poll"
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 # Commands that are blank, or that would take the terminal for themselves.
@@ -2561,7 +2561,7 @@ def make_server(
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = VISIT_SECONDS
+        timeout = CONNECTION_TIMEOUT
         wbufsize = -1  # an answer goes out in one piece
         default_request_version = "HTTP/1.0"
 
@@ -2580,7 +2580,7 @@ def make_server(
                 pass
 
         def send_error(self, code: int, *_told: object, **_more: object) -> None:
-            """Say in our own words that `parse_request` did not understand it."""
+            """Answer a request that `parse_request` could not read."""
             respond(self, code, stray_page("it is no browser's, or too large"))
 
         def log_message(self, format: str, *args: object) -> None:
@@ -2608,7 +2608,7 @@ def make_server(
 
 
 def respond(request: Any, status: int, page: str, **headers: str) -> None:
-    """Send a page without a banner, which no cache or other site may keep."""
+    """Send a page without a Server header; no cache may keep it, no site embed it."""
     import base64
     import hashlib
 
@@ -2638,10 +2638,10 @@ def respond(request: Any, status: int, page: str, **headers: str) -> None:
 def _open_head(request: Any) -> io.BytesIO:
     """Return a request's head once it is whole; no request line for a broken one.
 
-    `http.server` alone takes half a head for a whole one, and waits anew for each byte.
+    `http.server` accepts an incomplete head, and restarts its timeout at each byte.
     """
     request.rfile.close()
-    sock, head, deadline = request.connection, bytearray(), Deadline(VISIT_SECONDS)
+    sock, head, deadline = request.connection, bytearray(), Deadline(CONNECTION_TIMEOUT)
     while b"\n\n" not in head.replace(b"\r", b""):
         sock.settimeout(deadline.left() + 0.001)
         chunk = sock.recv(MAX_HEAD_BYTES - len(head))
@@ -2649,7 +2649,7 @@ def _open_head(request: Any) -> io.BytesIO:
         if not chunk or not head[:1].isalpha():
             # Cut, too long, noise or TLS: one word, which is refused, or nothing.
             return io.BytesIO(b"?" * len(head))
-    sock.settimeout(VISIT_SECONDS)
+    sock.settimeout(CONNECTION_TIMEOUT)
     return io.BytesIO(head)
 
 
@@ -2657,8 +2657,8 @@ def _open_head(request: Any) -> io.BytesIO:
 class AuthCodeListener:
     """Waits on the loopback interface for the browser to bring the code.
 
-    Nothing ends the wait but a callback with the right state.  That request is held
-    until `finish` says what became of the login.  Entering it raises OSError if it
+    Only a callback with the right state ends the wait.  Its request is held until
+    `finish` gives the result of the login.  Entering the context raises OSError if it
     cannot listen; the login can go on by paste.
     """
 
@@ -2681,8 +2681,8 @@ class AuthCodeListener:
         self._page = ""
         self._pages_owed = 0  # callbacks that have not got the page yet
         self._is_closed = False
-        self._unread: dict[socket.socket, None] = {}  # clients, the oldest first
-        self._threads: WeakSet[threading.Thread] = WeakSet()  # theirs, while they run
+        self._unread: dict[socket.socket, None] = {}  # droppable, the oldest first
+        self._threads: WeakSet[threading.Thread] = WeakSet()  # one for each connection
         # The page names the account: nobody else on this machine may find it.
         self._page_path = "/done/" + generate_state()[:16]
         self._cleanup, self._closing = contextlib.ExitStack(), threading.RLock()
@@ -2691,9 +2691,9 @@ class AuthCodeListener:
         import importlib
         import socket
 
-        # Without a descriptor left, a request could not load what it needs, and glibc,
-        # which loads a library when the first thread ends, would end the process.
-        call_with_limit(lambda: importlib.import_module("hashlib"), VISIT_SECONDS)
+        # Load now what a request needs, and let a first thread end: if all descriptors
+        # were in use by then, the import would fail, and glibc would abort the process.
+        call_with_limit(lambda: importlib.import_module("hashlib"), CONNECTION_TIMEOUT)
         with type(self._cleanup)() as stack:
             servers = self._bind(stack)
             self.port = servers[0].server_address[1]
@@ -2701,7 +2701,7 @@ class AuthCodeListener:
             thread = start_thread("listener", self._serve, servers, stop)
             if not thread:
                 raise OSError(errno.EAGAIN, "no thread can be started")
-            stack.callback(self._end_visits)
+            stack.callback(self._end_connections)
             stack.callback(thread.join)
             stack.callback(stopper.close)  # the other end is readable then
             self._cleanup = stack.pop_all()
@@ -2737,8 +2737,8 @@ class AuthCodeListener:
     def _bind(self, stack: Any, tries: int = 10) -> list[Any]:
         """Listen on 127.0.0.1 and ::1, which browsers try in either order.
 
-        One that does not exist is left out.  One that is taken is another program's,
-        which would be handed the code: then it is another port, or an error.
+        An address that this machine lacks is left out.  A program that has the port on
+        one of them would be sent the code: then take another port, or raise.
         """
         servers: list[Any] = []
         port, problem = self.port, OSError()
@@ -2779,7 +2779,7 @@ class AuthCodeListener:
             self._drop_all_but(len(self._unread) - 1)
             time.sleep(PASTE_PAUSE)
             return
-        self._drop_all_but(MAX_VISITORS - 1)
+        self._drop_all_but(MAX_CONNECTIONS - 1)
         self._unread[sock] = None
         thread = start_thread("client", self._serve_client, server, sock, address)
         if thread:
@@ -2795,10 +2795,10 @@ class AuthCodeListener:
             self._unread.pop(sock, None)
             _quietly(sock.shutdown, socket.SHUT_RDWR)  # its thread reads the end
 
-    def _end_visits(self) -> None:
+    def _end_connections(self) -> None:
         self._drop_all_but(0)
         for thread in self._threads:
-            thread.join(VISIT_SECONDS + 1)
+            thread.join(CONNECTION_TIMEOUT + 1)
 
     def _serve_client(self, server: Any, sock: socket.socket, address: Any) -> None:
         server.process_request_thread(sock, address)
@@ -2845,7 +2845,7 @@ class AuthCodeListener:
                 self.arrived.set()
                 self.on_arrival()
             self._pages_owed += 1
-        self._unread.pop(request.connection, None)  # it waits for us now
+        self._unread.pop(request.connection, None)  # not to be dropped while it is held
         self._is_over.wait(LOGIN_TIMEOUT)
         self._unread[request.connection] = None
         if self._page:
@@ -2880,7 +2880,7 @@ def find_browsers() -> list[str]:
 
 
 def open_in_browser(url: str) -> bool:
-    """Run the first command that succeeds; wait for it, in silence."""
+    """Try the browser commands in turn; tell whether one of them succeeded."""
     import contextlib
     import shlex
     import subprocess
@@ -2909,11 +2909,11 @@ def open_in_browser(url: str) -> bool:
 
 
 class _PastePrompt:
-    """Asks for a paste on stdin: without Python's buffers, and only once it is there.
+    """Reads a paste from stdin, without buffering, and only once there is input.
 
-    So the lines after ours are the host program's.  What cannot be waited on (a Windows
-    console, a notebook, a StringIO) is read by a daemon thread.  A read there cannot be
-    called off: the one under way takes the program's next line.
+    So later lines are left for the host program.  An input that cannot be waited on (a
+    Windows console, a notebook, a StringIO) is read by a daemon thread.  Such a read
+    cannot be cancelled: the last one may take the host program's next line.
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
@@ -2932,9 +2932,9 @@ class _PastePrompt:
         self._receive: Callable[[int], bytes] = self._lines.recv
         self._needs_thread = self._is_idle = is_open  # no thread reads yet
         self._is_terminal = self._is_shown = False
-        self._held = b""  # of a paste that may go on
-        self._is_whole = False  # nothing follows what is held, for a moment or at all
-        self._earlier = ""  # what was refused: a paste may come in two
+        self._held = b""  # the bytes of a paste that may go on
+        self._is_whole = False  # no more bytes followed: after a pause, or at the end
+        self._earlier = ""  # the line refused before: a paste may come as two lines
         self._refusals = 0
         self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
         with contextlib.suppress(Exception):  # no stdin, or an object that is no file
@@ -2988,7 +2988,7 @@ class _PastePrompt:
         import selectors
 
         self._request_line()
-        with getattr(selectors, f"{WAIT_BY}Selector")() as waiting:
+        with getattr(selectors, f"{SELECTOR_KIND}Selector")() as waiting:
             waiting.register(self._wake_up, selectors.EVENT_READ)
             if self.is_readable():
                 waiting.register(self._source, selectors.EVENT_READ)
@@ -3025,12 +3025,12 @@ class _PastePrompt:
         self._is_shown = True
 
     def has_line(self) -> bool:
-        """Tell whether a line is whole, or longer than any is."""
+        """Tell whether a line is complete, or longer than any code."""
         is_line = self._held.endswith((b"\n", b"\r"))
         return is_line or len(self._held) > 2 * MAX_PASTE_CHARS
 
     def take(self) -> GrantedCode | None:
-        """Return the code in what was pasted, once its state or silence ends it."""
+        """Return the pasted code, once its state or a pause shows that it is whole."""
         if not self.has_line():
             return None
         text = self._held.decode("utf-8", "replace")
@@ -3060,8 +3060,8 @@ class _PastePrompt:
         import re
 
         say(f"Not taken: {reason}. Copy the whole code that the page shows.")
-        # A state that began here vouches that the next line belongs to it.  The two are
-        # tried first: a state vouches for the second half of a code as well.
+        # If a state or an address began here, the next line may be its rest.  The two
+        # are tried together first: alone, half a code with the state would be accepted.
         self._earlier = text if re.search("#|://", text) else ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
@@ -3069,14 +3069,14 @@ class _PastePrompt:
             self._stop()
         self._held, self._is_shown = b"", False
 
-    def _stop(self, text: str = "\nNothing will be pasted, then.") -> None:
-        """Ask no more, and leave the line on which the person is asked."""
+    def _stop(self, text: str = "\nNo code can be pasted any more.") -> None:
+        """Stop asking, and end the line of the prompt."""
         if self._is_shown and self._is_terminal:
             say(text)
         self.is_open = self._is_shown = self._is_idle = False
 
     def close(self) -> None:
-        """Ask no more, and take no more news."""
+        """Stop asking, and close the sockets."""
         self._stop("")
         self._waker.close()
         self._writer.close()  # before the other end: a write to that is a SIGPIPE
@@ -3136,7 +3136,7 @@ def obtain_code(
     Args:
         listener: Without a redirect_uri it does not listen; `problem` says why.
         url_for: Returns the authorize URL for a redirect_uri.
-        port: The one that was asked for, 0 if none: that alone counts as a way.
+        port: The port that was asked for, 0 if none: a browser elsewhere may reach it.
 
     Raises LoginDenied, LoginTimeout, or LoginCancelled if no way to answer is left.
     """
@@ -3161,10 +3161,10 @@ def obtain_code(
         prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
         check_that_a_way_is_left()
         if problem:
-            say(f"{problem[0].upper()}{problem[1:]}: paste the code, then.")
+            say(f"{problem[0].upper()}{problem[1:]}: paste the code instead.")
         _announce(automatic_url, manual_url, port, can_paste=prompt.is_open)
         if prompt.is_open and not prompt.is_readable():
-            say("This is in the background: to paste a code, bring it back (fg).")
+            say("This program is in the background: bring it back (fg) to paste.")
         browser.start(automatic_url)
         listener.on_arrival = prompt.wake
         while not (granted := prompt.take()):
@@ -3198,11 +3198,11 @@ def time_left(moment: float | None, now: float) -> float:
 
 def wait_left(until: float, now: float, longest: float) -> float:
     """Return the seconds until a moment, 0 once it has passed."""
-    # A wait longer than the longest dates from before the clock was set back.
+    # A moment beyond the longest wait was noted before the clock was set back.
     return until - now if now < until <= now + longest else 0.0
 
 
-def required(credentials: Credentials | None) -> Credentials:
+def require_login(credentials: Credentials | None) -> Credentials:
     """Return the credential, or raise NotLoggedIn if there is none."""
     if credentials is None:
         raise NotLoggedIn
@@ -3242,10 +3242,10 @@ class AccountFile:
         wait_until  no refresh before this: the server asked for a pause, or failed
         failures    the number of such answers in a row
         lifetime    seconds that the last access token had when it was new
-        refused     the fingerprint of a dead refresh token; counts to refused_until
-        rejected    that of a new access token that the API refused, or is yet to take
-        account_of  those of the login that the cached account belongs to
-        key_owner   that of the stored API key together with its organization
+        refused     the fingerprint of a dead refresh token, valid until refused_until
+        rejected    that of a new access token that the API refused or has not taken yet
+        account_of  the fingerprints of the login that the cached account belongs to
+        key_owner   the fingerprint of the stored API key and its organization together
 
     A cache: a damaged file is left alone and counts as empty, and changes that cannot
     be written are kept in memory.  Hold the storage's lock to make changes.
@@ -3288,9 +3288,9 @@ class AccountFile:
         """Replace the account and the notes; write nothing if nothing changes."""
         import contextlib
 
-        own = {self._ACCOUNT: account, self._NOTES: _known(notes)}
+        own = {self._ACCOUNT: account, self._NOTES: _without_empty(notes)}
         before, found = self._load(), self._read()
-        record = {**without(before, own), **_known(own)}
+        record = {**without(before, own), **_without_empty(own)}
         if record == before:
             return
         self._unwritten = (found, record)
@@ -3340,7 +3340,7 @@ class AccountFile:
             return pause if is_expired and 0 < pause <= SHORT_WAIT else None
         if failure.code == "invalid_scope" and scopes:
             return 0.0
-        # A 401 or 404 may be a gateway's, which must not end a login: for 1 h only.
+        # A 401 or 404 may be a gateway's, which must not end a login: note it for 1 h.
         in_doubt = WAIT_CEILING if failure.status in (401, 404) else 0.0
         known = {"invalid_grant": MAX_LIFETIME, "invalid_client": 0.0}
         span = known.get(failure.code, in_doubt)
@@ -3403,8 +3403,8 @@ class AccountFile:
         return {} if data is None else parse_json_object(data)
 
 
-def _known(fields: Record) -> dict[str, object]:
-    """Return the fields that hold something, be it False or 0."""
+def _without_empty(fields: Record) -> dict[str, object]:
+    """Return the fields without those that are None, "" or {}; 0 and False stay."""
     return {k: v for k, v in fields.items() if v not in (None, "", {})}
 
 
@@ -3417,20 +3417,20 @@ def key_owner_of(api_key: str | None, account: Record) -> str:
 class PendingSave(_Value):
     """A login that could not be saved: this process saves it as soon as it can.
 
-    Once the store's content is not *instead_of* any more, the store counts.  *account*
-    is that of a new login; None where the login was only refreshed.
+    Once the store holds anything other than *replaces*, the store counts.
+    *account* is the account of a new login, None if the login was only refreshed.
     """
 
     credentials: Credentials
-    instead_of: Credentials | None
+    replaces: Credentials | None
     account: Record | None = None
 
 
-def _in_force(
+def _current_login(
     pending: PendingSave | None, stored: Credentials | None
 ) -> Credentials | None:
     """Return what is pending while the store holds what it replaces, else `stored`."""
-    if not pending or _tokens(stored) != _tokens(pending.instead_of):
+    if not pending or _tokens(stored) != _tokens(pending.replaces):
         return stored
     newest = pending.credentials
     # A key that another process has made meanwhile is permanent.
@@ -3451,14 +3451,14 @@ class ServedToken:
             self.api_token, self.headers = key, {"x-api-key": key}
             self.headers_expire_at = float("inf")
         elif needs_key(credentials):
-            self.headers_expire_at = 0.0  # the token is no API credential
+            self.headers_expire_at = 0.0  # the API does not take this login's token
         # Two clocks: one can be set, and the other stands still while a machine sleeps.
         self.since = now
         self.until = now + LOOK_INTERVAL
         self.look_again = time.monotonic() + LOOK_INTERVAL
 
     def is_current(self, now: float, left: float, min_validity: float) -> bool:
-        """Tell whether what has so many seconds left is handed out without a look."""
+        """Tell whether a token with `left` seconds is served without a store read."""
         is_fresh = self.since <= now < self.until and left > min_validity
         return is_fresh and time.monotonic() < self.look_again
 
@@ -3490,8 +3490,8 @@ class StoreView:
     def look(self) -> Credentials | None:
         """Return the login in force; read the store only if it may have changed.
 
-        While it fails, what was read before is served, with one warning; if that is
-        nothing, the error is raised: a failure never means "not logged in".
+        While the store fails, the last login read is served, with one warning; if none
+        was read, the error is raised: a failure never means "not logged in".
         """
         if self._pid != os.getpid():
             # Forked: the parent saves what is pending, and refreshes it as well.
@@ -3505,12 +3505,12 @@ class StoreView:
             latest = self._load(stamp, before[1])
             if self._last is before:  # else another thread knows something newer
                 self._last, self.served = latest, _NOTHING_SERVED
-        return _in_force(pending, latest[1])
+        return _current_login(pending, latest[1])
 
     def read(self) -> tuple[Credentials | None, Credentials | None]:
         """Return what the store holds now, and the login in force.  Needs the lock."""
         stored = self.storage.load()
-        newest = _in_force(self.pending, stored)
+        newest = _current_login(self.pending, stored)
         if newest is stored:
             self.pending = None  # somebody has logged in or out since
         self.remember(newest)
@@ -3536,7 +3536,7 @@ class StoreView:
         finally:
             self.pending = pending
             self.remember(new)
-        if error:  # raised out here, where no other exception hangs on it
+        if error:  # raised out here, so that no other exception is chained to it
             raise error
         if account is not None:
             self.account_file.start(new, account)
@@ -3568,13 +3568,13 @@ class StoreView:
             return stamp, found
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
-            if took > SLOW_FAILURE:  # a dialog was shown, maybe: not again at once
+            if took > SLOW_FAILURE:  # maybe a dialog: do not show it again at once
                 self._failed_until = Deadline(5 * took)
             is_new, self._failure = not self._failure, _copy_of(error)
             if known is None:
                 raise
             if is_new:
-                warn(f"{error} (going on with what was read before)")
+                warn(f"{error} (the login that was read before is used)")
             return None, known
 
     def _save_again(self) -> None:
@@ -3588,10 +3588,10 @@ class StoreView:
 
 
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
-    """Call a function to its end, although a signal tells the program to end.
+    """Call a function to its end, even if a signal tells the program to exit.
 
-    In the main thread they come afterwards, but for SIGQUIT and a default SIGUSR1 or
-    the like.  In another, the exit waits, LOCK_TIMEOUT at most; a default SIGTERM not.
+    In the main thread signals come later, except SIGQUIT and an unhandled SIGUSR1 etc.
+    In others the exit waits, LOCK_TIMEOUT at most; an unhandled SIGTERM does not wait.
     """
     import atexit
     import signal
@@ -3672,8 +3672,8 @@ class Refresher:
         self._view = view
         self._account_file = view.account_file
         self._clock = clock
-        # Held by the one thread of a process that refreshes; nobody in a forked child
-        # would free its parent's.
+        # Held by the thread that refreshes.  By process id: in a forked child, nobody
+        # would release the parent's lock.
         self._mutexes: dict[int, threading.Lock] = {}
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed = _NOT_FAILED
@@ -3681,7 +3681,7 @@ class Refresher:
 
     def is_due(self, credentials: Credentials, min_validity: float) -> bool:
         """Tell whether a refresh should be tried now."""
-        put_off = wait_left(self._not_before, self._clock(), PUT_OFF)
+        put_off = wait_left(self._not_before, self._clock(), REFRESH_RETRY_DELAY)
         until_expiry = put_off or not credentials.refresh_token
         limit = 0 if until_expiry else max(min_validity, 0)
         return time_left(credentials.expires_at, self._clock()) <= limit
@@ -3691,8 +3691,8 @@ class Refresher:
     ) -> tuple[Credentials, bool]:
         """Return a valid login, and whether this call has refreshed it.
 
-        While the present token is valid, it is returned rather than wait or fail.  A
-        token that is *other_than* the given one is wanted, however long that is valid.
+        While the present token is valid, this returns it instead of waiting or failing.
+        With *other_than*, only a different token will do, however valid that one is.
         """
         left = time_left(present.expires_at, self._clock())
         if left <= 0 or other_than is not None:
@@ -3703,14 +3703,14 @@ class Refresher:
         except NotLoggedIn:
             raise
         except ClaudeOAuthError as error:
-            self._not_before = self._clock() + PUT_OFF
+            self._not_before = self._clock() + REFRESH_RETRY_DELAY
             if not isinstance(error, (Unavailable, BadAnswer)):
                 warn(f"{error} (the present token is used until it expires)")
             return present, False
 
     def _read_foreign(self, other_than: str | None) -> tuple[Credentials, bool]:
         """Return the login that another program refreshes; never refresh it here."""
-        newest = required(self._view.read()[1])
+        newest = require_login(self._view.read()[1])
         if self._suffices(newest, 0, other_than):
             return newest, False
         owner = "the program that owns it; run that program, then try again"
@@ -3729,10 +3729,10 @@ class Refresher:
         began, deadline = time.monotonic(), Deadline(timeout)
         mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
         if not mutex.acquire(timeout=timeout):
-            raise Unavailable("another thread refreshes the login; try again later")
+            raise Unavailable("another thread is refreshing the login; try again later")
         with ExitStack() as stack:
             stack.callback(mutex.release)
-            newest = required(self._view.look())  # another thread may have refreshed
+            newest = require_login(self._view.look())  # a thread may have refreshed
             if self._suffices(newest, min_validity, other_than):
                 return newest, False
             when, failure = self._failed
@@ -3758,7 +3758,7 @@ class Refresher:
         import contextlib
 
         stored, found = self._view.read()
-        newest = required(found)
+        newest = require_login(found)
         if self._suffices(newest, min_validity, other_than):
             return newest, False
         scopes: tuple[str, ...] = ()  # the server keeps those granted
@@ -3772,7 +3772,7 @@ class Refresher:
             pause = self._account_file.note_failure(error, newest, scopes)
             # Another program may have refreshed meanwhile; else the failure counts.
             with contextlib.suppress(StorageError, NotLoggedIn):
-                latest = required(self._view.read()[1])
+                latest = require_login(self._view.read()[1])
                 if latest.refresh_token != newest.refresh_token:
                     pause = 0.0
             if is_last or pause is None:
@@ -3869,7 +3869,7 @@ class OAuthService:
         handed out; after its expiry all wait for the one refresh.
 
         Args:
-            min_validity: Seconds that the token should live on at least.
+            min_validity: The least number of seconds that the token should stay valid.
 
         Raises:
             NotLoggedIn: There is no credential, or nothing to refresh it with; log in.
@@ -3885,7 +3885,7 @@ class OAuthService:
         return self._serve(min_validity).token
 
     def auth_headers(self) -> dict[str, str]:
-        """Return the headers that sign a request to the API in.
+        """Return the headers that authenticate a request to the API.
 
         A Bearer token with the API's OAuth beta header, or ``x-api-key`` on the Console
         path, where a key is made if none is stored.  Raises what ``access_token`` and
@@ -3910,8 +3910,8 @@ class OAuthService:
         """Get another access token now, and return the new credential.
 
         Args:
-            rejected: The access token that a server has just answered 401 to.  Then a
-                newer one that the storage has already will do.
+            rejected: The access token that a server has just answered 401 to.  A newer
+                one that the storage already has is then enough.
 
         Raises:
             ConfigError: CLAUDE_OAUTH_TOKEN is in force, and cannot be refreshed.
@@ -3921,7 +3921,7 @@ class OAuthService:
         """
         if environment_token():
             raise ConfigError("CLAUDE_OAUTH_TOKEN cannot be refreshed; unset it")
-        present = required(self._view.look())
+        present = require_login(self._view.look())
         if rejected is None:
             return self._refresh(present, 0, present.access_token)
         if self.is_rejected(rejected):
@@ -3931,7 +3931,7 @@ class OAuthService:
     @hides_locals
     def _serve(self, min_validity: float) -> ServedToken:
         """Return a token to hand out, refreshed if that is due."""
-        credentials = required(self.credentials())
+        credentials = require_login(self.credentials())
         if self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
         return self._view.serve(credentials, self._clock())
@@ -3939,9 +3939,9 @@ class OAuthService:
     @hides_locals
     def _serve_api(self, min_validity: float) -> ServedToken:
         """Return what the API takes: a key where it needs one, else an access token."""
-        credentials = required(self.credentials())
+        credentials = require_login(self.credentials())
         if needs_key(credentials):
-            credentials, _ = self._with_token(lambda _: self._make_key(anew=False))
+            credentials, _ = self._with_token(lambda _: self._make_key(force=False))
         if console_key(credentials):  # it never expires
             return self._view.serve(credentials, self._clock())
         served = self._serve(min_validity)  # by now it may be another login
@@ -4012,7 +4012,7 @@ class OAuthService:
             TokenRefused: The token may not ask (403: it lacks user:profile).
             And what ``access_token`` raises.
         """
-        credentials = required(self.credentials())
+        credentials = require_login(self.credentials())
         if environment_token():
             return self._with_token(self._client.fetch_profile)[0]
         account = self._account_file.account(credentials)
@@ -4043,7 +4043,7 @@ class OAuthService:
 
     def _try_profile(self, access_token: str) -> Profile | None:
         """Return the profile; None if it cannot be had, or takes too long."""
-        # A narrow token may not ask, and is none the worse for it.
+        # A token without user:profile gets a 403 here, and works all the same.
         fetch = self._client.fetch_profile
         return call_with_limit(lambda: fetch(access_token), self.config.timeout)[0]
 
@@ -4059,7 +4059,7 @@ class OAuthService:
             file, account = self._account_file, self._account_file.account(newest)
             if account.get("accountUuid") not in (None, profile.account_uuid):
                 account = {}
-            account = {**account, **_known(profile.to_record())}
+            account = {**account, **_without_empty(profile.to_record())}
             owners = [file.fingerprint(newest)]
             file.update(account, {**file.notes(), "account_of": owners})
             completed = _with_plan(newest, profile)
@@ -4082,17 +4082,17 @@ class OAuthService:
         """
         if environment_token():
             return self._with_token(self._client.create_api_key)[0]
-        return str(self._with_token(lambda _: self._make_key(anew=True))[0].api_key)
+        return str(self._with_token(lambda _: self._make_key(force=True))[0].api_key)
 
-    def _make_key(self, *, anew: bool) -> Credentials:
-        """Make an API key, *anew* even beside another; store it, and whose it is."""
+    def _make_key(self, *, force: bool) -> Credentials:
+        """Make an API key, with *force* even beside another; store it and its owner."""
         file = self._account_file
         with self.storage.lock(LOCK_TIMEOUT):
             stored, found = self._view.read()
-            newest = required(found)
-            if not anew and not needs_key(newest):
+            newest = require_login(found)
+            if not force and not needs_key(newest):
                 return newest
-            self.storage.check()  # a permanent key must not be made to be lost
+            self.storage.check()  # a permanent key must not be lost once it is made
             key = self._client.create_api_key(newest.access_token)
             with_key = newest.replace(api_key=key)
             try:
@@ -4144,7 +4144,7 @@ class OAuthService:
                 extra={"login_hint": email} if email else None,
             )
 
-        page = failure_page("the login did not come to its end; try again")
+        page = failure_page("the login was not finished; try again")
         listener, problem = start_listener(state, port)
         try:
             granted = obtain_code(
@@ -4253,7 +4253,7 @@ class OAuthService:
 
     @hides_locals
     def status(self) -> dict[str, object]:
-        """Return what `status --json` prints; no network, never a token.
+        """Return the object that `status --json` prints; no request, never a token.
 
         Raises what ``credentials`` raises.
         """
@@ -4294,7 +4294,7 @@ class OAuthService:
             return [warning, str(error)]
 
     def _condition(self, stored: Credentials) -> tuple[bool, list[str]]:
-        """Return whether a token can be had, and what a person should know."""
+        """Return whether a token can be obtained, and the warnings for a person."""
         now, file = self._clock(), self._account_file
         # A key does not expire.
         is_expired = time_left(stored.expires_at, now) <= 0 and not console_key(stored)
@@ -4305,7 +4305,7 @@ class OAuthService:
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
             f"requests to the server are paused for another {pause}": file.pause_left(),
-            f"the login ends in {ends}, whatever is refreshed: log in again": ends_soon,
+            f"the login ends in {ends}, refreshed or not: log in again": ends_soon,
         }
         # For these the token cannot be refreshed.
         faults = {
@@ -4323,7 +4323,7 @@ class OAuthService:
 _ACCOUNT_NEEDS: Final = ("billingType", "accountCreatedAt", "subscriptionCreatedAt")
 
 # Environment variables that still sign programs in after a logout here.
-SIGNS_IN: Final = (
+LOGIN_VARIABLES: Final = (
     "CLAUDE_OAUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN",
     "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY",
 )
@@ -4346,7 +4346,7 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
     """Call for FLUSH_TIMEOUT at most, and go on whatever it raises."""
     _, error = call_with_limit(call, FLUSH_TIMEOUT)
     if error:
-        # Others' errors may quote a secret.
+        # Errors of other code may quote a secret.
         problem = error if isinstance(error, ClaudeOAuthError) else type(error).__name__
         warn(f"logging out goes on without {name} ({problem})")
 
@@ -4405,7 +4405,7 @@ class BearerAuth:
         return self._is_ours("/".join(url.split("/", 3)[:3]))
 
     def _is_refusal(self, response: Any) -> bool:
-        # A redirect may have led to a stranger, whose answer says nothing of a token.
+        # A redirect may lead to another host, whose answer says nothing about a token.
         return response.status_code == 401 and self._may_sign(str(response.url))
 
     def _decide(self, origin: str) -> bool:
@@ -4431,7 +4431,7 @@ class BearerAuth:
         token = _bearer_of(request)
         if token in ("", environment_token()) or self._service.is_rejected(token):
             return False
-        # Until it is accepted: a 401 of another thread must not refresh it again.
+        # Noted until it is accepted: another thread's 401 must not refresh it again.
         self._service.note_rejected(self._service.refresh(rejected=token).access_token)
         self._sign(request)
         return True
@@ -4534,8 +4534,8 @@ class Sandbox:
         # Guards counts and all below, while a request is answered.
         self._lock = threading.Lock()
         self._failures: dict[str, list[_SandboxRefusal]] = {n: [] for n in self.counts}
-        # A login is a family of tokens that live and die together: by code and refresh
-        # token, and by access token or key with its end.
+        # All tokens of a login end together.  The login by its code or refresh token;
+        # the login and the expiry by the access token or API key.
         self._logins: dict[str, types.SimpleNamespace] = {}
         self._access: dict[str, tuple[types.SimpleNamespace, float]] = {}
 
@@ -4569,7 +4569,7 @@ class Sandbox:
         return self._decide(url, b"decision=approve")
 
     def deny(self, url: str) -> str:
-        """Like `approve`, as a person who does not agree."""
+        """Deny what an authorize URL asks for; otherwise like `approve`."""
         return self._decide(url, b"decision=deny")
 
     def expire_access_tokens(self) -> None:
@@ -4588,7 +4588,7 @@ class Sandbox:
     ) -> None:
         """Answer the next requests of an endpoint, a key of `counts`, with an error.
 
-        As 400, "invalid_grant"; 429, "rate_limit_error", and retry_after in seconds.
+        For example 400, "invalid_grant"; or 429, "rate_limit_error", retry_after=5 (s).
         """
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
         self._failures[endpoint].extend([refusal] * times)
@@ -4749,7 +4749,7 @@ class Sandbox:
         """Return the login of a code or refresh token; its reuse ends it (RFC 9700)."""
         login = self._logins.get(grant, _NO_LOGIN)
         if not login.is_alive:
-            raise _SandboxRefusal(400, "invalid_grant", "the grant is wrong or over")
+            raise _SandboxRefusal(400, "invalid_grant", "the grant is unknown or ended")
         if login.grant != grant:
             login.is_alive = False  # two programs have it: one may have stolen it
             raise _SandboxRefusal(400, "invalid_grant", "the grant was used before")
@@ -4880,12 +4880,12 @@ def _report(error: BaseException) -> int:
 
 def _service(options: Any) -> OAuthService:
     given = {"client_id": options.client_id, "scopes": getattr(options, "scope", None)}
-    config = OAuthConfig.from_env().replace(**_known(given))
+    config = OAuthConfig.from_env().replace(**_without_empty(given))
     return OAuthService(config, make_storage(options.store, options.dir))
 
 
 def _login(options: Any) -> None:
-    """Sign in by browser, or paste the code that the page shows on any machine."""
+    """Sign in with a browser here, or with any browser by pasting the code it shows."""
     service = _service(options)
     service.login(
         console=options.console,
@@ -4921,7 +4921,7 @@ def _status(options: Any) -> int:
         "client id": status["client_id"],
     }
     word = check.partition(":")[0]
-    _print(options, {**status, **_known({"check": word})}, rows)
+    _print(options, {**status, **_without_empty({"check": word})}, rows)
     if status["source"] == "none" and not options.json:
         say("! run `claude-oauth login` to sign in")
     code = 0 if status["logged_in"] else 3
@@ -4982,7 +4982,7 @@ def _token(options: Any) -> None:
 
 
 def _refresh(options: Any) -> None:
-    """Ask the server for a new token, however long the present one lives."""
+    """Ask the server for a new token, even if the present one is still valid."""
     service = _service(options)
     left = (service.refresh().expires_at or 0) - time.time()
     say(f"Refreshed; the new token is good for {describe_seconds(left)}.")
@@ -4996,9 +4996,9 @@ def _profile(options: Any) -> None:
 
 
 def _api_key(options: Any) -> None:
-    """Make one more permanent API key of the Console, store it and print it."""
+    """Create another permanent Console API key, store it and print it."""
     print(_service(options).create_api_key())
-    say("This key is permanent; delete it on the Console's page of API keys.")
+    say("This key is permanent; delete it on the API keys page of the Console.")
 
 
 def _logout(options: Any) -> None:
@@ -5007,12 +5007,12 @@ def _logout(options: Any) -> None:
     found = service.logout()
     where = service.storage.describe()
     say(f"Logged out of {where}." if found else f"There was no login in {where}.")
-    for name in filter(setting, SIGNS_IN):
+    for name in filter(setting, LOGIN_VARIABLES):
         say(f"{name} is set, and may still sign programs in.")
 
 
 def _sandbox(options: Any) -> None:
-    """Serve a login to play with; the lines it prints point claude-oauth at it."""
+    """Run a local test server; the lines it prints make claude-oauth use it."""
     import contextlib
     import shlex
 
@@ -5029,7 +5029,7 @@ def _sandbox(options: Any) -> None:
 
 
 def _demo(options: Any) -> None:
-    """Play a login's whole life against a sandbox, in a temporary folder."""
+    """Run a login from start to end against a sandbox, in a temporary folder."""
     hidden = {n: os.environ.pop(n) for n in [*os.environ] if n.startswith("CLAUDE_")}
     try:
         with _temporary_directory() as folder, Sandbox() as sandbox:
@@ -5145,10 +5145,10 @@ _OPTIONS: Final[Mapping[str, Any]] = {
     ),
     "--verbose": ("claude-oauth", "log, without secrets, to stderr"),
     "--console": ("login", "sign in at the Console, for an API key"),
-    "--no-browser": ("login", "open none, print the address"),
-    "--port": ("login sandbox", "a fixed one, as for `ssh -L`", "N", port_number, 0),
+    "--no-browser": ("login", "do not open a browser, only print the address"),
+    "--port": ("login sandbox", "fixed port, as for `ssh -L`", "N", port_number, 0),
     "--timeout": ("login", "time limit (300)", "SECONDS", duration, LOGIN_TIMEOUT),
-    "--scope": ("login", "ask for it (repeatable)", "SCOPE", _filled, None, "append"),
+    "--scope": ("login", "ask for SCOPE; repeatable", "SCOPE", _filled, None, "append"),
     "--email": ("login", "the account to suggest on the page", "ADDRESS", _filled),
     "--check": ("status", "ask the server too: works (0), refused (3) or unknown (4)"),
     "--min-validity": ("token", "least time left", "SECONDS", duration, REFRESH_BUFFER),

@@ -7174,9 +7174,7 @@ def test_a_wrong_passphrase_is_named_and_the_file_stays(encrypted, passphrase_fi
     passphrase_file.write_text("open barley")
     store = claude_oauth.make_storage("file")
     for step in (store.load, store.check, lambda: store.save(credentials_of_size(9))):
-        with pytest.raises(
-            claude_oauth.StorageError, match="passphrase is not the one"
-        ):
+        with pytest.raises(claude_oauth.StorageError, match="passphrase is wrong"):
             step()
 
     assert Path(encrypted.path).read_bytes() == before
@@ -7800,7 +7798,7 @@ def test_the_oldest_idle_connection_makes_room_for_a_new_one(listener):
     with contextlib.ExitStack() as stack:
         socks = [
             stack.enter_context(connect(listener))
-            for _ in range(claude_oauth.MAX_VISITORS + 1)
+            for _ in range(claude_oauth.MAX_CONNECTIONS + 1)
         ]
         assert socks[0].recv(100) == b""
         socks[-1].sendall(head_for(listener))
@@ -8841,7 +8839,7 @@ def test_ctrl_c_at_the_prompt_passes_through(host_program):
 def test_ctrl_d_at_the_prompt_leaves_it_to_the_browser(host_program):
     child = host_program()
     child.sendeof()
-    child.expect_exact("Nothing will be pasted, then.")
+    child.expect_exact("No code can be pasted any more.")
     requests.get(f"{child.redirect_uri}?{CALLBACK}", timeout=LIMIT)
     child.expect_exact(f"granted True {child.redirect_uri}")
     finish(child)
@@ -10542,7 +10540,7 @@ def test_a_failure_inside_the_buffer_puts_the_next_try_off(kept, auth_server):
     service = kept.service()
     assert {service.access_token() for _ in range(3)} == {kept.token}
     assert kept.requests == 1
-    kept.clock.advance(claude_oauth.PUT_OFF + 1)
+    kept.clock.advance(claude_oauth.REFRESH_RETRY_DELAY + 1)
     assert service.access_token() != kept.token
     assert kept.requests == 2
 
@@ -15217,7 +15215,7 @@ def test_a_logout_and_a_second_one(member, command):
     assert second.err == f"There was no login in {place}.\n"
 
 
-@pytest.mark.parametrize("name", claude_oauth.SIGNS_IN)
+@pytest.mark.parametrize("name", claude_oauth.LOGIN_VARIABLES)
 def test_a_logout_names_what_still_signs_in(member, command, monkeypatch, name):
     monkeypatch.setenv(name, "sk-ant-oat01-from-outside")
     said = command("logout")
