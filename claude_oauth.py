@@ -118,6 +118,10 @@ SUBSCRIPTION_TYPES: Final = {
     "claude_" + plan: plan for plan in ("max", "pro", "team", "enterprise")
 }
 
+# Error codes against which another login does not help, and what to do instead.
+_LASTING: Final[list[str]] = ["invalid_client", "unauthorized_client", "invalid_scope"]
+_CURES: Final = dict.fromkeys(_LASTING, "check the client id and the scopes")
+
 # The anthropic-beta header that the API requires with an OAuth token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
 # The service's CDN refuses an empty User-Agent, and those of scripting libraries.
@@ -184,7 +188,7 @@ class LoginDenied(LoginError):
 
     def __str__(self) -> str:
         reason = ": ".join(filter(None, (self.code, self.description)))
-        return f"the login was denied ({reason}); try again"
+        return f"the login was denied ({reason}); {_CURES.get(self.code, 'try again')}"
 
 
 class LoginTimeout(LoginError):
@@ -212,7 +216,8 @@ class TokenRefused(ClaudeOAuthError):
         reason = ": ".join(filter(None, (self.code, self.description)))
         if self.status == 403:
             return f"this is not allowed ({reason}); it takes another scope or account"
-        return f"the server refused the login ({reason}); log in again"
+        cure = _CURES.get(self.code, "log in again")
+        return f"the server refused the login ({reason}); {cure}"
 
 
 class Unavailable(ClaudeOAuthError):
@@ -431,10 +436,8 @@ class OAuthConfig(_Value):
         """Return the settings for a server that has every endpoint at one origin."""
         origin = origin.rstrip("/")
         if not may_carry_token(_text(origin, "[^/]+//[^/?#@]+")):
-            raise ConfigError(
-                "the server (CLAUDE_OAUTH_SERVER) must be like https://host:port, with"
-                " no path; plain http is for loopback alone"
-            )
+            text = "the server (CLAUDE_OAUTH_SERVER) must be like https://host:port"
+            raise ConfigError(f"{text}, with no path; plain http is for loopback alone")
         endpoints = {
             name: f"{origin}/{url.split('/', 3)[3]}"
             for name, (url, *_left_out) in _KNOWN_ENDPOINTS.items()
@@ -472,10 +475,8 @@ class OAuthConfig(_Value):
         for name, known in _KNOWN_ENDPOINTS.items():
             url = self.__dict__[name]
             if url not in known and not may_carry_token(_text(url, "[^@]+")):
-                raise ConfigError(
-                    f"{name} must be a URL like https://host/path, without a password"
-                    " (plain http is for loopback alone)"
-                )
+                text = f"{name} must be a URL like https://host/path, with no password"
+                raise ConfigError(f"{text} (plain http is for loopback alone)")
 
 
 # A client id or a scope, without the syntax of a shell, a template or an env file.
@@ -535,7 +536,8 @@ def _field(name: str, value: object) -> str | bool | None:
 
 
 def _header_text(value: object) -> str | None:
-    return _text(value, "[!-~]+")  # printable ASCII without a blank
+    # Printable ASCII without a blank, and not what a template or a shell left unfilled.
+    return _text(value, "(?![\"'$<{*]|[A-Z_]+=)[!-~]+")
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -659,10 +661,9 @@ class Credentials(_Value):
             found[name] = read(stored.get(key))
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if name in cls._secret[:2] and is_needed and found[name] is None:
-                raise StorageCorrupt(
-                    f"the stored record is damaged: {key} is missing or malformed (in"
-                    " claudeAiOauth); move it away and log in again"
-                )
+                problem = f"{key} in claudeAiOauth is missing or malformed"
+                cure = "move the record away and log in again"
+                raise StorageCorrupt(f"the stored {problem}; {cure}")
         return cls(**found)
 
     @classmethod
@@ -866,6 +867,7 @@ def error_of_answer(
     if status == 403 and b"error code: 1010" in body:
         problem = "the edge refuses this User-Agent"
         return ConfigError(f"{problem}; set user_agent to name your program")
+    status = (status, 401)[is_token_refused(status, body)]
     # RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
     answer = _object(parse_json_object(body, lenient=True))
     error = _object(answer.get("error"))
@@ -889,10 +891,11 @@ def error_of_answer(
     return Unavailable(f"{text}; try again later", retry_after, status)
 
 
-# Not an access token: a refresh token, NAME=, a path, `null`, or a token cut short.
+# Not an access token: a refresh token, a name, a path, `null`, in base64, cut.
 _NO_TOKEN: Final = (
-    r"sk-ant-ort|sk-ant-[a-z]+\d*-?$|[A-Z_]+=|\w*(?i:token|key)=|.*\.{3}|[.~]+/"
-    r"|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users)/|(?i:null|none|undefined)$"
+    r"sk-ant-(ort|sid)|sk-ant-[a-z]+\d*-?$|[A-Z_]+=|\w*(?i:token|key)=|.*\.{3}|[.~]+/"
+    r"|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users)/|(env|vars|secrets)\."
+    r"|c2stYW50|[A-Z]+_[A-Z_]+$|(?i:null|nil|none|undefined|true|changeme|redacted)$"
 )
 
 # Error codes that say nothing about the grant, whatever the status.
@@ -900,6 +903,11 @@ _PASSING_CODES: Final = (
     "", "temporarily_unavailable", "server_error", "rate_limit_error",
     "overloaded_error", "api_error", "timeout_error",
 )
+
+
+def is_token_refused(status: int, body: bytes) -> bool:
+    """Tell whether the API refuses an access token: by a 401, or a 403 that says so."""
+    return status == 401 or (status == 403 and b"token has been revoked" in body)
 
 
 @hides_locals
@@ -1051,9 +1059,9 @@ def _clean_paste(text: str, state: str) -> str:
     from urllib.parse import unquote
 
     text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))
-    # Bracketed paste, a shell's escapes, zero-width characters and direction marks.
-    invisible = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
-    text = re.sub(rf"(?:\x1b|\^\[)?\[20[01]~|[\\{invisible}]", "", text)
+    # Bracketed paste, focus events, a shell's escapes, zero-width and direction marks.
+    hidden = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    text = re.sub(rf"(?:\x1b|\^\[)?\[20[01]~|\x1b\[[IO]|\^(?=&)|[\\{hidden}]", "", text)
     text = re.sub("[\u2010-\u2015\u2212]", "-", text.replace("\u2014", "--"))
     text = re.sub("^([^=?]*)&state=", r"\1#", text)  # the end of an address
     if re.fullmatch("(?is)[^=]*%3d[^=]*", text):
@@ -1259,8 +1267,7 @@ class OAuthClient:
         client_id = getattr(credentials, "client_id", "") or self.config.client_id
         if not client_id:
             cure = "pass client_id=, --client-id or CLAUDE_OAUTH_CLIENT_ID"
-            issued = "the one that your program was issued"
-            raise ConfigError(f"no client id: {cure} ({issued})")
+            raise ConfigError(f"no client id: {cure} (the one issued to your program)")
         return client_id
 
     def authorize_url(
@@ -1468,7 +1475,7 @@ _DROPPED: Final = "{route} dropped the connection; try again later"
 
 # The text for an exception of a class, or with one inside; the first match counts.
 _FAILURES: Final = {
-    "SSLError": "TLS to {route} failed, or its certificate is not trusted; if a proxy"
+    "SSLError": "TLS to {route} failed ({kind}); check the clock, and if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
     "ProxyError": "no connection to {route}: the proxy refused or did not answer;"
     " check HTTPS_PROXY, with its user name and password",
@@ -1491,10 +1498,13 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
         causes += getattr(cause, "args", ())
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     kind = type(error).__name__
+    if "only use HTTP" in str(error):
+        kinds, kind = {"ValueError"}, "HTTPS_PROXY takes http://, not https://"
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
-    text = _FAILURES[row].format(route=route, kind=kind)
+    kind += str(error).partition("verify failed")[2].partition(" (_ssl")[0]
+    text = _FAILURES[row].format(route=route, kind=printable(kind))
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
 
@@ -1530,11 +1540,11 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
         proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
         requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
         return f"{parts.netloc} through the proxy {host}", proxies
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, AttributeError) as error:
         kind = type(error).__name__
     problem = (
         "names a SOCKS proxy; get PySocks: pip install PySocks"
-        if kind == "InvalidSchema"
+        if kind in ("InvalidSchema", "AttributeError")
         else "is not a usable proxy URL; give it as http://host:port, and characters"
         " like # ? / [ @ in a password as %23 %3F %2F %5B %40"
     )
@@ -1767,16 +1777,9 @@ class _AtomicFile:
         return os.path.getsize(self._real)
 
     def _replace(self, data: bytes) -> None:
-        """Rename over the file, or rewrite it in place if the system refuses that.
-
-        As for a mount point, in a sticky directory, or a file that is open on Windows.
-        """
-        try:
-            _try_for_a_while(os.replace, self._temporary, self._real)
+        """Rename over the file; rewrite it in place if that fails, as for a mount."""
+        if _quietly(_try_for_a_while, os.replace, self._temporary, self._real):
             return
-        except OSError as error:
-            if errno.errorcode.get(error.errno or 0) not in _RENAME_FAULTS.split():
-                raise
         # Blanks, which JSON allows, first reserve space for a longer record, and then
         # overwrite the end of a longer old one until the file is truncated.
         with _open_private(self._real, 0) as file:
@@ -1797,7 +1800,6 @@ _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
 _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
 RESERVED_BYTES: Final = 16384  # how much longer a record may get by a refresh
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
-_RENAME_FAULTS: Final = "EBUSY EPERM EACCES EXDEV ENOSYS EOPNOTSUPP ENOTSUP"
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
 # Any other error means that the lock is held: EAGAIN; on Windows EACCES or EDEADLK, and
 # under Wine the number of whatever error came before.
@@ -2291,12 +2293,10 @@ class KeychainStorage(_SecretStorage):
             "delete": (b"delete-generic-password", b""),
         }[action]
         start = b"%s -a %s -s %s" % (command, account, name)
-        for form in forms:
-            if len(start + form) < SECURITY_LINE:
-                break
-        else:
+        fitting = [form for form in forms if len(start + form) < SECURITY_LINE]
+        if not fitting:
             raise StorageError(f"the login is too long for the Keychain; {_USE_FILE}")
-        output = self._run(start + form + b"\n")
+        output = self._run(start + fitting[0] + b"\n")
         if output is None:
             return None
         # `-w` prints in hex what is not all printable ASCII.  A record begins with "{",
@@ -2481,8 +2481,7 @@ def make_storage(kind: str | None = None, directory: str | None = None) -> Stora
     None asks CLAUDE_OAUTH_STORE.  auto is the Keychain on macOS, unless
     CLAUDE_OAUTH_PASSPHRASE_FILE asks for an encrypted file, and a file elsewhere.
     """
-    if kind is None:
-        kind = setting("CLAUDE_OAUTH_STORE") or "auto"
+    kind = (setting("CLAUDE_OAUTH_STORE") or "auto") if kind is None else kind
     directory = absolute_path(directory)
     passphrase_file = setting("CLAUDE_OAUTH_PASSPHRASE_FILE")
     if kind == "auto":
@@ -2493,22 +2492,22 @@ def make_storage(kind: str | None = None, directory: str | None = None) -> Stora
     stores = {"keychain": KeychainStorage, "keyring": KeyringStorage}
     if kind in stores:
         return stores[kind](lock_path=os.path.join(directory, "lock"))
-    name = printable(kind, limit=40)
-    raise ConfigError(f"no such store: {name!r}; use auto, file, keychain or keyring")
+    names = "auto, file, keychain or keyring"
+    raise ConfigError(f"no such store: {printable(kind, limit=40)!r}; use {names}")
 
 
 def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
     """Return the platform's cipher, or one for the passphrase in any owner's file."""
     if not path:
         return DPAPICipher() if sys.platform == "win32" else None
-    name = path if os.path.isabs(path) else "of CLAUDE_OAUTH_PASSPHRASE_FILE"
+    name = path if os.path.isabs(path) else "(CLAUDE_OAUTH_PASSPHRASE_FILE)"
     try:
-        path = absolute_path(path)
-        passphrase = read_private(path, is_ours=False, any_owner=True)
-    except StorageError as error:
-        raise ConfigError(f"the passphrase file cannot be used: {error}") from None
+        passphrase = read_private(absolute_path(path), is_ours=False, any_owner=True)
+    except (ConfigError, StorageError):  # which may quote it
+        passphrase = None
     if passphrase is None:  # not shown if relative: it may be the passphrase itself
-        raise ConfigError(f"the passphrase file {name} is missing or empty")
+        why = "is missing, empty or unreadable, or is no path"
+        raise ConfigError(f"the passphrase file {name} {why}; give an absolute path")
     return FernetCipher(passphrase.rstrip(b"\r\n"))
 
 
@@ -2517,6 +2516,7 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
 # Seconds.
 CONNECTION_TIMEOUT: Final = 5.0  # for a client to send its request; 1 more to close
 PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once the login has ended
+_TAKEN: Final = (errno.EADDRINUSE, {"nt": errno.EACCES}.get(os.name, -1))
 PASTE_PAUSE: Final = 0.05  # without input, which end a paste of several lines
 FOREGROUND_INTERVAL: Final = 0.5  # between checks for what ends no wait: `fg`, Ctrl-C
 
@@ -2749,7 +2749,7 @@ class AuthCodeListener:
                 port = servers[0].server_address[1]
             except OSError as error:
                 problem = error
-                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                if error.errno in _TAKEN:
                     break
         else:
             if servers:
@@ -2893,7 +2893,7 @@ def open_in_browser(url: str) -> bool:
         if original or getattr(sys, "frozen", False):
             environ[name] = original
     for browser in find_browsers():
-        command = browser.rstrip(" &")
+        command = ("{}", '"{}"')[os.path.isfile(browser)].format(browser.rstrip(" &"))
         command = (command if "%s" in command else command + " %s").replace("%s", url)
         # It fails, is missing or not well quoted.
         with contextlib.suppress(subprocess.CalledProcessError, OSError, ValueError):
@@ -2957,9 +2957,9 @@ class _PastePrompt:
 
     def _request_line(self) -> None:
         """Have a thread read one line; if none can start, read it after asking."""
-        if self._is_idle and not self._held:
+        if self._is_idle and self._state.encode() not in self._held:
             self._is_idle = not start_thread("paste", self._read_line)
-            if self._is_shown and self._is_idle:
+            if self._is_shown and self._is_idle and not self._held:
                 self._read_line()
 
     def _read_line(self) -> None:
@@ -3353,7 +3353,7 @@ class AccountFile:
         """Note a pause after a 429 or 5xx, for every process; return its seconds."""
         import random
 
-        status = error.status or 0
+        status: Any = error.status
         if status not in (429, *range(500, 1000)):
             return 0.0
         failures = int(self.number("failures")) + 1
@@ -3596,6 +3596,7 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
     import atexit
     import signal
     import threading
+    from contextlib import ExitStack
 
     came: set[int] = set()
     previous: dict[int, Any] = {}
@@ -3612,13 +3613,6 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
         if os.getpid() == pid:  # a forked child has not got this thread
             done.wait(LOCK_TIMEOUT)
 
-    def deliver() -> None:
-        if came:
-            try:
-                signal.raise_signal(came.pop())
-            finally:  # even if the first one raises
-                deliver()
-
     try:
         if threading.current_thread() is threading.main_thread():
             _hold_signals(hold, previous)
@@ -3631,7 +3625,9 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
         for number in reversed(previous):
             if signal.getsignal(number) is hold:
                 signal.signal(number, previous[number])
-        deliver()
+        with ExitStack() as delivery:  # each one, even if another raises
+            for number in came:
+                delivery.callback(signal.raise_signal, number)
 
 
 def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> None:
@@ -3672,8 +3668,7 @@ class Refresher:
         self._view = view
         self._account_file = view.account_file
         self._clock = clock
-        # Held by the thread that refreshes.  By process id: in a forked child, nobody
-        # would release the parent's lock.
+        # By process id, as MemoryStorage's; held by the thread that refreshes.
         self._mutexes: dict[int, threading.Lock] = {}
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed = _NOT_FAILED
@@ -4184,10 +4179,9 @@ class OAuthService:
         """Turn a code into a stored credential; return it with its account."""
         with self.storage.lock(LOCK_TIMEOUT):
             stored = self.storage.load()  # before the code is spent: this may fail
-            code, uri = granted.code, granted.redirect_uri
-            credentials = self._client.exchange_code(
-                code, verifier=verifier, redirect_uri=uri, state=state
-            )
+            uri = granted.redirect_uri
+            sent = {"verifier": verifier, "redirect_uri": uri, "state": state}
+            credentials = self._client.exchange_code(granted.code, **sent)
             account: Record = {}
             if profile := self._try_profile(credentials.access_token):
                 account = profile.to_record()
@@ -4406,7 +4400,8 @@ class BearerAuth:
 
     def _is_refusal(self, response: Any) -> bool:
         # A redirect may lead to another host, whose answer says nothing about a token.
-        return response.status_code == 401 and self._may_sign(str(response.url))
+        is_ours, body = self._may_sign(str(response.url)), _body_of_refusal(response)
+        return is_ours and is_token_refused(response.status_code, body)
 
     def _decide(self, origin: str) -> bool:
         from urllib.parse import urlsplit
@@ -4472,6 +4467,11 @@ class BearerAuth:
         return answer
 
 
+def _body_of_refusal(response: Any) -> bytes:
+    is_read = response.status_code == 403 and hasattr(response, "raw")  # not httpx's
+    return bytes(response.content) if is_read else b""
+
+
 def _bearer_of(request: Any) -> str:
     return str(request.headers.get("Authorization", "")).partition("Bearer ")[2]
 
@@ -4534,8 +4534,7 @@ class Sandbox:
         # Guards counts and all below, while a request is answered.
         self._lock = threading.Lock()
         self._failures: dict[str, list[_SandboxRefusal]] = {n: [] for n in self.counts}
-        # All tokens of a login end together.  The login by its code or refresh token;
-        # the login and the expiry by the access token or API key.
+        # By code or refresh token; and by access token or API key, with its expiry.
         self._logins: dict[str, types.SimpleNamespace] = {}
         self._access: dict[str, tuple[types.SimpleNamespace, float]] = {}
 
@@ -4908,7 +4907,7 @@ def _status(options: Any) -> int:
     rows = {
         "logged in": status["logged_in"],
         "check": check,
-        "source": "CLAUDE_OAUTH_TOKEN" if status["source"] == "environment" else "",
+        "source": {"environment": "CLAUDE_OAUTH_TOKEN"}.get(str(status["source"])),
         "account": status["email"],
         "organization": status["organization"],
         "plan": status["subscription_type"],
@@ -4936,8 +4935,8 @@ def _check(service: OAuthService) -> str:
             return "unknown: an API key cannot ask for the profile"
         OAuthClient(service.config).fetch_profile(token)
     except (NotLoggedIn, TokenRefused) as error:
-        # With 403 the token is good, but too narrow for the profile.
-        if getattr(error, "status", None) != 403:
+        # A token that is only too narrow for the profile is good.
+        if error.args[::2] != ("permission_error", 403):
             return f"refused: {error}"
     except (Unavailable, BadAnswer) as error:
         return f"unknown: {error}"
@@ -4960,7 +4959,7 @@ def _print(options: Any, answer: Mapping[str, Any], rows: Mapping[str, Any]) -> 
         return
     width = max(map(len, rows), default=0) + 2
     for name, value in rows.items():
-        text = ("no", "yes")[value] if isinstance(value, bool) else value
+        text = {True: "yes", False: "no"}.get(value, value)
         if text:
             print(f"{name:{width}}{printable(text, limit=1000)}")
     for warning in answer.get("warnings", ()):
@@ -5097,7 +5096,8 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     if not is_python or not os.path.isfile(program):  # in a zip archive
         return "left out: no Python can be started with this file"
     before = sandbox.counts["refresh_token"]
-    code = f"import sys; del sys.path[0]; exec(open({program!r}, 'rb').read())"
+    code = "import sys; sys.path[:] = filter(None, sys.path)"
+    code += f"; exec(open({program!r}, 'rb').read())"
     command = [python, "-c", code, "--dir", directory, "--store", "file", "token"]
     environ = {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin}
     # Without stderr, where Ctrl-C would print tracebacks.

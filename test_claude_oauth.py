@@ -41,6 +41,7 @@ import threading
 import time
 import types
 import urllib.parse
+import venv
 import warnings
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,6 +51,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import requests
+import urllib3
 from authlib.oauth2.rfc6749 import (
     AuthorizationCodeMixin,
     AuthorizationServer,
@@ -1107,6 +1109,14 @@ def test_an_error_survives_pickle_and_copy(error, facts, duplicate):
     assert {name: getattr(copied, name) for name in facts} == facts
 
 
+@pytest.mark.parametrize("code", ["invalid_client", "invalid_scope"])
+@pytest.mark.parametrize("kind", ["TokenRefused", "LoginDenied"])
+def test_where_another_login_does_not_help_the_settings_are_named(kind, code):
+    told = str(getattr(claude_oauth, kind)(code, "no"))
+    assert "check the client id and the scopes" in told
+    assert "again" not in told
+
+
 @pytest.mark.parametrize("name", ["TokenRefused", "LoginDenied"])
 def test_the_facts_of_an_error_are_its_arguments_in_order(name):
     error, facts = ERRORS[name]
@@ -1725,6 +1735,16 @@ def test_a_stored_token_is_whatever_a_header_can_carry(token):
     assert found.access_token == token
 
 
+UNFILLED = ["${TOKEN}", "$TOKEN", "{{token}}", "<token>", "***", '"sk-1"', "TOKEN=a"]
+
+
+@pytest.mark.parametrize("token", UNFILLED)
+def test_a_template_that_nobody_filled_in_is_no_stored_token(token):
+    record = {"claudeAiOauth": {"accessToken": token}}
+    with pytest.raises(claude_oauth.StorageCorrupt, match="accessToken"):
+        claude_oauth.Credentials.from_record(record)
+
+
 @pytest.mark.parametrize("key", [1, {"k": 1}, "two words", "line\nbreak"], ids=repr)
 def test_an_odd_key_beside_good_tokens_is_unknown(key):
     found = claude_oauth.Credentials.from_record({**RECORD, "consoleApiKey": key})
@@ -2321,6 +2341,12 @@ BAD_TOKENS = {
     "null-of-jq": "null",
     "none": "None",
     "undefined": "undefined",
+    "true": "true",
+    "the-name-itself": "CLAUDE_OAUTH_TOKEN",
+    "a-name-of-a-workflow": "secrets.CLAUDE_OAUTH_TOKEN",
+    "encoded-twice": "c2stYW50LW9hdDAxLXNlY3JldA==",
+    "cookie": "sk-ant-sid01-secret",
+    "redacted": "REDACTED",
     "path": "/run/secrets/claude_token",
     "path-from-here": "./token.txt",
     "path-from-home": "~/.token",
@@ -2542,6 +2568,8 @@ GOOD_PASTES = {
     "bracketed-paste": f"\x1b[200~{CODE}#{STATE}\x1b[201~\n",
     "bracketed-paste-of-a-bare-code": f"\x1b[200~{CODE}\x1b[201~\n",
     "bracketed-paste-without-escape": f"[200~{CODE}#{STATE}[201~\n",
+    "focus-events": f"\x1b[O\x1b[I{CODE}#{STATE}\x1b[O\x1b[I\n",
+    "query-escaped-for-cmd": CALLBACK.replace("&", "^&"),
     "bracketed-paste-with-a-caret": f"^[[200~{CODE}#{STATE}^[[201~\n",
     "quotes-in-bracketed-paste": f'\x1b[200~"{CODE}#{STATE}"\x1b[201~',
     "just-short-enough": f"{CODE}#{STATE}".ljust(4096),
@@ -3405,6 +3433,9 @@ def test_nothing_secret_is_logged_however_much_is(auth_server, config, caplog):
 # TLS and proxies
 
 
+OLD_URLLIB3 = tuple(map(int, urllib3.__version__.split(".")[:2])) < (1, 26)
+
+
 @pytest.fixture
 def authority():
     return pytest.importorskip("trustme").CA()
@@ -3437,6 +3468,16 @@ def test_an_unknown_authority_is_named_with_the_cure(tls_server, call):
     assert f"127.0.0.1:{tls_server.port}" in str(error)
     assert "REQUESTS_CA_BUNDLE" in str(error)
     assert not tls_server.requests
+
+
+@pytest.mark.skipif(OLD_URLLIB3, reason="it has a text of its own")
+def test_what_is_wrong_with_a_certificate_is_named(authority, trusted):
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("elsewhere.example").configure_cert(tls)
+    with ScriptedServer(tls=tls) as server:
+        told = str(failure_of("refresh", client_for(server)))
+    assert "mismatch" in told
+    assert "check the clock" in told
 
 
 def test_a_server_without_tls_is_no_logout(scripted_server):
@@ -3491,6 +3532,26 @@ def test_a_certificate_behind_a_proxy_names_both(tls_server, proxy, monkeypatch)
     monkeypatch.setenv("HTTPS_PROXY", f"http://me:opensesame@{proxy}")
     error = failure_of("refresh", client_for(tls_server))
     assert f"127.0.0.1:{tls_server.port} through the proxy {proxy}" in str(error)
+    assert "sesame" not in chain_text(error)
+
+
+@pytest.mark.skipif(OLD_URLLIB3, reason="it does not tell this from other faults")
+def test_a_proxy_that_takes_http_alone_is_a_setting_to_fix(outside, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def answer():
+            with proxy.accept()[0] as client:
+                client.recv(9)
+                client.sendall(b"HTTP/1.0 400 What?\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{proxy.getsockname()[1]}"
+        monkeypatch.setenv("HTTPS_PROXY", f"https://me:opensesame@{address}")
+        error = failure_of("refresh", outside)
+        thread.join(LIMIT)
+    assert isinstance(error, claude_oauth.ConfigError)
+    assert "HTTPS_PROXY takes http://" in str(error)
     assert "sesame" not in chain_text(error)
 
 
@@ -4090,6 +4151,14 @@ def test_socks_without_its_package_says_what_to_install(monkeypatch, variable):
     monkeypatch.setenv(variable, "socks5h://127.0.0.1:1080")
     lines = run_python(WITHOUT_SOCKS).stdout.splitlines()
     text = f"{variable} names a SOCKS proxy; get PySocks: pip install PySocks"
+    assert lines == [text, text]
+
+
+def test_a_broken_package_for_socks_is_noticed_before_a_login(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1080")
+    program = WITHOUT_SOCKS.replace("] = None", "] = type(sys)('socks')")
+    lines = run_python(program).stdout.splitlines()
+    text = "ALL_PROXY names a SOCKS proxy; get PySocks: pip install PySocks"
     assert lines == [text, text]
 
 
@@ -4967,7 +5036,6 @@ REFUSED_WRITES = {
     "disk-broken-at-write": ("write:error=EIO:when=1", "input/output error"),
     "disk-broken-at-check": ("fsync:error=EIO:when=1", "input/output error"),
     "disk-broken-at-fsync": ("fsync:error=EIO:when=2", "input/output error"),
-    "read-only-at-rename": ("rename:error=EROFS", "read-only"),
     "lock-forbidden": ("flock:error=EACCES", "permission denied"),
 }
 
@@ -4994,6 +5062,9 @@ HARMLESS = {
     "rename-is-not-known": "rename:error=ENOSYS",
     "rename-is-not-supported": "rename:error=EOPNOTSUPP",
     "rename-crosses-devices": "rename:error=EXDEV",
+    "rename-of-a-busy-file": "rename:error=ETXTBSY",
+    "rename-is-invalid": "rename:error=EINVAL",
+    "rename-says-read-only": "rename:error=EROFS",
 }
 
 
@@ -7290,11 +7361,12 @@ def test_a_passphrase_file_without_a_passphrase_is_refused(tmp_path, monkeypatch
         claude_oauth.make_storage("file")
 
 
-def test_a_passphrase_in_the_place_of_its_file_is_not_shown(monkeypatch):
-    monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", "correct horse battery")
+@pytest.mark.parametrize("first", ["", "$", "%", "~", "<", "{", "'", "x" * 300])
+def test_a_passphrase_in_the_place_of_its_file_is_not_shown(monkeypatch, first):
+    monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", first + "correct horse battery")
     with pytest.raises(claude_oauth.ConfigError, match="PASSPHRASE_FILE") as caught:
         claude_oauth.make_storage("file")
-    assert "horse" not in str(caught.value)
+    assert "horse" not in chain_text(caught.value)
 
 
 def test_a_passphrase_that_is_no_text_hides_in_no_error():
@@ -7969,6 +8041,10 @@ NETWORKS = {
         "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6",
         "127.0.0.1\nno ::1\n",
     ),
+    "ipv6-forbidden": (
+        'set -- strace -f -qq -o /dev/null -e inject=bind:error=EACCES:when=2 "$@"',
+        "127.0.0.1\nno ::1\n",
+    ),
     "without-ipv4": ("ip address del 127.0.0.1/8 dev lo", "no 127.0.0.1\n::1\n"),
 }
 
@@ -8100,6 +8176,15 @@ def test_the_browser_is_given_the_automatic_address_whole(world, listener):
     race(listener, open_browser=True)
 
     assert world.calls == ["browser https://auto.example/?a=1&b=2"]
+
+
+def test_a_browser_whose_path_has_blanks_is_started(world, listener):
+    callback = f"{listener.redirect_uri}?{CALLBACK}"
+    world.setenv("BROWSER", world.add("a browser", visit(callback)))
+
+    race(listener, open_browser=True)
+
+    assert world.calls == ["a browser https://auto.example/?a=1&b=2"]
 
 
 def test_without_a_listener_the_browser_is_given_the_manual_address(world, stdin_pipe):
@@ -8642,6 +8727,14 @@ def test_lines_of_an_object_without_a_descriptor_are_pastes(monkeypatch):
 
     assert race(paste=True).code == CODE
     assert sys.stdin.readline() == "mine\n"
+
+
+@pytest.mark.parametrize("code", [f"{CODE}#{STATE}", CODE], ids=["state", "bare"])
+def test_a_code_of_an_object_that_is_broken_in_two_is_joined(monkeypatch, code):
+    lines = f"{code[:20]}\n{code[20:]}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+
+    assert race(paste=True).code == CODE
 
 
 def test_the_browser_wins_while_an_object_is_being_read(monkeypatch, listener):
@@ -11972,6 +12065,16 @@ def test_a_401_without_a_word_of_the_api_is_a_dead_token_too(signed_in, auth_ser
     assert auth_server.counts["refresh_token"] == 1
 
 
+REVOKED = failure("permission_error", "OAuth token has been revoked. Obtain a new one")
+
+
+def test_a_403_that_says_that_the_token_is_dead_is_a_401(signed_in, auth_server):
+    auth_server.fail_next("profile", 403, REVOKED)
+
+    assert signed_in.profile(force=True).email == "person@example.com"
+    assert auth_server.counts["refresh_token"] == 1
+
+
 def test_a_profile_that_is_forbidden_is_no_logout(signed_in, auth_server):
     answer = {"error": {"type": "permission_error"}}
     auth_server.fail_next("profile", 403, answer)
@@ -13556,6 +13659,18 @@ def test_an_api_that_answers_401_to_everything_costs_one_refresh(
     answers = [post(messages_url, services[n % 2]).status_code for n in range(20)]
 
     assert answers == [401] * 20
+    assert auth_server.counts["refresh_token"] == 1
+
+
+@pytest.mark.parametrize("times", [1, 40])
+def test_a_403_that_says_that_the_token_is_dead_costs_one_refresh(
+    signed_in, auth_server, messages_url, times
+):
+    for _ in range(times):
+        auth_server.fail_next("api", 403, REVOKED)
+    answers = [post(messages_url, signed_in).status_code for _ in range(9)]
+
+    assert answers == [200 if times == 1 else 403] * 9
     assert auth_server.counts["refresh_token"] == 1
 
 
@@ -15384,6 +15499,14 @@ def forbid_the_profile(member, server, monkeypatch):
     server.fail_next("profile", 403, failure("permission_error", "too narrow"))
 
 
+def forbid_all(member, server, monkeypatch):
+    server.fail_next("profile", 403, failure("forbidden", "Request not allowed"))
+
+
+def say_that_the_token_is_dead(member, server, monkeypatch):
+    server.fail_next("profile", 403, REVOKED)
+
+
 def expire_the_token(member, server, monkeypatch):
     server.expire_access_tokens()
 
@@ -15427,6 +15550,8 @@ CHECKS = {
     "narrow": (forbid_the_profile, "works", 0),
     "from-outside": (set_a_token_that_works, "works", 0),
     "token-ended": (expire_the_token, "refused", 3),
+    "token-revoked": (say_that_the_token_is_dead, "refused", 3),
+    "not-allowed": (forbid_all, "refused", 3),
     "login-ended": (end_the_login_that_is_due, "refused", 3),
     "dead-from-outside": (set_a_dead_token, "refused", 3),
     "nobody": (log_out, "refused", 3),
@@ -16086,6 +16211,25 @@ def test_the_demo_starts_its_processes_however_it_was_started(
     shutil.copy(MODULE, home / name)
     done = subprocess.run(
         [sys.executable, *start, "demo"],
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=True,
+        timeout=2 * LIMIT,
+    )
+
+    assert "1 refresh, 8 of 8 have a token, 1 token in all" in done.stdout
+
+
+@needs_posix
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="no path is left out before")
+def test_the_demo_starts_its_processes_on_a_safe_path(home, monkeypatch):
+    for variable in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+        monkeypatch.delenv(variable, raising=False)  # it is not installed there
+    venv.create(home / "venv", symlinks=True)
+    packages = os.path.dirname(os.path.dirname(requests.__file__))
+    done = subprocess.run(
+        [home / "venv" / "bin" / "python", MODULE, "demo"],
+        env={**os.environ, "PYTHONPATH": packages, "PYTHONSAFEPATH": "1"},
         stdout=subprocess.PIPE,
         encoding="utf-8",
         check=True,
@@ -16769,6 +16913,18 @@ def test_the_sdk_refreshes_after_a_401_in_mid_run(sdk_program, sandbox):
     assert (sandbox.counts["messages"], sandbox.counts["refresh_token"]) == (3, 1)
 
 
+def test_an_api_that_refuses_every_token_costs_the_sdk_one_refresh(
+    sdk_program, sandbox
+):
+    program = sdk_program()
+    sandbox.fail_next("messages", 401, "authentication_error", times=100)
+    for _ in range(5):
+        with pytest.raises(program["anthropic"].AuthenticationError):
+            ask(program)
+
+    assert sandbox.counts["refresh_token"] == 1
+
+
 def test_the_sdk_gets_a_token_that_another_program_has_refreshed(sdk_program, sandbox):
     program = sdk_program()
     sandbox.expire_access_tokens()
@@ -16964,6 +17120,7 @@ from typing import Iterator, Optional
 
 import claude_oauth
 import requests
+import urllib3
 
 
 class Shelf:
