@@ -661,9 +661,8 @@ class Credentials(_Value):
             found[name] = read(stored.get(key))
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if name in cls._secret[:2] and is_needed and found[name] is None:
-                problem = f"{key} in claudeAiOauth is missing or malformed"
-                cure = "move the record away and log in again"
-                raise StorageCorrupt(f"the stored {problem}; {cure}")
+                text = f"{key} in claudeAiOauth is missing or malformed"
+                raise StorageCorrupt(f"{text}; move the record away and log in again")
         return cls(**found)
 
     @classmethod
@@ -1044,8 +1043,7 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
     # The whole screen may have been copied: then the state stands behind the code.
     if "#" + state not in cleaned:
         if "code_challenge=" in cleaned:
-            reason = "that is the address to open, not what comes after signing in"
-            raise ValueError(reason)
+            raise ValueError("that is the address to open, not the one after sign-in")
         if re.search(r"://|[?&]\w+=", cleaned):
             return _parse_pasted_address(cleaned, state, manual_redirect_uri)
     return GrantedCode(_parse_pasted_code(cleaned, state), manual_redirect_uri)
@@ -1144,8 +1142,7 @@ def failure_page(reason: str) -> str:
 
 def denied_page() -> str:
     """Return the page for a login that was denied."""
-    hint = "If that was a mistake, close this window and try again."
-    text = f"Nothing was stored.\n{hint}"
+    text = "Nothing was stored.\nIf it was a mistake, close this window and try again."
     return result_page("\u2715", "Access was not granted", text)
 
 
@@ -1384,23 +1381,21 @@ class OAuthClient:
         """Send a request; return the answer's JSON object, {} without a field."""
         sent = {"bearer": token, **(body or {})}
         is_refresh = "refresh_token" in sent
-        status, headers, content = self._answer(url, body, token, is_refresh=is_refresh)
+        status, headers, content = self._fetch(url, body, token, is_refresh=is_refresh)
         names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
         secrets = [sent.get(name, "") for name in names]
         if not 200 <= status < 300:
             wait = parse_retry_after(headers.get("Retry-After"), now=self._clock())
-            request = headers.get("request-id")
-            raise error_of_answer(
-                status, content, retry_after=wait, request_id=request, secrets=secrets
-            )
+            known: Any = {"retry_after": wait, "request_id": headers.get("request-id")}
+            raise error_of_answer(status, content, secrets=secrets, **known)
         if not field:
             return {}
         return read_answer(status, content, field=field, secrets=secrets)
 
-    def _answer(
+    def _fetch(
         self, url: str, body: Mapping[str, str] | None, token: str, *, is_refresh: bool
     ) -> tuple[int, Mapping[str, str], bytes]:
-        """Return status, headers and content of any answer."""
+        """Send a request; return status, headers and content of any answer."""
         from contextlib import ExitStack
 
         # Not compressed: a proxy that unpacks an answer may leave its Content-Encoding.
@@ -4088,7 +4083,12 @@ class OAuthService:
             if not force and not needs_key(newest):
                 return newest
             self.storage.check()  # a permanent key must not be lost once it is made
-            key = self._client.create_api_key(newest.access_token)
+            file.raise_known_failure(newest)
+            try:
+                key = self._client.create_api_key(newest.access_token)
+            except Unavailable as error:
+                file.note_failure(error, newest, ())
+                raise
             with_key = newest.replace(api_key=key)
             try:
                 self._view.save(with_key, stored)
@@ -4377,7 +4377,7 @@ class BearerAuth:
         api = urlsplit(service.config.profile_url).hostname
         self._hosts = {*map(str.lower, names), api}
         # A crawler asks about many origins; each is decided on once.
-        self._is_ours = functools.lru_cache(maxsize=100)(self._decide)
+        self._is_ours = functools.lru_cache(maxsize=100)(self._is_listed)
 
     def __call__(self, request: Any) -> Any:
         """Sign a request of `requests` or httpx, and return it."""
@@ -4403,7 +4403,7 @@ class BearerAuth:
         is_ours, body = self._may_sign(str(response.url)), _body_of_refusal(response)
         return is_ours and is_token_refused(response.status_code, body)
 
-    def _decide(self, origin: str) -> bool:
+    def _is_listed(self, origin: str) -> bool:
         from urllib.parse import urlsplit
 
         return may_carry_token(origin) and urlsplit(origin).hostname in self._hosts
@@ -4865,7 +4865,7 @@ def _report(error: BaseException) -> int:
         return 130
     text = str(error)
     if isinstance(error, OSError):
-        text = (error.strerror or type(error).__name__).lower()
+        text = _reason(error)
         try:
             sys.stdout.flush()
         except OSError:

@@ -2932,7 +2932,7 @@ WORDS_OF_PAGES = {
     "denied": (
         lambda: claude_oauth.denied_page(),
         ("\u2715", "Access was not granted"),
-        "Nothing was stored.\nIf that was a mistake, close this window and try again.",
+        "Nothing was stored.\nIf it was a mistake, close this window and try again.",
     ),
     "stray": (
         lambda: claude_oauth.stray_page("it is so"),
@@ -13811,6 +13811,18 @@ def test_where_no_console_key_can_be_made_its_error_is_the_answer(
         getattr(keyless, ask)()
     assert caught.value.status == 403
     assert getattr(keyless, ask)()
+
+
+@pytest.mark.parametrize("status", [429, 503], ids=str)
+def test_a_pause_for_keys_is_kept_by_all(keyless, auth_server, status):
+    auth_server.fail_next("api_key", status, "later", {"Retry-After": "600"})
+    before = auth_server.counts["api_key"]
+    for service in (keyless, another_process(keyless)) * 3:
+        with pytest.raises(claude_oauth.Unavailable, match="try again") as caught:
+            service.auth_headers()
+        assert caught.value.retry_after > 500
+
+    assert auth_server.counts["api_key"] == before + 1
 
 
 def test_a_missing_console_key_is_made_with_a_new_token_after_a_401(
