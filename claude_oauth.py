@@ -807,10 +807,10 @@ def read_answer(
 
 
 def _fields_of(content: bytes) -> dict[str, object] | None:
-    """Return the token fields of a JSON object that is truncated or damaged."""
+    """Return the fields of a token answer that is truncated or damaged."""
     import re
 
-    names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key"
+    names = b"access_token|refresh_token|token_type|scope|expires_in|raw_key|error"
     text = rb'"(?:[ !#-\[\]-~]|\\(?:["/\\]|u[\da-fA-F]{4}))*"'
     value = rb"(?:%s|(?:0|[1-9]\d{0,8})(?=[\s,}]))" % text
     fields = re.findall(rb'"(?:%s)"\s*:\s*%s' % (names, value), content)
@@ -818,7 +818,7 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     # A truncated answer may lack the refresh token, and is useless without it.
     is_cut = not content.rstrip().endswith(b"}")
     needed = {"access_token", "refresh_token"} if is_cut else {"access_token"}
-    is_useful = needed <= found.keys() or "raw_key" in found
+    is_useful = needed <= found.keys() or found.keys() & {"raw_key", "error"}
     return found if is_useful and content.lstrip().startswith(b"{") else None
 
 
@@ -868,7 +868,7 @@ def error_of_answer(
         return ConfigError(f"{problem}; set user_agent to name your program")
     status = (status, 401)[is_token_refused(status, body)]
     # RFC 6749 section 5.2 and the API have an envelope each; some answers mix them.
-    answer = _object(parse_json_object(body, lenient=True))
+    answer = _object(parse_json_object(body, lenient=True) or _fields_of(body))
     error = _object(answer.get("error"))
 
     def first(limit: int, *found: object) -> str:
@@ -4983,7 +4983,7 @@ def _token(options: Any) -> None:
 def _refresh(options: Any) -> None:
     """Ask the server for a new token, even if the present one is still valid."""
     service = _service(options)
-    left = (service.refresh().expires_at or 0) - time.time()
+    left = time_left(service.refresh().expires_at, time.time())
     say(f"Refreshed; the new token is good for {describe_seconds(left)}.")
     _print(options, service.status(), {})
 

@@ -4020,6 +4020,21 @@ def test_an_error_in_a_200_is_what_it_is_in_a_400(scripted_server, call, body):
     assert len(scripted_server.requests) == 2
 
 
+DAMAGED_REFUSALS = {
+    "something-behind": b'{"error": "invalid_grant"}<!-- a proxy -->',
+    "cut": b'{"error": "invalid_grant", "error_description": "it is sp',
+}
+
+
+@pytest.mark.parametrize("call", GRANTS)
+@pytest.mark.parametrize("status", [200, 400], ids=str)
+@pytest.mark.parametrize("body", DAMAGED_REFUSALS.values(), ids=DAMAGED_REFUSALS)
+def test_a_refusal_is_one_although_it_is_damaged(scripted_server, call, status, body):
+    scripted_server.add(status, body)
+    error = failure_of(call, client_for(scripted_server))
+    assert (type(error), error.code) == (claude_oauth.TokenRefused, "invalid_grant")
+
+
 @pytest.mark.parametrize("call", ["profile", "api_key"])
 def test_an_error_in_a_200_is_one_for_every_request(scripted_server, call):
     scripted_server.add(200, failure("permission_error", "no"))
