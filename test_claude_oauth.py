@@ -41,7 +41,6 @@ import threading
 import time
 import types
 import urllib.parse
-import venv
 import warnings
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16252,7 +16251,8 @@ def test_the_demo_starts_its_processes_however_it_was_started(
 def test_the_demo_starts_its_processes_on_a_safe_path(home, monkeypatch):
     for variable in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
         monkeypatch.delenv(variable, raising=False)  # it is not installed there
-    venv.create(home / "venv", symlinks=True)
+    make = [sys.executable, "-m", "venv", "--without-pip", home / "venv"]
+    subprocess.run(make, check=True, timeout=LIMIT)
     packages = os.path.dirname(os.path.dirname(requests.__file__))
     done = subprocess.run(
         [home / "venv" / "bin" / "python", MODULE, "demo"],
