@@ -715,8 +715,7 @@ class Profile(_Value):
     def from_answer(cls, answer: Record) -> Profile:
         """Read the profile endpoint's answer; BadAnswer if it names no account."""
         found = _read(answer.get("account"), _ACCOUNT_FIELDS, 0)
-        organization = answer.get("organization")
-        found.update(_read(organization, _ORGANIZATION_FIELDS, 0))
+        found.update(_read(answer.get("organization"), _ORGANIZATION_FIELDS, 0))
         if found["account_uuid"] is None:
             raise BadAnswer("account.uuid")
         plan = SUBSCRIPTION_TYPES.get(found["subscription_type"])
@@ -892,9 +891,10 @@ def error_of_answer(
 
 # Not an access token: a refresh token, a name, a path, `null`, in base64, cut.
 _NO_TOKEN: Final = (
-    r"sk-ant-(ort|sid)|sk-ant-[a-z]+\d*-?$|[A-Z_]+=|\w*(?i:token|key)=|.*\.{3}|[.~]+/"
-    r"|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users)/|(env|vars|secrets)\."
-    r"|c2stYW50|[A-Z]+_[A-Z_]+$|(?i:null|nil|none|undefined|true|changeme|redacted)$"
+    r"sk-ant-(ort|sid|admin)|sk-ant-([a-z]+\d*-?)?$|[A-Z_]+=|\w*(?i:token|key)="
+    r"|.*\.{3}|[.~]+/|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users)/|c2stYW50"
+    r"|(env|vars|secrets)\.|projects/|[A-Z]+_[A-Z_]+$"
+    r"|(?i:null|nil|none|undefined|true|false|bearer|todo|changeme|redacted)$"
 )
 
 # Error codes that say nothing about the grant, whatever the status.
@@ -976,8 +976,9 @@ _WORD: Final = (
 )
 _NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w.~+/=-]\S*|{_WORD})"
 _CODE_WITH_STATE: Final = (
-    rf"(?s:.*{_NO_PIECE}\s)?((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])"
-    r"[^\s=]{8,})\s)*[^#&?:=\s]+=*)"
+    rf"(?s:(?!.*(?<!\S)(?!{_NO_PIECE})\S{{24,}}\s.*{_NO_PIECE}\s).*{_NO_PIECE}\s)?"
+    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s)*"
+    r"[^#&?:=\s]+=*)"
 )
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (
@@ -1023,8 +1024,7 @@ def parse_callback(query: str, *, state: str) -> str:
 def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCode:
     """Return the code in what a person pasted: `code#state`, a code, or the address.
 
-    The state vouches for the code beside it; a code without a state has to look like
-    one.  Raises what `parse_callback` does.
+    A code without a state has to look like one.  Raises what `parse_callback` does.
     """
     import re
 
@@ -1436,8 +1436,7 @@ class OAuthClient:
                     if len(content) >= MAX_ANSWER_BYTES:
                         break
 
-        # `requests` limits the wait for each packet only: slow headers, or a resolver
-        # that hangs, would hold the lock for ever.
+        # `requests` limits the wait for each packet, not a resolver or slow headers.
         deadline, error = Deadline(3 * self.config.timeout), None
         # Try again after a dropped connection only: if the server has spent the refresh
         # token, its successor is lost anyway, and a later try would send the same one.
@@ -1543,8 +1542,7 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
         else "is not a usable proxy URL; give it as http://host:port, and characters"
         " like # ? / [ @ in a password as %23 %3F %2F %5B %40"
     )
-    name = "the proxy of the session or the system"
-    name = _variable_or(name, proxy, ("HTTPS_PROXY", "ALL_PROXY"))
+    name = _variable_or("the session or OS proxy", proxy, ("HTTPS_PROXY", "ALL_PROXY"))
     raise ConfigError(f"{name} {problem}")
 
 
@@ -2294,8 +2292,7 @@ class KeychainStorage(_SecretStorage):
         output = self._run(start + fitting[0] + b"\n")
         if output is None:
             return None
-        # `-w` prints in hex what is not all printable ASCII.  A record begins with "{",
-        # so its hex cannot be mistaken for it.
+        # `-w` prints in hex what is not all printable ASCII; a record begins with "{".
         is_hex = re.fullmatch(rb"7b([0-9a-f]{2})*\n", output)
         return bytes.fromhex(output.decode()) if is_hex else output[:-1]
 
@@ -2952,7 +2949,8 @@ class _PastePrompt:
 
     def _request_line(self) -> None:
         """Have a thread read one line; if none can start, read it after asking."""
-        if self._is_idle and self._state.encode() not in self._held:
+        mark = (b"\n", self._state.encode())[self._is_terminal]  # it may be in two
+        if self._is_idle and mark not in self._held:
             self._is_idle = not start_thread("paste", self._read_line)
             if self._is_shown and self._is_idle and not self._held:
                 self._read_line()
@@ -3429,8 +3427,9 @@ def _current_login(
         return stored
     newest = pending.credentials
     # A key that another process has made meanwhile is permanent.
-    if stored and pending.account is None:
-        newest = newest.replace(api_key=newest.api_key or stored.api_key)
+    if pending.account is None:
+        key = newest.api_key or getattr(stored, "api_key", None)
+        newest = newest.replace(api_key=key)
     return newest
 
 
@@ -3544,8 +3543,7 @@ class StoreView:
     def serve(self, credentials: Credentials, now: float) -> ServedToken:
         """Return a login to hand out, now and for LOOK_INTERVAL."""
         served = self.served = ServedToken(credentials, now)
-        # Not kept if another thread has refreshed since the look (checked last, or it
-        # could do so in between), nor while a save is pending.
+        # Checked last: not kept if a thread has refreshed, or while a save is pending.
         if credentials is not self._last[1] or self.pending:
             self.served = _NOTHING_SERVED
         return served
@@ -4083,11 +4081,12 @@ class OAuthService:
             if not force and not needs_key(newest):
                 return newest
             self.storage.check()  # a permanent key must not be lost once it is made
-            file.raise_known_failure(newest)
+            file.raise_known_failure(newest.replace(refresh_token=None))
             try:
                 key = self._client.create_api_key(newest.access_token)
             except Unavailable as error:
-                file.note_failure(error, newest, ())
+                if not force:  # else a refresh would wait as well
+                    file.note_failure(error, newest, ())
                 raise
             with_key = newest.replace(api_key=key)
             try:
@@ -4372,8 +4371,7 @@ class BearerAuth:
         for name in names:
             if not _text(name, host):
                 shown = printable(str(name).split("@")[-1])
-                cure = "give names alone, without scheme, port or path"
-                raise ConfigError(f"{shown!r} is not a host name: {cure}")
+                raise ConfigError(f"{shown!r} is not a host name; give that alone")
         api = urlsplit(service.config.profile_url).hostname
         self._hosts = {*map(str.lower, names), api}
         # A crawler asks about many origins; each is decided on once.
@@ -4392,16 +4390,19 @@ class BearerAuth:
         may_sign = self._may_sign(str(request.url))
         response: Any = yield self(request)
         if may_sign and self._is_refusal(response) and self._renew(request):
-            response = yield request
-            self._note_answer(request, response)
+            answer: Any = None
+            try:
+                answer = yield request
+            finally:  # it may end in a timeout
+                self._note_answer(request, answer)
 
     def _may_sign(self, url: str) -> bool:
         return self._is_ours("/".join(url.split("/", 3)[:3]))
 
     def _is_refusal(self, response: Any) -> bool:
         # A redirect may lead to another host, whose answer says nothing about a token.
-        is_ours, body = self._may_sign(str(response.url)), _body_of_refusal(response)
-        return is_ours and is_token_refused(response.status_code, body)
+        status, is_ours = response.status_code, self._may_sign(str(response.url))
+        return is_ours and is_token_refused(status, _body_of_refusal(response))
 
     def _is_listed(self, origin: str) -> bool:
         from urllib.parse import urlsplit
@@ -4433,8 +4434,8 @@ class BearerAuth:
 
     @hides_locals
     def _note_answer(self, request: Any, answer: Any) -> None:
-        rejected = _bearer_of(request) if self._is_refusal(answer) else ""
-        self._service.note_rejected(rejected)
+        is_refused = answer is not None and self._is_refusal(answer)
+        self._service.note_rejected(_bearer_of(request) if is_refused else "")
 
     @hides_locals
     def repeat(self, response: requests.Response, **options: Any) -> Any:
@@ -4456,12 +4457,11 @@ class BearerAuth:
             response.close()  # the caller does not get it
             raise
         response.close()
+        answer: Any = None
         try:
-            answer: Any = response.connection.send(repeated, **options)
-        except OSError:
-            self._service.note_rejected("")  # nobody has refused it
-            raise
-        self._note_answer(repeated, answer)
+            answer = response.connection.send(repeated, **options)
+        finally:
+            self._note_answer(repeated, answer)
         answer.history.append(response)
         answer.request = repeated
         return answer

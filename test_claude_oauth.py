@@ -2346,6 +2346,12 @@ BAD_TOKENS = {
     "encoded-twice": "c2stYW50LW9hdDAxLXNlY3JldA==",
     "cookie": "sk-ant-sid01-secret",
     "redacted": "REDACTED",
+    "its-scheme-alone": "Bearer",
+    "false": "false",
+    "to-do": "TODO",
+    "prefix-of-any": "sk-ant-",
+    "admin-key": "sk-ant-admin01-secret",
+    "name-of-a-secret": "projects/1/secrets/token/versions/latest",
     "path": "/run/secrets/claude_token",
     "path-from-here": "./token.txt",
     "path-from-home": "~/.token",
@@ -2757,6 +2763,26 @@ BAD_PASTES = {
     "two-long-lines": ("x" * 3000 + "\n" + "x" * 3000, "longer than"),
     "begun-bracketed-paste": (f"\x1b[200~{CODE[:20]}\n", "not a code"),
 }
+
+
+LONG_CODE = "qV8xN2-kTz7_Rb3mW9pL4sYdH6gJc1fQ5tXa0ZeUoIiMvBnKwErPlGhD2sF3_yC8uN4rT6"
+GUTTERS = {
+    "line-numbers": "     1\t{}\n     2\t{}",
+    "time-stamps": "12:00:01 {}\n12:00:02 {}",
+    "container": "web-1  | {}\nweb-1  | {}",
+    "pane-on-the-right": "{} \u2502 $ ls -la\n{}",
+    "two-messages": "[27/11, 10:15] Bob: {}\n[27/11, 10:15] Bob: {}",
+    "numbered-messages": "(1/2) {}\n(2/2) {}",
+    "nick": "<bob> {}\n<bob> {}",
+    "pager": "{}\n--More--\n{}",
+}
+
+
+@pytest.mark.parametrize("gutter", GUTTERS.values(), ids=GUTTERS)
+def test_the_tail_of_a_broken_code_is_never_taken_alone(gutter):
+    text = gutter.format(LONG_CODE[:64], f"{LONG_CODE[64:]}#{STATE}")
+    with contextlib.suppress(ValueError):
+        assert paste(text).code == LONG_CODE
 
 
 @pytest.mark.parametrize(("text", "reason"), BAD_PASTES.values(), ids=BAD_PASTES)
@@ -8743,12 +8769,24 @@ def test_lines_of_an_object_without_a_descriptor_are_pastes(monkeypatch):
     assert sys.stdin.readline() == "mine\n"
 
 
-@pytest.mark.parametrize("code", [f"{CODE}#{STATE}", CODE], ids=["state", "bare"])
-def test_a_code_of_an_object_that_is_broken_in_two_is_joined(monkeypatch, code):
-    lines = f"{code[:20]}\n{code[20:]}\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+@pytest.mark.parametrize("line", ["mine", "n", "y", "test1", "P4ssw0rd"])
+def test_what_follows_a_bare_code_of_an_object_is_the_programs(monkeypatch, line):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{CODE}\n{line}\n"))
 
     assert race(paste=True).code == CODE
+    assert sys.stdin.readline() == f"{line}\n"
+
+
+@needs_posix
+@pytest.mark.parametrize("code", [f"{CODE}#{STATE}", CODE], ids=["state", "bare"])
+def test_a_code_of_a_console_that_is_broken_in_two_is_joined(monkeypatch, code):
+    """A terminal that only a thread can read, as it is on Windows."""
+    lines = [code[:20], code[20:]]
+    master, terminal = os.openpty()
+    monkeypatch.setattr("builtins.input", lambda: lines.pop(0))
+    with open(master, "wb"), open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert race(paste=True).code == CODE
 
 
 def test_the_browser_wins_while_an_object_is_being_read(monkeypatch, listener):
@@ -13712,8 +13750,9 @@ def test_a_401_while_a_new_token_is_on_trial_costs_no_further_refresh(
     assert auth_server.counts["refresh_token"] == 1
 
 
+@pytest.mark.parametrize("end", [requests.ConnectionError, KeyboardInterrupt])
 def test_a_new_token_is_not_blamed_for_a_repetition_that_did_not_arrive(
-    signed_in, auth_server, messages_url
+    signed_in, auth_server, messages_url, end
 ):
     class Adapter(requests.adapters.HTTPAdapter):
         sent = 0
@@ -13721,14 +13760,14 @@ def test_a_new_token_is_not_blamed_for_a_repetition_that_did_not_arrive(
         def send(self, request, **options):
             self.sent += 1
             if self.sent == 2:
-                raise requests.ConnectionError("gone")
+                raise end("gone")
             return super().send(request, **options)
 
     auth_server.expire_access_tokens()
     with requests.Session() as session:
         session.mount("http://", Adapter())
         auth = claude_oauth.BearerAuth(signed_in)
-        with pytest.raises(requests.ConnectionError, match="gone"):
+        with pytest.raises(end, match="gone"):
             session.post(messages_url, data="x", auth=auth)
     auth_server.expire_access_tokens()
     assert post(messages_url, signed_in).status_code == 200
@@ -13825,6 +13864,23 @@ def test_where_no_console_key_can_be_made_its_error_is_the_answer(
         getattr(keyless, ask)()
     assert caught.value.status == 403
     assert getattr(keyless, ask)()
+
+
+def test_a_key_is_made_although_the_refresh_token_is_dead(keyless, auth_server):
+    auth_server.fail_next("token", 400, rfc("invalid_grant"))
+    with pytest.raises(claude_oauth.TokenRefused):
+        keyless.refresh()
+
+    assert keyless.api_token() == keyless.credentials().api_key
+
+
+def test_a_pause_for_another_key_holds_up_no_refresh(signed_in, auth_server):
+    auth_server.fail_next("api_key", 429, "later", {"Retry-After": "600"})
+    with pytest.raises(claude_oauth.Unavailable):
+        signed_in.create_api_key()
+    signed_in.refresh()
+
+    assert auth_server.counts["refresh_token"] == 1
 
 
 @pytest.mark.parametrize("status", [429, 503], ids=str)
@@ -14117,6 +14173,26 @@ def test_httpx_repeats_a_body_in_parts_whole(
 
     assert answer.status_code == 200
     assert [r.body for r in api_requests(auth_server)] == [b"ab", b"ab"]
+
+
+def test_httpx_blames_no_new_token_for_a_repetition_that_did_not_arrive(
+    httpx, httpx_auth, signed_in, auth_server, messages_url
+):
+    class Transport(httpx.HTTPTransport):
+        sent = 0
+
+        def handle_request(self, request):
+            self.sent += 1
+            if self.sent == 2:
+                raise httpx.ReadTimeout("gone")
+            return super().handle_request(request)
+
+    auth_server.expire_access_tokens()
+    with httpx.Client(transport=Transport(), auth=httpx_auth(signed_in)) as client:
+        with pytest.raises(httpx.ReadTimeout, match="gone"):
+            client.post(messages_url, content=b"x")
+        auth_server.expire_access_tokens()
+        assert client.post(messages_url, content=b"x").status_code == 200
 
 
 def test_httpx_gets_a_second_401_as_the_answer(
