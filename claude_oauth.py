@@ -905,7 +905,7 @@ _PASSING_CODES: Final = (
 
 
 def is_token_refused(status: int, body: bytes) -> bool:
-    """Tell whether the API refuses an access token: by a 401, or a 403 that says so."""
+    """Tell whether a token is refused: by a 401, or a 403 (seen in public reports)."""
     return status == 401 or (status == 403 and b"token has been revoked" in body)
 
 
@@ -2949,7 +2949,7 @@ class _PastePrompt:
 
     def _request_line(self) -> None:
         """Have a thread read one line; if none can start, read it after asking."""
-        mark = (b"\n", self._state.encode())[self._is_terminal]  # it may be in two
+        mark = (b"\n", self._state.encode())[self._is_terminal]  # a console splits it
         if self._is_idle and mark not in self._held:
             self._is_idle = not start_thread("paste", self._read_line)
             if self._is_shown and self._is_idle and not self._held:
@@ -4081,7 +4081,7 @@ class OAuthService:
             if not force and not needs_key(newest):
                 return newest
             self.storage.check()  # a permanent key must not be lost once it is made
-            file.raise_known_failure(newest.replace(refresh_token=None))
+            file.raise_known_failure(newest.replace(refresh_token=None))  # if paused
             try:
                 key = self._client.create_api_key(newest.access_token)
             except Unavailable as error:
@@ -4347,7 +4347,7 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
 class BearerAuth:
     """Adds the credential to requests: an auth object for `requests`, and for httpx.
 
-    After a 401 the token is refreshed once and the request repeated once, body and all
+    After a 401 (`is_token_refused`) it refreshes the token and repeats the request once
     (with httpx: in a class that derives from this one and ``httpx.Auth``).  The token
     goes to the hosts listed and to the API's host in the service's settings, and there
     by https or to loopback alone.  (httpx would carry the API key of the Console path
@@ -4935,7 +4935,7 @@ def _check(service: OAuthService) -> str:
             return "unknown: an API key cannot ask for the profile"
         OAuthClient(service.config).fetch_profile(token)
     except (NotLoggedIn, TokenRefused) as error:
-        # A token that is only too narrow for the profile is good.
+        # A token is good if it is only too narrow for the profile (code, status).
         if error.args[::2] != ("permission_error", 403):
             return f"refused: {error}"
     except (Unavailable, BadAnswer) as error:

@@ -1744,7 +1744,10 @@ def test_a_template_that_nobody_filled_in_is_no_stored_token(token):
         claude_oauth.Credentials.from_record(record)
 
 
-@pytest.mark.parametrize("key", [1, {"k": 1}, "two words", "line\nbreak"], ids=repr)
+ODD_KEYS = [1, {"k": 1}, "two words", "line\nbreak", "${KEY}", "***"]
+
+
+@pytest.mark.parametrize("key", ODD_KEYS, ids=repr)
 def test_an_odd_key_beside_good_tokens_is_unknown(key):
     found = claude_oauth.Credentials.from_record({**RECORD, "consoleApiKey": key})
     assert found.api_key is None
