@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     import socket
     import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import suppress as Suppress
     from types import FrameType
     from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
 
@@ -265,23 +266,26 @@ def hides_locals(subject: _T) -> _T:
     Error trackers record the local variables of each frame.  When an exception leaves,
     the call's arguments and the frames below are cleared; those of its causes, too.
     """
-    decorated: _T = _hiding_locals(subject)
+    found: Any = subject
+    if isinstance(found, type):
+        for name, member in list(vars(found).items()):
+            if name in _SPECIAL or not name.startswith(_UNGUARDED):
+                setattr(found, name, hides_locals(member))
+        return subject
+    decorated: _T = _clearing_frames(found)
     return decorated
 
 
-def _hiding_locals(subject: Any) -> Any:
-    if isinstance(subject, classmethod):
-        return classmethod(hides_locals(subject.__func__))
-    if isinstance(subject, types.FunctionType):
-        return _clearing_frames(subject)
-    if isinstance(subject, type):
-        for name, member in list(vars(subject).items()):
-            if name[0] != "_" or name in ("__init__", "__call__", "__enter__"):
-                setattr(subject, name, hides_locals(member))
-    return subject
+_SPECIAL: Final = ("__init__", "__call__", "__enter__", "__setattr__")
+_UNGUARDED: Final = ("_", "access_token", "auth_headers")  # the two clear their own
 
 
 def _clearing_frames(function: Any) -> Any:
+    if isinstance(function, classmethod):
+        return classmethod(_clearing_frames(function.__func__))
+    if not isinstance(function, types.FunctionType):
+        return function
+
     def call(*args: Any, **options: Any) -> Any:
         try:
             return function(*args, **options)
@@ -339,6 +343,13 @@ def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) ->
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def suppress(*kinds: type[BaseException]) -> Suppress:
+    """Return contextlib's context manager of this name, which is slow to import."""
+    import contextlib
+
+    return contextlib.suppress(*kinds)
+
+
 def import_package(name: str, cure: str = "") -> Any:
     """Import a module that may be missing or broken; ConfigError if that fails."""
     from importlib import import_module
@@ -352,9 +363,16 @@ def import_package(name: str, cure: str = "") -> Any:
             raise
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         problem = "is missing" if is_missing else f"is broken: {printable(error)}"
+        kind = class_of_fault(error)
     known = f"`apt install python3-{package}`, `dnf install python3-{package}`"
     cure = cure or f"install it: {known} or pip install {package}"
-    raise ConfigError(f"the package `{package}` {problem}; {cure}")
+    raise kind(f"the package `{package}` {problem}; {cure}")
+
+
+def class_of_fault(error: BaseException) -> Any:
+    """Return ConfigError; Unavailable for a system without descriptors or memory."""
+    passing = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return Unavailable if getattr(error, "errno", 0) in passing else ConfigError
 
 
 @hides_locals
@@ -454,21 +472,24 @@ class OAuthConfig(_Value):
 
     def _validate(self) -> None:
         agent, timeout = self.user_agent, self.timeout
-        scopes = self.scopes if isinstance(self.scopes, tuple) else ("",)
-        if not all(_text(scope, _NAME) for scope in scopes):
-            raise ConfigError("scopes must be a list of names, each without quotes")
+        scopes = self.scopes if isinstance(self.scopes, tuple) else ()
         client_id = _text(self.client_id or "", rf"\s*{_NAME}\s*")
-        if client_id is None:
-            name = "the client id (--client-id, CLAUDE_OAUTH_CLIENT_ID)"
-            raise ConfigError(f"{name} must be given alone, without quotes")
         is_number = isinstance(timeout, (int, float))
-        if not is_number or not 0 < timeout <= MAX_REQUEST_TIMEOUT:
-            raise ConfigError("timeout must be above 0 seconds and at most a day")
-        if _text(agent, "[ -~]*") is None:
-            raise ConfigError("user_agent must be printable ASCII")
+        name = "the client id (--client-id, CLAUDE_OAUTH_CLIENT_ID)"
+        rules = {
+            "scopes must be a list of names, each without quotes": scopes
+            and all(_text(scope, f"(?!.*,){_NAME}") for scope in scopes),
+            f"{name} must be given alone, without quotes": client_id is not None,
+            "timeout must be above 0 seconds and at most a day": is_number
+            and 0 < timeout <= MAX_REQUEST_TIMEOUT,
+            "user_agent must be printable ASCII": _text(agent, "[ -~]*") is not None,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ConfigError(rule)
         words = agent.replace(USER_AGENT, "").split()
         self.__dict__["user_agent"] = " ".join((*words, USER_AGENT))
-        self.__dict__["client_id"] = client_id.strip()
+        self.__dict__["client_id"] = str(client_id).strip()
         self._check_endpoints()
 
     def _check_endpoints(self) -> None:
@@ -567,7 +588,7 @@ def _lifetime(value: object) -> float | None:
 
 def _scopes(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
-        value = value.split()
+        value = value.replace(",", " ").split()
     return tuple(filter(_text, value)) if isinstance(value, (list, tuple)) else ()
 
 
@@ -818,7 +839,8 @@ def _fields_of(content: bytes) -> dict[str, object] | None:
     is_cut = not content.rstrip().endswith(b"}")
     needed = {"access_token", "refresh_token"} if is_cut else {"access_token"}
     is_useful = needed <= found.keys() or found.keys() & {"raw_key", "error"}
-    return found if is_useful and content.lstrip().startswith(b"{") else None
+    is_object = content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+    return found if is_useful and is_object else None
 
 
 def scopes_to_refresh(granted: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
@@ -892,9 +914,9 @@ def error_of_answer(
 # Not an access token: a refresh token, a name, a path, `null`, in base64, cut.
 _NO_TOKEN: Final = (
     r"sk-ant-(ort|sid|admin)|sk-ant-([a-z]+\d*-?)?$|[A-Z_]+=|\w*(?i:token|key)="
-    r"|.*\.{3}|[.~]+/|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users)/|c2stYW50"
-    r"|(env|vars|secrets)\.|projects/|[A-Z]+_[A-Z_]+$"
-    r"|(?i:null|nil|none|undefined|true|false|bearer|todo|changeme|redacted)$"
+    r"|.*\.{3}|[.~]+/|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users|app|srv|data)/"
+    r"|c2stYW50|(process\.)?(env|vars|secrets)\.|projects/|[A-Z]+_[A-Z_]+$|.+sk-ant-"
+    r"|(?i:null|nil|none|undefined|true|false|bearer|todo|changeme|redacted|your-.*)$"
 )
 
 # Error codes that say nothing about the grant, whatever the status.
@@ -977,8 +999,8 @@ _WORD: Final = (
 _NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w.~+/=-]\S*|{_WORD})"
 _CODE_WITH_STATE: Final = (
     rf"(?s:(?!.*(?<!\S)(?!{_NO_PIECE})\S{{24,}}\s.*{_NO_PIECE}\s).*{_NO_PIECE}\s)?"
-    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s)*"
-    r"[^#&?:=\s]+=*)"
+    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
+    rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
 )
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (
@@ -1010,7 +1032,7 @@ def parse_callback(query: str, *, state: str) -> str:
         raise ValueError("the address has a parameter twice")
     given = fields.get("state", "").encode("utf-8", "replace")
     if not hmac.compare_digest(given, state.encode()):
-        raise ValueError("the address belongs to another sign-in (its state differs)")
+        raise ValueError("that belongs to another sign-in (its state differs, if any)")
     if "error" in fields:
         secrets = (state, fields.get("code", ""))  # a server may quote them
         description = printable(fields.get("error_description", ""), secrets=secrets)
@@ -1059,14 +1081,16 @@ def _clean_paste(text: str, state: str) -> str:
     text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))
     # Bracketed paste, focus events, a shell's escapes, zero-width and direction marks.
     hidden = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
-    text = re.sub(rf"(?:\x1b|\^\[)?\[20[01]~|\x1b\[[IO]|\^(?=&)|[\\{hidden}]", "", text)
+    text = re.sub(r"(?:\x1b|\^\[)?\[20[01]~|\x1b\[[IO]|\^(?=&)", "", text)
+    text = re.sub(rf"\\(?![nrt])|[{hidden}]", "", text.replace("\\u0026", "&"))
     text = re.sub("[\u2010-\u2015\u2212]", "-", text.replace("\u2014", "--"))
     text = re.sub("^([^=?]*)&state=", r"\1#", text)  # the end of an address
     if re.fullmatch("(?is)[^=]*%3d[^=]*", text):
         text = unquote(text)
     # Quotes, brackets and the lines of a box stand around an address or a code.
     quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f\u3008-\u3011"
-    text = re.sub(rf"[{quotes}]|[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]", " ", text)
+    blank = r"[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]|\\[nrt]"
+    text = re.sub(f"[{quotes}]|{blank}", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
     text = re.sub(r"(?<!\S)(?:~~|[*\[])+|(?:~~|[.,;!*\]])+(?!\S)", "", text)
     text = re.sub(" +", " ", text).strip(" \n")
@@ -1089,14 +1113,19 @@ def _parse_pasted_code(text: str, state: str) -> str:
         pattern, text = _CODE_WITH_STATE, text[: found.start()]
     elif mark >= 0 and state.startswith("".join(text[mark + 1 :].split())):
         raise ValueError("the end of the code is missing")
-    elif re.search(r"(?i)#|\bstate ?[:=]", text):
+    elif re.search(r"(?i)#|\bstate\b", text):
         raise ValueError("that code belongs to another sign-in (its state differs)")
     code = "".join(re.findall(rf"\A{pattern}\Z", text))
     pieces = re.split(r"\s", code)
     joined = "".join(pieces)
-    # Two codes have the same length; the halves of one broken code hardly ever do.
-    is_two = len(joined) == 2 * len(pieces[0]) >= 64
-    if is_two or not re.fullmatch(rf"(?!.*{re.escape(state)}){_CODE}", joined):
+    no_code = rf".*(?:{re.escape(state)}|\.{{3}})|(?:null|undefined|None)$"
+    faults = (
+        # Two codes have the same length; the halves of one broken code hardly ever do.
+        len(joined) == 2 * len(pieces[0]) >= 64,
+        pieces[-1].ljust(8)[:8] in state,
+        not re.fullmatch(f"(?!{no_code}){_CODE}", joined),
+    )
+    if any(faults):
         raise ValueError("that is not a code")
     return joined
 
@@ -1107,7 +1136,7 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     text = re.sub("(?=https?://)", " ", text)
     near = "(?:(?!://).)*?"  # a line break may be in it
     name = r"\b(?:code|error|state)="
-    found = re.search(rf"(?s)(?:https?://{near}|\S*){name}{near}{name}\S*", text)
+    found = re.search(rf"(?s)(?:https?://{near}|\S*){name}{near}{name}\s*\S*", text)
     start, end = found.span() if found else (0, len(text))
     address = "".join(text[start:end].split())
     behind = text[start:].partition("code=")[2]
@@ -1196,12 +1225,11 @@ def start_thread(
     name: str, function: Callable[..., object], *args: object
 ) -> threading.Thread | None:
     """Run a function in a daemon thread; return None where no thread can be started."""
-    import contextlib
     import threading
 
     def run() -> None:
         # Nobody is there to handle an error of a caller's function, or of a notebook.
-        with contextlib.suppress(BaseException):
+        with suppress(BaseException):
             function(*args)
 
     try:  # a sub-interpreter may refuse even to make one
@@ -1493,11 +1521,11 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     kind = type(error).__name__
     if "only use HTTP" in str(error):
-        kinds, kind = {"ValueError"}, "HTTPS_PROXY takes http://, not https://"
+        kinds, kind = {"ValueError"}, "HTTPS_PROXY, ALL_PROXY: http:// is needed"
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
-    kind += str(error).partition("verify failed")[2].partition(" (_ssl")[0]
+    kind += str(error).partition("]")[2].partition(" (_ssl")[0]
     text = _FAILURES[row].format(route=route, kind=printable(kind))
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
@@ -1548,9 +1576,10 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
 
 def _check_tls_files(bundle: Any, cert: Any) -> None:
     ssl = import_package("ssl", "this Python has no TLS: install OpenSSL for it")
-    name, path = "SSLKEYLOGFILE", os.environ.get("SSLKEYLOGFILE", "")
+    name, path = "SSLKEYLOGFILE", setting("SSLKEYLOGFILE")
     try:
-        open(path or os.devnull, "ab").close()
+        if path:
+            open(os.path.expandvars(path), "ab").close()
         if bundle is True:
             name, path = "the package `requests`", import_requests().certs.where()
             open(path, "rb").close()
@@ -1563,7 +1592,8 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
             open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
         text = f"{name} names {printable(path)}, which cannot be used"
-        raise ConfigError(f"{text} ({_reason(error)}); correct or unset it") from None
+        text = f"{text} ({_reason(error)}); correct or unset it"
+        raise class_of_fault(error)(text) from None
 
 
 def _reason(error: Exception) -> str:
@@ -1613,15 +1643,13 @@ class Storage(Protocol):
 
 def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
     """Return a path from the root (None: a name in our directory), or ConfigError."""
-    import re
-
     if path is None:
         path = os.path.join(default_directory(), name)
     found = os.fsdecode(path)
     if os.environ.get("HOME") != "":  # else it would be a directory of the root
         found = os.path.expanduser(found)
-    if re.search(_NO_PATH, found):
-        why = "empty, quoted, a variable, or no home directory is known"
+    if _text(found, f"(?s).*({_NO_PATH}).*") is not None:
+        why = "empty, quoted, a variable, foreign, or no home directory is known"
         text = f"{printable(found)!r} is no path ({why}); give an absolute path"
         raise ConfigError(text)
     return os.path.abspath(found)
@@ -1644,7 +1672,11 @@ def warn(message: str, *, once: bool = False) -> None:
         _WARNED.add(message)
 
 
-_NO_PATH: Final = "^\\s*$|^[\"'`$%~<{\u2018\u201c\u201e\xab]|^\\w\\w+://|\0"
+# Empty, quoted, with a variable or a template in it, a URL, a drive elsewhere.
+_NO_PATH: Final = (
+    "^\\s*$|^['%~\u2018\u201c\u201e\xab]|[\"`]|(?:^|[/\\\\])(?:[$<{]|%\\w+%)|\0"
+    f"|^\\w+=|^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
+)
 _WARNED: Final[set[str]] = set()  # what this process says only once
 _READABLE_BY_OTHERS: Final = "others can read this; set its mode to 0600 if you can"
 
@@ -1661,14 +1693,12 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
 
 def _make_directory(path: str) -> None:
     """Create a directory and those above it, 0700 each; leave existing ones alone."""
-    import contextlib
-
     # os.makedirs would apply the mode to the last level only.
     parent = os.path.dirname(path)
     if os.path.isdir(path) or parent == path:
         return
     _make_directory(parent)
-    with contextlib.suppress(FileExistsError):  # another process was faster
+    with suppress(FileExistsError):  # another process was faster
         os.mkdir(path, 0o700)
         _make_private(path, 0o700, path)  # a umask of 0777 has left 0000
 
@@ -1866,10 +1896,11 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
         deadline = Deadline(timeout)
         # The kernel's lock cannot be waited for with a time limit, so this polls: a
         # signal still arrives at once, and no thread is left waiting for the lock.
-        while (file := _open_locked(path)) is None:
-            left = deadline.left()
-            if not left:
+        left = 1.0
+        while (file := _open_locked(path, left)) is None:
+            if not left * timeout:
                 raise Unavailable(f"another process holds the lock {path}; try later")
+            left = deadline.left()
             # Wait longer each time: hundreds of waiters would starve the lock's holder.
             time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
         holder = threading.get_native_id()  # another one in a forked child
@@ -1885,7 +1916,7 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     return hold()
 
 
-def _open_locked(path: str) -> io.BufferedRandom | None:
+def _open_locked(path: str, left: float) -> io.BufferedRandom | None:
     """Open a lock file and lock it; return None if somebody else holds the lock."""
     file = None
     try:
@@ -1902,7 +1933,9 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
     except OSError as error:
         if file:
             file.close()
-            if error.errno not in _LOCK_FAULTS:
+            # SMB mounts of Linux say EACCES for a lock that is held.
+            is_held = left * (error.errno == errno.EACCES)
+            if is_held or error.errno not in _LOCK_FAULTS:
                 return None
         text = f"cannot lock {path}: {_reason(error)}; choose another directory"
         raise StorageError(text) from None
@@ -1914,12 +1947,10 @@ def _open_locked(path: str) -> io.BufferedRandom | None:
 
 def _release(file: Any, path: str, left: _AtomicFile | None) -> None:
     """Remove what this and dead processes have left beside a lock, and unlock it."""
-    import contextlib
-
     if left:
         left.discard()
     directory = os.path.dirname(path)
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         for name in os.listdir(directory):
             if name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX):
                 _quietly(os.unlink, os.path.join(directory, name))
@@ -2028,8 +2059,7 @@ class FileStorage(_RecordStorage):
         """Raise StorageError if a save cannot succeed; keep its room under a lock."""
         self._refuse_if_read_only()
         self._encode(self._read_record())
-        left = self._swap_reserved(_AtomicFile(self.path, reserve=True))
-        if left:
+        if left := self._swap_reserved(_AtomicFile(self.path, reserve=True)):
             left.discard()
 
     def lock(self, timeout: float) -> ContextManager[object]:
@@ -2271,18 +2301,16 @@ class KeychainStorage(_SecretStorage):
     _unlock = f"unlock it in this session with `security unlock-keychain {_path}`"
 
     def _call(self, action: str, service: str, data: bytes = b"") -> bytes | None:
-        import re
-
         # In a word for `security -i`, a backslash escapes in any state.
         account, name, secret = (
             b'"' + word.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
             for word in (self._account.encode(), service.encode(), data)
         )
-        digits = data.hex().encode("ascii")
+        in_hex = data.hex().encode("ascii")
         # Not -T or -A, which change who may read the item: macOS would ask a person.
         command, *forms = {
             "get": (b"find-generic-password", b" -w"),
-            "set": (b"add-generic-password -U", b" -X " + digits, b" -w " + secret),
+            "set": (b"add-generic-password -U", b" -X " + in_hex, b" -w " + secret),
             "delete": (b"delete-generic-password", b""),
         }[action]
         start = b"%s -a %s -s %s" % (command, account, name)
@@ -2293,8 +2321,8 @@ class KeychainStorage(_SecretStorage):
         if output is None:
             return None
         # `-w` prints in hex what is not all printable ASCII; a record begins with "{".
-        is_hex = re.fullmatch(rb"7b([0-9a-f]{2})*\n", output)
-        return bytes.fromhex(output.decode()) if is_hex else output[:-1]
+        digits = _text(output.decode("latin-1"), "7b([0-9a-f]{2})*\n")
+        return bytes.fromhex(digits) if digits else output[:-1]
 
     def _run(self, line: bytes) -> bytes | None:
         """Return a command's output, which may hold the secret; None: no such item."""
@@ -2389,13 +2417,12 @@ class FernetCipher:
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was encrypted; StorageCorrupt if it cannot be."""
-        import contextlib
         import re
 
         # 0.1.0 put a digest of the key before the Fernet token, which has its own.
         form = rb"%b:([0-9a-f]{32}):(?:[0-9a-f]{16}:)?(.+)" % self._START
         found = re.fullmatch(form, data)
-        with contextlib.suppress(self._fernet.InvalidToken):
+        with suppress(self._fernet.InvalidToken):
             if found:
                 return bytes(self._fernet_for(found.group(1)).decrypt(found.group(2)))
         raise StorageCorrupt(_UNDECRYPTABLE)
@@ -2406,7 +2433,11 @@ class FernetCipher:
         if salt not in self._fernets:
             # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
             (n, r, p), raw = self._COST, bytes.fromhex(salt.decode())
-            scrypt = self._kdf.Scrypt(salt=raw, length=32, n=n, r=r, p=p)
+            try:
+                scrypt = self._kdf.Scrypt(salt=raw, length=32, n=n, r=r, p=p)
+            except import_package("cryptography.exceptions").UnsupportedAlgorithm:
+                cure = "choose another store, or a file without a passphrase"
+                raise ConfigError(f"OpenSSL has no scrypt (FIPS); {cure}") from None
             key = base64.urlsafe_b64encode(scrypt.derive(self._passphrase))
             self._fernets[salt] = self._fernet.Fernet(key)
         return self._fernets[salt]
@@ -2632,6 +2663,8 @@ def _open_head(request: Any) -> io.BytesIO:
 
     `http.server` accepts an incomplete head, and restarts its timeout at each byte.
     """
+    import re
+
     request.rfile.close()
     sock, head, deadline = request.connection, bytearray(), Deadline(CONNECTION_TIMEOUT)
     while b"\n\n" not in head.replace(b"\r", b""):
@@ -2642,7 +2675,8 @@ def _open_head(request: Any) -> io.BytesIO:
             # Cut, too long, noise or TLS: one word, which is refused, or nothing.
             return io.BytesIO(b"?" * len(head))
     sock.settimeout(CONNECTION_TIMEOUT)
-    return io.BytesIO(head)
+    # `http.server` refuses a long line, and browsers send all cookies in one.
+    return io.BytesIO(re.sub(rb"\n(?i:cookie):[^\n]*", b"", head))
 
 
 @hides_locals
@@ -2780,7 +2814,6 @@ class AuthCodeListener:
             self._serve_client(server, sock, address)
 
     def _drop_all_but(self, count: int) -> None:
-        """Drop the oldest connections."""
         import socket
 
         for sock in list(self._unread)[::-1][count:]:
@@ -2823,10 +2856,8 @@ class AuthCodeListener:
             respond(request, 404, stray_page("nothing is at this address"))
 
     def _receive(self, request: Any, query: str) -> None:
-        import contextlib
-
         try:
-            with contextlib.suppress(LoginDenied):  # `wait` raises it
+            with suppress(LoginDenied):  # `wait` raises it
                 parse_callback(query, state=self._state)
         except ValueError as reason:
             respond(request, 400, stray_page(str(reason)))
@@ -2861,7 +2892,7 @@ def find_browsers() -> list[str]:
 
     if named := setting("BROWSER"):
         is_text = re.compile(TEXT_BROWSERS).search
-        return list(filterfalse(is_text, named.split(os.pathsep)))
+        return list(filterfalse(is_text, re.split(f"[ &]*(?:{os.pathsep}|$)", named)))
     system = "wsl" if setting("WSL_DISTRO_NAME") else sys.platform
     # Over SSH it would open where nobody sits.
     is_remote = any(map(setting, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
@@ -2873,7 +2904,6 @@ def find_browsers() -> list[str]:
 
 def open_in_browser(url: str) -> bool:
     """Try the browser commands in turn; tell whether one of them succeeded."""
-    import contextlib
     import shlex
     import subprocess
 
@@ -2885,10 +2915,10 @@ def open_in_browser(url: str) -> bool:
         if original or getattr(sys, "frozen", False):
             environ[name] = original
     for browser in find_browsers():
-        command = ("{}", '"{}"')[os.path.isfile(browser)].format(browser.rstrip(" &"))
+        command = ("{}", '"{}"')[os.path.isfile(browser)].format(browser)
         command = (command if "%s" in command else command + " %s").replace("%s", url)
         # It fails, is missing or not well quoted.
-        with contextlib.suppress(subprocess.CalledProcessError, OSError, ValueError):
+        with suppress(subprocess.CalledProcessError, OSError, ValueError):
             subprocess.check_call(
                 shlex.split(command) if os.name == "posix" else command,
                 **quiet,
@@ -2909,7 +2939,6 @@ class _PastePrompt:
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
-        import contextlib
         import socket
         from functools import partial
 
@@ -2929,7 +2958,7 @@ class _PastePrompt:
         self._earlier = ""  # the line refused before: a paste may come as two lines
         self._refusals = 0
         self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
-        with contextlib.suppress(Exception):  # no stdin, or an object that is no file
+        with suppress(Exception):  # no stdin, or an object that is no file
             descriptor = sys.stdin.fileno()
             os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
@@ -2957,11 +2986,10 @@ class _PastePrompt:
 
     def _read_line(self) -> None:
         import builtins
-        import contextlib
 
         data = b""
         try:
-            with contextlib.suppress(Exception):  # closed, no front end, no text
+            with suppress(Exception):  # closed, no front end, no text
                 # Python's own input() in a daemon thread can abort the process.
                 read = builtins.input if self._is_notebook else sys.stdin.readline
                 line = read() + "\n" * self._is_notebook
@@ -2995,10 +3023,8 @@ class _PastePrompt:
 
     def _read(self) -> None:
         """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
-        import contextlib
-
         chunk, self._is_idle = b"", self._needs_thread
-        with contextlib.suppress(OSError):  # it was closed, or the terminal is gone
+        with suppress(OSError):  # it was closed, or the terminal is gone
             chunk = self._receive(self._size)
         self._is_whole = not chunk
         if chunk:
@@ -3050,12 +3076,11 @@ class _PastePrompt:
             return self._parse(text)
 
     def _refuse(self, text: str, reason: ValueError) -> None:
-        import re
-
         say(f"Not taken: {reason}. Copy the whole code that the page shows.")
         # If a state or an address began here, the next line may be its rest.  The two
         # are tried together first: alone, half a code with the state would be accepted.
-        self._earlier = text if re.search("#|://", text) else ""
+        pattern = rf"(?s)(?=.*(?:#|://)).{{,{MAX_PASTE_CHARS}}}"
+        self._earlier = _text(self._earlier + text, pattern) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
         if (is_long or self._refusals >= MAX_PIPED_REFUSALS) and not self._is_terminal:
@@ -3101,7 +3126,6 @@ class _Browser:
 
 
 def _announce(automatic_url: str, manual_url: str, port: int, can_paste: bool) -> None:
-    """Show what to open."""
     where, url, other = " on this machine", automatic_url, ""
     if can_paste:
         where, url = ", on any machine", manual_url
@@ -3134,11 +3158,9 @@ def obtain_code(
     Raises LoginDenied, LoginTimeout, or LoginCancelled if no way to answer is left.
     """
     deadline = Deadline(timeout)
-    automatic_url = manual_url = url_for(manual_redirect_uri)
-    if listener.redirect_uri:
-        automatic_url = url_for(listener.redirect_uri)
-    else:
-        port = 0
+    manual_url = url_for(manual_redirect_uri)
+    automatic_url = url_for(listener.redirect_uri or manual_redirect_uri)
+    port *= bool(listener.redirect_uri)
     prompt = _PastePrompt(state, manual_redirect_uri, is_open=paste)
     browser = _Browser(open_browser, prompt.wake)
 
@@ -3174,9 +3196,7 @@ def obtain_code(
 
 def say(text: str, end: str = "\n") -> None:
     """Write a line for people to stderr, if the program has one that is open."""
-    import contextlib
-
-    with contextlib.suppress(AttributeError, OSError, ValueError):
+    with suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text + end)
         sys.stderr.flush()
 
@@ -3236,7 +3256,7 @@ class AccountFile:
         failures    the number of such answers in a row
         lifetime    seconds that the last access token had when it was new
         refused     the fingerprint of a dead refresh token, valid until refused_until
-        rejected    that of a new access token that the API refused or has not taken yet
+        rejected    that of a new token that the API may refuse, until rejected_until
         account_of  the fingerprints of the login that the cached account belongs to
         key_owner   the fingerprint of the stored API key and its organization together
 
@@ -3279,8 +3299,6 @@ class AccountFile:
 
     def update(self, account: Record, notes: Record) -> None:
         """Replace the account and the notes; write nothing if nothing changes."""
-        import contextlib
-
         own = {self._ACCOUNT: account, self._NOTES: _without_empty(notes)}
         before, found = self._load(), self._read()
         record = {**without(before, own), **_without_empty(own)}
@@ -3288,7 +3306,7 @@ class AccountFile:
             return
         self._unwritten = (found, record)
         if found is not None:
-            with contextlib.suppress(StorageError):
+            with suppress(StorageError):
                 write_private(self._path, dump_json(record).encode(), is_cache=True)
                 self._unwritten = (None, {})
 
@@ -3336,8 +3354,8 @@ class AccountFile:
         # A 401 or 404 may be a gateway's, which must not end a login: note it for 1 h.
         in_doubt = WAIT_CEILING if failure.status in (401, 404) else 0.0
         known = {"invalid_grant": MAX_LIFETIME, "invalid_client": 0.0}
-        span = known.get(failure.code, in_doubt)
-        if span:  # other refusals are about the account or the settings
+        # Other refusals are about the account or the settings.
+        if span := known.get(failure.code, in_doubt):
             until = self._clock() + span
             self.note(refused=self.fingerprint(sent), refused_until=until)
         return None
@@ -3571,10 +3589,8 @@ class StoreView:
             return None, known
 
     def _save_again(self) -> None:
-        import contextlib
-
         # There was a warning already; after an error the next call tries again.
-        with contextlib.suppress(ClaudeOAuthError), self.storage.lock(0):
+        with suppress(ClaudeOAuthError), self.storage.lock(0):
             stored, newest = self.read()
             if self.pending and newest:
                 self.save(newest, stored)
@@ -3625,7 +3641,6 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
 
 def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> None:
     """Set a handler for the signals that end programs; note each previous one."""
-    import contextlib
     import signal
 
     # A default of these may be faulthandler's.
@@ -3637,7 +3652,7 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
         # None is a handler that is not Python's; an ignored signal stays ignored.
         if found not in (None, signal.SIG_IGN, handler, others.get(name)):
             previous[number] = found  # first: the next line may be interrupted
-            with contextlib.suppress(ValueError):  # a sub-interpreter: none arrives
+            with suppress(ValueError):  # a sub-interpreter: none arrives
                 signal.signal(number, handler)
 
 
@@ -3743,8 +3758,6 @@ class Refresher:
         self, min_validity: float, other_than: str | None, *, is_last: bool = False
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
-        import contextlib
-
         stored, found = self._view.read()
         newest = require_login(found)
         if self._suffices(newest, min_validity, other_than):
@@ -3759,7 +3772,7 @@ class Refresher:
         except (TokenRefused, Unavailable) as error:
             pause = self._account_file.note_failure(error, newest, scopes)
             # Another program may have refreshed meanwhile; else the failure counts.
-            with contextlib.suppress(StorageError, NotLoggedIn):
+            with suppress(StorageError, NotLoggedIn):
                 latest = require_login(self._view.read()[1])
                 if latest.refresh_token != newest.refresh_token:
                     pause = 0.0
@@ -3797,7 +3810,9 @@ class Refresher:
         """Save the new login, and note the result for the other processes."""
         renewed = renewed.replace(client_id=self._client.client_id_for(before))
         try:
-            self._view.save(renewed, stored)
+            # Twice: some mounts only refuse to rewrite the file that was reserved.
+            if not _quietly(self._view.save, renewed, stored):
+                self._view.save(renewed, stored)
         except ClaudeOAuthError as error:
             problem = f"the refreshed login could not be saved ({error})"
             warn(f"{problem}; it is kept in memory and saved as soon as that works")
@@ -3809,6 +3824,7 @@ class Refresher:
 # -- Service ---------------------------------------------------------------------------
 
 
+@hides_locals
 class OAuthService:
     """A login that lasts: it signs in, hands out tokens and refreshes them in time.
 
@@ -3824,7 +3840,6 @@ class OAuthService:
         clock: Seconds since the epoch.
     """
 
-    @hides_locals
     def __init__(
         self,
         config: OAuthConfig | None = None,
@@ -3885,7 +3900,6 @@ class OAuthService:
         del served
         return self._serve_api(REFRESH_BUFFER).headers.copy()
 
-    @hides_locals
     def api_token(self, *, min_validity: float = REFRESH_BUFFER) -> str:
         """Return what the API takes: an access token, or the Console path's API key.
 
@@ -3893,7 +3907,6 @@ class OAuthService:
         """
         return self._serve_api(min_validity).api_token
 
-    @hides_locals
     def refresh(self, *, rejected: str | None = None) -> Credentials:
         """Get another access token now, and return the new credential.
 
@@ -3913,8 +3926,11 @@ class OAuthService:
         if rejected is None:
             return self._refresh(present, 0, present.access_token)
         if self.is_rejected(rejected):
+            self.note_rejected(rejected)
             raise TokenRefused("invalid_token", "the API refuses new tokens too", 401)
-        return self._refresh(present, 0, rejected)
+        renewed = self._refresh(present, 0, rejected)
+        self.note_rejected(renewed.access_token, REFRESH_BUFFER)  # until it is accepted
+        return renewed
 
     @hides_locals
     def _serve(self, min_validity: float) -> ServedToken:
@@ -3942,19 +3958,18 @@ class OAuthService:
         # The token is saved (else nothing is asked): a slow profile costs only time.
         return self._complete_account(credentials) if is_new else credentials
 
-    @hides_locals
     def is_rejected(self, token: str) -> bool:
         """Tell whether the API has refused, or not yet accepted, this new token."""
-        return self._account_file.notes().get("rejected") == fingerprint(token)
+        file, now = self._account_file, self._clock()
+        is_noted = wait_left(file.number("rejected_until"), now, 2 * MAX_LIFETIME) > 0
+        return is_noted and file.notes().get("rejected") == fingerprint(token)
 
-    @hides_locals
-    def note_rejected(self, token: str) -> None:
-        """Note that the API may answer 401 to a new token; "" takes that back."""
-        import contextlib
-
+    def note_rejected(self, token: str, seconds: float = MAX_LIFETIME) -> None:
+        """Note for so long that the API may refuse a new token; "" takes that back."""
+        noted, until = token and fingerprint(token), self._clock() + seconds
         # After an error the next 401 notes it.
-        with contextlib.suppress(ClaudeOAuthError), self.storage.lock(SHORT_WAIT):
-            self._account_file.note(rejected=token and fingerprint(token))
+        with suppress(ClaudeOAuthError), self.storage.lock(SHORT_WAIT):
+            self._account_file.note(rejected=noted, rejected_until=until)
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token; after a 401, once more with a new one."""
@@ -3969,17 +3984,17 @@ class OAuthService:
                     raise
                 cure = "replace or unset CLAUDE_OAUTH_TOKEN"
                 raise TokenRefused("invalid_token", cure, 401) from None
-        token = self.refresh(rejected=token).access_token
+        token, refused = self.refresh(rejected=token).access_token, ""
         try:
             return ask(token), token
         except (TokenRefused, Unavailable) as error:
-            if error.status == 401:
-                self.note_rejected(token)
+            refused = token * (error.status == 401)
             raise
+        finally:
+            self.note_rejected(refused)
 
     # The account
 
-    @hides_locals
     def credentials(self) -> Credentials | None:
         """Return the credential in force, or None; no network is used.
 
@@ -3992,7 +4007,6 @@ class OAuthService:
         token = environment_token()
         return Credentials(token) if token else self._view.look()
 
-    @hides_locals
     def profile(self, *, force: bool = False) -> Profile:
         """Return the account's profile, from the cache unless forced to ask.
 
@@ -4016,8 +4030,6 @@ class OAuthService:
 
     def _complete_account(self, renewed: Credentials) -> Credentials:
         """Ask for the profile if some of it is missing; a failure changes nothing."""
-        import contextlib
-
         account = self._account_file.account(renewed)
         needs = [renewed.subscription_type, renewed.rate_limit_tier]
         needs += map(account.get, _ACCOUNT_NEEDS)
@@ -4025,7 +4037,7 @@ class OAuthService:
         if all(needs) or not may_ask or self._view.pending:
             return renewed
         if profile := self._try_profile(renewed.access_token):
-            with contextlib.suppress(ClaudeOAuthError):
+            with suppress(ClaudeOAuthError):
                 return self._keep_profile(profile, renewed)
         return renewed
 
@@ -4037,10 +4049,8 @@ class OAuthService:
 
     def _keep_profile(self, profile: Profile, login: Credentials) -> Credentials:
         """Store the profile of a login if it is still stored; return it completed."""
-        import contextlib
-
         is_ours = not self._view.is_read_only
-        with self.storage.lock(SHORT_WAIT) if is_ours else contextlib.nullcontext():
+        with self.storage.lock(SHORT_WAIT) if is_ours else suppress():
             stored, newest = self._view.read()
             if newest is None or newest.access_token != login.access_token:
                 return login  # somebody refreshed, or logged out or in, meanwhile
@@ -4057,7 +4067,6 @@ class OAuthService:
 
     # The Console path
 
-    @hides_locals
     def create_api_key(self) -> str:
         """Make a permanent Console API key, store it, and return it.
 
@@ -4098,7 +4107,6 @@ class OAuthService:
 
     # Login and logout
 
-    @hides_locals
     def login(
         self,
         *,
@@ -4206,7 +4214,6 @@ class OAuthService:
             warn(f"the login works, but no API key could be made: {error}")
             return credentials
 
-    @hides_locals
     def logout(self) -> bool:
         """End the login here; return whether there was one.
 
@@ -4214,10 +4221,8 @@ class OAuthService:
         grant is revoked if a revoke_url is set; then this module's own keys are
         deleted, and nothing else.  Raises StorageError if that fails.
         """
-        import contextlib
-
         flush, has_login = self._flush_telemetry, True
-        with contextlib.suppress(StorageError, ConfigError):  # then there may be one
+        with suppress(StorageError, ConfigError):  # then there may be one
             has_login = self._view.look() is not None
         if flush and has_login:
             _try_within_limit("the telemetry flush", lambda: flush(FLUSH_TIMEOUT))
@@ -4227,7 +4232,7 @@ class OAuthService:
                 self._revoke(self._view.read()[1])
             except (StorageError, ConfigError) as error:
                 warn(f"nothing is revoked: {error}")
-            found = self.storage.delete()
+            found = self.storage.delete() or bool(self._view.pending)
             if found:  # else the account may belong to another store's login
                 self._account_file.clear()
             self._view.pending = None
@@ -4244,7 +4249,6 @@ class OAuthService:
 
     # Status
 
-    @hides_locals
     def status(self) -> dict[str, object]:
         """Return the object that `status --json` prints; no request, never a token.
 
@@ -4427,8 +4431,7 @@ class BearerAuth:
         token = _bearer_of(request)
         if token in ("", environment_token()) or self._service.is_rejected(token):
             return False
-        # Noted until it is accepted: another thread's 401 must not refresh it again.
-        self._service.note_rejected(self._service.refresh(rejected=token).access_token)
+        self._service.refresh(rejected=token)
         self._sign(request)
         return True
 
@@ -4546,6 +4549,7 @@ class Sandbox:
             raise ConfigError(f"{text}: use another port") from None
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
         if start_thread("sandbox", self._server.serve_forever, 0.05) is None:
+            self._server.server_close()
             raise Unavailable("a sandbox needs threads, and none can be started")
         return self
 
@@ -4654,11 +4658,10 @@ class Sandbox:
 
     def _do_authorize(self, asked: Any, request: Any) -> str:
         """Return the page with the question, or where its answer leads."""
-        import re
         from urllib.parse import urlencode
 
         for name, rule in _SANDBOX_RULES.items():
-            if not re.fullmatch(rule, asked.get(name, "")):
+            if not _text(asked.get(name), rule):
                 raise _SandboxRefusal(400, "invalid_request", f"{name} is not valid")
         if request.command != "POST":
             return _SANDBOX_PAGE
@@ -4676,14 +4679,12 @@ class Sandbox:
         return f"{asked['redirect_uri']}?{query}"
 
     def _do_authorization_code(self, asked: Any, request: Any) -> dict[str, object]:
-        import re
-
         if not asked.get("state"):  # required by the service, not by RFC 6749
             raise _SandboxRefusal(400, "oauth_request_parse_error", "state is missing")
         login = self._login_of(asked.get("code", ""))
         login.grant = ""  # the code is spent, whatever comes next
-        verifier = asked.get("code_verifier", "")
-        if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+        verifier = _text(asked.get("code_verifier"), r"[A-Za-z0-9._~-]{43,128}")
+        if not verifier:
             raise _SandboxRefusal(400, "invalid_request", "code_verifier is not valid")
         asked["code_challenge"] = code_challenge(verifier)
         for name in ("redirect_uri", "state", "client_id", "code_challenge"):
@@ -4739,8 +4740,7 @@ class Sandbox:
 
     def _do_revoke(self, asked: Any, request: Any) -> dict[str, object]:
         token = asked.get("token", "")
-        login = self._access.get(token, (None,))[0] or self._logins.get(token)
-        if login:
+        if login := self._access.get(token, (None,))[0] or self._logins.get(token):
             login.is_alive = False
         return {}  # for an unknown token too: RFC 7009 section 2.2
 
@@ -4770,14 +4770,14 @@ class Sandbox:
 
 
 def _visit(url: str) -> None:
-    """Fetch a page of this machine as a browser does, redirects included."""
-    import contextlib
+    """Fetch a page as a browser does; `requests` would log the code in its address."""
+    from urllib.request import ProxyHandler, Request, build_opener
 
-    get, host = import_requests().get, {"Host": url.split("/")[2]}
+    opener, host = build_opener(ProxyHandler({})), {"Host": url.split("/")[2]}
     for address in ("127.0.0.1", "[::1]"):  # `localhost` does not resolve everywhere
-        page = url.replace("localhost", address, 1)
-        with contextlib.suppress(OSError):  # the listener does not use this address
-            get(page, headers=host, proxies={"no_proxy": "*"}, timeout=REQUEST_TIMEOUT)
+        page = Request(f"http://{address}{url.partition('localhost')[2]}", headers=host)
+        with suppress(OSError):  # the listener does not use this address
+            opener.open(page, timeout=REQUEST_TIMEOUT).close()
             return
 
 
@@ -5012,12 +5012,10 @@ def _logout(options: Any) -> None:
 
 def _sandbox(options: Any) -> None:
     """Run a local test server; the lines it prints make claude-oauth use it."""
-    import contextlib
     import shlex
 
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
-    ctrl_c = contextlib.suppress(KeyboardInterrupt)
-    with ctrl_c, _temporary_directory() as directory, sandbox:
+    with suppress(KeyboardInterrupt), _temporary_directory() as directory, sandbox:
         print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
         print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
         print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
@@ -5039,13 +5037,12 @@ def _demo(options: Any) -> None:
 
 def _temporary_directory() -> ContextManager[str]:
     """Return a directory that goes with its context, also if a signal ends that."""
-    import contextlib
     import signal
     from tempfile import TemporaryDirectory
 
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is signal.SIG_DFL:
-            with contextlib.suppress(ValueError):  # not the main thread
+            with suppress(ValueError):  # not the main thread
                 signal.signal(number, signal.default_int_handler)
     return TemporaryDirectory(prefix="claude-oauth-")
 
@@ -5085,12 +5082,11 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
 
 def _stampede(sandbox: Sandbox, directory: str) -> str:
     """Let 8 processes ask for a token at once; return the result as text."""
-    import re
     import subprocess
 
     # A frozen program (PyInstaller, Nuitka) or one that embeds Python (QGIS) has none.
     python = "" if hasattr(sys, "frozen") else str(sys.executable)
-    is_python = re.search(r"(?i)[\\/](python|pypy)[\d.]*[a-z]?(\.exe)?$", python)
+    is_python = _text(python, r"(?is).*[\\/](python|pypy)[\d.]*[a-z]?(\.exe)?")
     # Not `python FILE`: its folder may hold names of the standard library's.
     program = os.path.abspath(globals().get("__file__", ""))
     if not is_python or not os.path.isfile(program):  # in a zip archive
@@ -5170,7 +5166,11 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the command line's parser, which shtab makes completions from."""
     import argparse
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(printable(message, limit=1000))  # a token may be in it
+
+    parser = Parser(
         prog="claude-oauth",
         description="Sign in to Claude, and get tokens that work.",
         epilog=_EPILOG,

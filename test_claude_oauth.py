@@ -1414,6 +1414,13 @@ def test_a_value_is_frozen(value):
     assert getattr(value, field) == before
 
 
+def test_what_a_frozen_value_refuses_is_in_no_frame():
+    with pytest.raises(AttributeError, match="frozen") as caught:
+        CREDENTIALS.access_token = "sk-ant-oat01-another"
+    frames = [step.frame.f_locals for step in caught.traceback[1:]]
+    assert frames and not secrets_in(repr(frames))
+
+
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_a_value_equals_its_copies(value, duplicate):
@@ -1584,6 +1591,8 @@ BAD_SETTINGS = {
     "number-among-scopes": {"scopes": [1]},
     "quotes-around-a-scope": {"scopes": ['"user:profile"']},
     "variable-for-a-scope": {"scopes": ["${SCOPE}"]},
+    "no-scopes": {"scopes": []},
+    "scopes-with-commas": {"scopes": ["user:profile,user:inference"]},
     "time-without-end": {"timeout": 1e20},
     "no-token-url": {"token_url": None},
     "empty-profile-url": {"profile_url": ""},
@@ -2349,6 +2358,10 @@ BAD_TOKENS = {
     "encoded-twice": "c2stYW50LW9hdDAxLXNlY3JldA==",
     "cookie": "sk-ant-sid01-secret",
     "redacted": "REDACTED",
+    "path-in-a-container": "/app/token.txt",
+    "name-in-a-program": "process.env.TOKEN",
+    "placeholder-in-words": "your-token-here",
+    "twice": "sk-ant-oat01-secretsk-ant-oat01-secret",
     "its-scheme-alone": "Bearer",
     "false": "false",
     "to-do": "TODO",
@@ -2556,6 +2569,9 @@ GOOD_PASTES = {
     "blanks-inside": f"{CODE[:9]} {CODE[9:]}# {STATE}",
     "tabs": f"\t{CODE}\t#{STATE}",
     "line-end": f"{CODE}#{STATE}\n",
+    "escaped-line-ends": f"\\n{CODE}#{STATE}\\n",
+    "escaped-line-end-inside": f"{CODE}\\n#{STATE}",
+    "escaped-tab": f"\\t{CODE}#{STATE}",
     "line-end-of-windows": f"{CODE}#{STATE}\r\n",
     "carriage-return": f"{CODE}#{STATE}\r",
     "broken-over-two-lines": f"{CODE}#{STATE[:20]}\n{STATE[20:]}\n",
@@ -2672,6 +2688,9 @@ def test_a_paste_gives_the_code_and_the_manual_redirect(text):
 
 
 LOOPBACK_PASTES = {
+    "broken-behind-a-name": f"{LOOPBACK_URI}?code={CODE}&state=\n{STATE}",
+    "broken-and-indented": f"  {LOOPBACK_URI}?code={CODE}&state=\n  {STATE}\n",
+    "in-json": f'{{"url": "{LOOPBACK_URI}?code={CODE}\\u0026state={STATE}"}}',
     "whole": f"{LOOPBACK_URI}?{CALLBACK}",
     "in-quotes": f'"{LOOPBACK_URI}?{CALLBACK}"',
     "without-scheme": f"localhost:49152/callback?{CALLBACK}",
@@ -2743,6 +2762,20 @@ BAD_PASTES = {
     "a-program-before-the-code": (f"GitHubActions {CODE}#{STATE}", "not a code"),
     "quoted-printable": (f"{CODE[:20]}=\n{CODE[20:]}#{STATE}", "not a code"),
     "something-before-the-code": (f"xQ3 {CODE}#{STATE}", "not a code"),
+    "end-of-the-state": (STATE[20:], "not a code"),
+    "end-of-the-state-on-lines": (f"{STATE[8:30]}\n{STATE[30:]}", "not a code"),
+    "labels-and-a-cut-state": (f"code\n{CODE}\nstate\n{STATE[:-6]}", "another sign-in"),
+    "no-colons-and-a-wrong-state": (f"code {CODE} state {CODE[::-1]}", "another sign"),
+    "a-word-before-the-state": (f"{CODE}\nCopied!\n#{STATE}", "not a code"),
+    "two-buttons": (f"Code: {CODE}\nCopy\nState: {STATE}\nCopy", "not a code"),
+    "and": (f"{CODE} and {STATE}", "not a code"),
+    "options": (f"--code {CODE} --state {STATE}", "not a code"),
+    "a-mails-signature": (f"{CODE}\n-- \n#{STATE}", "not a code"),
+    "shortened": (f"{CODE[:20]}\u2026{CODE[-9:]}#{STATE}", "not a code"),
+    "shortened-with-full-stops": (f"{CODE[:20]}...{CODE[-9:]}#{STATE}", "not a code"),
+    "shortened-without-state": (f"{CODE[:20]}...{CODE[-9:]}", "not a code"),
+    "a-page-without-a-code": (f"null#{STATE}", "not a code"),
+    "a-page-with-no-code-defined": (f"undefined#{STATE}", "not a code"),
     "two-codes": (f"{CODE} {CODE[::-1]}", "not a code"),
     "two-codes-of-any-length": (f"{CODE} {CODE[:20]}", "not a code"),
     "two-codes-and-one-state": (f"{CODE} {CODE[::-1]}#{STATE}", "not a code"),
@@ -3579,7 +3612,7 @@ def test_a_proxy_that_takes_http_alone_is_a_setting_to_fix(outside, monkeypatch)
         error = failure_of("refresh", outside)
         thread.join(LIMIT)
     assert isinstance(error, claude_oauth.ConfigError)
-    assert "HTTPS_PROXY takes http://" in str(error)
+    assert "HTTPS_PROXY, ALL_PROXY: http:// is needed" in str(error)
     assert "sesame" not in chain_text(error)
 
 
@@ -3911,6 +3944,8 @@ COMPANY = {
     "cut-at-a-key": b'{"access_token": "new", "refresh_token": "next", "n',
     "cut-and-broken": b'{"access_token":"new","refresh_token":"next","n":"\xe9',
     "byte-order-mark": b'\xef\xbb\xbf{"access_token": "new", "refresh_token": "next"}',
+    "marked-and-broken": b'\xef\xbb\xbf{"n": """, "access_token": "new",'
+    b' "refresh_token": "next"}',
     "utf-16": '{"access_token": "new", "refresh_token": "next"}'.encode("utf-16"),
     "trailing": b'{"access_token": "new", "refresh_token": "next"}\n<!-- x -->',
     "two-objects": b'{"access_token": "new", "refresh_token": "next"}{}',
@@ -3947,6 +3982,12 @@ def test_what_else_a_damaged_answer_says_is_kept(scripted_server, clock):
     found = CALLS["refresh"](client_for(scripted_server, clock=clock))
     assert (found.refresh_token, found.expires_at) == ("a/b", clock() + 60)
     assert found.scopes == ("user:profile", "a:b")
+
+
+def test_scopes_may_be_told_with_commas(scripted_server):
+    scripted_server.add(200, {**ANSWER, "scope": "user:profile,user:inference"})
+    found = CALLS["refresh"](client_for(scripted_server))
+    assert found.scopes == ("user:profile", "user:inference")
 
 
 def test_an_answer_is_asked_for_without_compression(scripted_server):
@@ -4245,6 +4286,41 @@ def test_a_key_log_that_cannot_be_written_is_a_setting_to_fix(tls_server, monkey
         client_for(tls_server).check()
 
 
+EXHAUSTED = """
+import errno, sys, claude_oauth as c
+class Finder:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "requests":
+            raise OSError(errno.EMFILE, "Too many open files")
+sys.meta_path.insert(0, Finder())
+try:
+    c.OAuthClient(c.OAuthConfig("id")).check()
+except c.ClaudeOAuthError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_lack_of_descriptors_is_no_wrong_setting():
+    assert run_python(EXHAUSTED).stdout.startswith("Unavailable the package `requests`")
+
+
+def test_without_a_key_log_no_file_is_opened_for_one(strace, tls_server, tmp_path):
+    code = f"import claude_oauth as c\nc.OAuthClient(c.OAuthConfig('id')).check()"
+    log = tmp_path / "log"
+    under = [strace, "-f", "-qq", "-e", "trace=open,openat", "-o", log]
+    assert run_python(code, under=under).returncode == 0
+    assert "/dev/null" not in log.read_text()
+
+
+def test_a_key_log_may_be_named_by_a_variable(tls_server, monkeypatch, tmp_path):
+    monkeypatch.setenv("KEY_LOGS", str(tmp_path))
+    monkeypatch.setenv("SSLKEYLOGFILE", "$KEY_LOGS/keys.log")
+    assert client_for(tls_server).check() is None
+    monkeypatch.setenv("SSLKEYLOGFILE", "$NO_SUCH_LOGS/keys.log")
+    with pytest.raises(claude_oauth.ConfigError, match="SSLKEYLOGFILE names"):
+        client_for(tls_server).check()
+
+
 WITHOUT = {
     "tls": ("sys.modules['_ssl'] = None", "no TLS"),
     "its-certificates": (
@@ -4485,6 +4561,16 @@ UNEXPANDED = {
     "address": "file:///home/x",
     "braces": "${UNSET}",
     "percent": "%USERPROFILE%\\x",
+    "bucket": "s3:/bucket/x",
+    "variable-inside": "/srv/$NO_USER/x",
+    "variable-behind-a-backslash": "\\$HOME/x",
+    "variable-of-windows-inside": "/srv/%USERNAME%/x",
+    "template-inside": "/home/{{ user }}/x",
+    "placeholder-inside": "/home/<you>/x",
+    "command-inside": "/tmp/$(id -un)/x",
+    "closing-quote": '/srv/x"',
+    "address-of-a-file": "file:/home/x",
+    "assignment": "CLAUDE_OAUTH_DIR=/tmp/x",
     "nul": "/a\0b",
 }
 
@@ -4507,6 +4593,16 @@ def test_what_is_no_path_is_refused_wherever_one_is_given(path, home, monkeypatc
                 with pytest.raises(claude_oauth.ConfigError, match="is no path"):
                     claude_oauth.make_storage("file")
     assert not list(home.iterdir())
+
+
+@pytest.mark.parametrize("path", ["C:\\Users\\me", "c:/Users/me"])
+def test_a_drive_begins_a_path_on_windows_alone(path, home, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_DIR", path)
+    if os.name == "nt":
+        assert claude_oauth.default_directory() == os.path.abspath(path)
+    else:
+        with pytest.raises(claude_oauth.ConfigError, match="is no path"):
+            claude_oauth.default_directory()
 
 
 def test_two_directories_have_nothing_to_do_with_each_other(tmp_path):
@@ -5094,6 +5190,13 @@ def test_a_save_that_fails_leaves_the_old_login_whole(traced, saved, fault, beca
     names = set(os.listdir(os.path.dirname(saved.path)))
     assert names - {"lock"} == {"credentials.json"}
     assert saved.load() == OLD_LOGIN
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_a_lock_that_is_held_may_be_told_as_forbidden(traced, saved, tries):
+    """SMB mounts of Linux say so."""
+    done, _ = traced(SAVE, saved.path, faults=[f"flock:error=EACCES:when=1..{tries}"])
+    assert done.stdout == "saved\nnew-token\n", done
 
 
 HARMLESS = {
@@ -7478,6 +7581,20 @@ def test_a_passphrase_is_as_hard_to_guess_as_is_recommended(passphrase_file):
     assert re.match(rb"scrypt:32768:8:3:[0-9a-f]{32}$", start)
 
 
+def test_a_library_that_refuses_scrypt_is_a_setting_to_change(monkeypatch, tmp_path):
+    scrypt = pytest.importorskip("cryptography.hazmat.primitives.kdf.scrypt")
+    refusal = sys.modules["cryptography.exceptions"].UnsupportedAlgorithm
+
+    def refuse(**_settings):
+        raise refusal("this version of OpenSSL does not support scrypt")
+
+    monkeypatch.setattr(scrypt, "Scrypt", refuse)
+    cipher = claude_oauth.FernetCipher("open sesame")
+    with pytest.raises(claude_oauth.ConfigError, match="FIPS") as caught:
+        claude_oauth.FileStorage(tmp_path / "c.json", cipher=cipher).check()
+    assert "sesame" not in chain_text(caught.value)
+
+
 def test_an_empty_passphrase_file_is_named(passphrase_file):
     passphrase_file.write_text("\n")
     with pytest.raises(claude_oauth.ConfigError, match=re.escape(str(passphrase_file))):
@@ -7822,7 +7939,7 @@ def test_on_port_80_a_host_needs_no_port(target):
         assert listener.wait(LIMIT) == CODE
 
 
-@pytest.mark.parametrize("size", [16_384, 30_000, 64_000])
+@pytest.mark.parametrize("size", [16_384, 30_000, 65_536, 90_000])
 @pytest.mark.parametrize("cookies", [1, 8])
 def test_the_cookies_of_other_servers_do_no_harm(listener, size, cookies):
     cookie = b"Cookie: a=%b\r\n" % (b"x" * (size // cookies))
@@ -8221,9 +8338,10 @@ def test_the_browser_is_given_the_automatic_address_whole(world, listener):
     assert world.calls == ["browser https://auto.example/?a=1&b=2"]
 
 
-def test_a_browser_whose_path_has_blanks_is_started(world, listener):
+@pytest.mark.parametrize("end", ["", " &", " & "], ids=["alone", "behind", "blank"])
+def test_a_browser_whose_path_has_blanks_is_started(world, listener, end):
     callback = f"{listener.redirect_uri}?{CALLBACK}"
-    world.setenv("BROWSER", world.add("a browser", visit(callback)))
+    world.setenv("BROWSER", world.add("a browser", visit(callback)) + end)
 
     race(listener, open_browser=True)
 
@@ -8638,6 +8756,20 @@ def test_a_wrong_paste_is_explained_and_asked_for_again(stdin_pipe, capsys):
 
 def test_a_paste_that_comes_in_two_lines_is_put_together(stdin_pipe):
     stdin_pipe.write(f"{CODE}#{STATE[:20]}\n{STATE[20:]}\nmine\n".encode())
+
+    assert race(paste=True).code == CODE
+    assert sys.stdin.readline() == "mine\n"
+
+
+@pytest.mark.parametrize("pieces", [3, 4, 7])
+@pytest.mark.parametrize("kind", ["code", "address"])
+def test_a_paste_that_comes_in_more_lines_is_put_together(stdin_pipe, kind, pieces):
+    whole = {"code": f"{CODE}#{STATE}", "address": f"{MANUAL_URI}?{CALLBACK}"}[kind]
+    first = len(whole) // 2 + 12  # else the first line is half a code, and nothing else
+    width = -(-(len(whole) - first) // (pieces - 1))
+    starts = [0, *range(first, len(whole), width), len(whole)]
+    lines = [whole[a:b] for a, b in zip(starts, starts[1:])]
+    stdin_pipe.write("\n".join([*lines, "mine\n"]).encode())
 
     assert race(paste=True).code == CODE
     assert sys.stdin.readline() == "mine\n"
@@ -9593,6 +9725,26 @@ def test_a_rejected_token_is_refreshed_once_for_all_who_had_it(kept):
     assert kept.requests == 1
 
 
+def test_an_api_that_refuses_all_costs_a_program_of_its_own_one_refresh(kept):
+    kept.save()
+    service = kept.service()
+    for _ in range(20):
+        with contextlib.suppress(claude_oauth.TokenRefused):
+            service.refresh(rejected=service.access_token())
+    assert kept.requests == 1
+    with pytest.raises(claude_oauth.TokenRefused, match="refuses new tokens too"):
+        kept.service().refresh(rejected=service.access_token())
+
+
+def test_a_token_that_was_good_for_a_time_is_refreshed_again(kept):
+    kept.save()
+    service = kept.service()
+    for _ in range(3):
+        service.refresh(rejected=service.access_token())
+        kept.clock.now += claude_oauth.REFRESH_BUFFER
+    assert kept.requests == 3
+
+
 def test_a_rejected_token_that_another_program_renewed_costs_nothing(kept):
     old = kept.save().access_token
     service = kept.service()
@@ -10062,6 +10214,25 @@ class FullDisk(claude_oauth.FileStorage):
         if self.is_full:
             raise claude_oauth.StorageError("cannot write: no space left on device")
         super().save(credentials)
+
+
+class FullOnce(claude_oauth.FileStorage):
+    """A store whose first save fails although its check did not."""
+
+    failures = 1
+
+    def save(self, credentials):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise claude_oauth.StorageError("cannot write: only once and in order")
+        super().save(credentials)
+
+
+def test_a_save_that_fails_once_is_made_again_before_the_program_can_end(kept, caplog):
+    kept.save(-1)
+    token = kept.service(FullOnce(kept.path)).access_token()
+    assert kept.storage.load().access_token == token
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("refreshes", [1, 2], ids=["once", "spent-twice"])
@@ -11741,6 +11912,15 @@ def test_a_login_that_was_saved_after_all_is_not_called_unsaved(full_service, br
 
     with full_service.storage.lock(0):
         assert full_service.status()["warnings"] == []
+
+
+def test_a_login_in_memory_alone_is_one_to_log_out_of(config, browser, tmp_path):
+    service = claude_oauth.OAuthService(config, FullDisk(tmp_path / "c.json"))
+    with pytest.raises(claude_oauth.StorageError, match="no space left"):
+        sign_in(service, browser)
+    assert service.logout() is True
+    assert service.credentials() is None
+    assert service.logout() is False
 
 
 def test_a_login_that_cannot_be_saved_leaves_the_former_account(
@@ -15007,6 +15187,18 @@ def test_eight_threads_refresh_one_token_and_one_of_them_gets_it(at_sandbox):
     assert sorted(statuses) == [200] + [400] * 7
 
 
+def test_a_sandbox_that_gets_no_thread_leaves_its_port_free(monkeypatch):
+    with claude_oauth.Sandbox() as first:
+        port = int(first.origin.rpartition(":")[2])
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse_to_start)
+        unstarted = claude_oauth.Sandbox(port=port)
+        with pytest.raises(claude_oauth.Unavailable, match="needs threads"):
+            unstarted.__enter__()
+    with claude_oauth.Sandbox(port=port) as again:
+        assert again.origin == first.origin
+
+
 def test_a_decision_is_delivered_where_localhost_does_not_resolve(monkeypatch):
     resolve = socket.getaddrinfo
 
@@ -15754,6 +15946,22 @@ def test_bad_usage_ends_with_2_and_names_the_mistake(command, home, args, named)
     assert not list(home.iterdir())
 
 
+MISPLACED = {
+    "behind-a-command": ["token", "sk-ant-oat01-secret"],
+    "as-a-command": ["sk-ant-oat01-secret"],
+    "as-a-store": ["--store", "sk-ant-oat01-secret", "status"],
+    "as-a-number": ["login", "--port", "sk-ant-oat01-secret"],
+}
+
+
+@pytest.mark.parametrize("args", MISPLACED.values(), ids=MISPLACED)
+def test_a_token_in_the_place_of_an_argument_is_not_repeated(command, args):
+    said = command(*args)
+
+    assert said.code == 2 and "sk-ant-" in said.err
+    assert not secrets_in(said.err)
+
+
 def test_a_wrong_option_of_a_command_shows_that_command_s_usage(command):
     said = command("login", "--port", "65536")
 
@@ -16192,6 +16400,14 @@ def test_nothing_secret_is_logged_with_verbose(settings, auth_server, browser_pr
     assert "urllib3" in shown
     assert "/v1/oauth/token" in shown
     assert not secrets_in(shown)
+
+
+def test_nothing_secret_is_logged_by_a_verbose_demo():
+    done = run_cli("--verbose", "demo")
+
+    assert "/v1/oauth/token" in done.stderr
+    lines = done.stderr.splitlines()
+    assert not secrets_in("".join(li for li in lines if "code_challenge=" not in li))
 
 
 def test_without_verbose_nothing_is_logged(member):
