@@ -1521,7 +1521,7 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     kind = type(error).__name__
     if "only use HTTP" in str(error):
-        kinds, kind = {"ValueError"}, "HTTPS_PROXY, ALL_PROXY: http:// is needed"
+        kinds, kind = {"ValueError"}, "HTTPS_PROXY and ALL_PROXY take http:// alone"
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
@@ -3540,7 +3540,9 @@ class StoreView:
         pending: PendingSave | None = PendingSave(new, old, account)
         error: ClaudeOAuthError | None = None
         try:
-            self.storage.save(new)
+            # Twice: some mounts only refuse to rewrite the file that was reserved.
+            if not _quietly(self.storage.save, new):
+                self.storage.save(new)
             pending = None
         except Exception as problem:  # whatever it is: the token before it is spent
             error = StorageError(f"the storage fails ({type(problem).__name__})")
@@ -3810,9 +3812,7 @@ class Refresher:
         """Save the new login, and note the result for the other processes."""
         renewed = renewed.replace(client_id=self._client.client_id_for(before))
         try:
-            # Twice: some mounts only refuse to rewrite the file that was reserved.
-            if not _quietly(self._view.save, renewed, stored):
-                self._view.save(renewed, stored)
+            self._view.save(renewed, stored)
         except ClaudeOAuthError as error:
             problem = f"the refreshed login could not be saved ({error})"
             warn(f"{problem}; it is kept in memory and saved as soon as that works")

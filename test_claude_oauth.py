@@ -3612,7 +3612,7 @@ def test_a_proxy_that_takes_http_alone_is_a_setting_to_fix(outside, monkeypatch)
         error = failure_of("refresh", outside)
         thread.join(LIMIT)
     assert isinstance(error, claude_oauth.ConfigError)
-    assert "HTTPS_PROXY, ALL_PROXY: http:// is needed" in str(error)
+    assert "HTTPS_PROXY and ALL_PROXY take http:// alone" in str(error)
     assert "sesame" not in chain_text(error)
 
 
@@ -11912,6 +11912,12 @@ def test_a_login_that_was_saved_after_all_is_not_called_unsaved(full_service, br
 
     with full_service.storage.lock(0):
         assert full_service.status()["warnings"] == []
+
+
+def test_a_login_whose_save_fails_once_is_kept(config, browser, tmp_path):
+    service = claude_oauth.OAuthService(config, FullOnce(tmp_path / "c.json"))
+    token = sign_in(service, browser).access_token
+    assert claude_oauth.FileStorage(tmp_path / "c.json").load().access_token == token
 
 
 def test_a_login_in_memory_alone_is_one_to_log_out_of(config, browser, tmp_path):
