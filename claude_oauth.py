@@ -371,8 +371,9 @@ def import_package(name: str, cure: str = "") -> Any:
 
 def class_of_fault(error: BaseException) -> Any:
     """Return ConfigError; Unavailable for a system without descriptors or memory."""
-    passing = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return Unavailable if getattr(error, "errno", 0) in passing else ConfigError
+    passing = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, MemoryError)
+    kind = getattr(error, "errno", type(error))
+    return Unavailable if kind in passing else ConfigError
 
 
 @hides_locals
@@ -501,7 +502,7 @@ class OAuthConfig(_Value):
 
 
 # A client id or a scope, without the syntax of a shell, a template or an env file.
-_NAME: Final = r"(?![A-Z_]+=)[^\"'`$<>{}\0-\x1f]*"
+_NAME: Final = r"(?![A-Z_]+=|sk-ant-|.*\s#\s|\*+$|null$)[^\"'`$<>{}\ufeff\0-\x1f]*"
 
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
@@ -913,9 +914,9 @@ def error_of_answer(
 
 # Not an access token: a refresh token, a name, a path, `null`, in base64, cut.
 _NO_TOKEN: Final = (
-    r"sk-ant-(ort|sid|admin)|sk-ant-([a-z]+\d*-?)?$|[A-Z_]+=|\w*(?i:token|key)="
-    r"|.*\.{3}|[.~]+/|/(?i:run|etc|home|root|var|tmp|usr|opt|mnt|users|app|srv|data)/"
-    r"|c2stYW50|(process\.)?(env|vars|secrets)\.|projects/|[A-Z]+_[A-Z_]+$|.+sk-ant-"
+    r"sk-ant-(ort|sid|admin)|sk-ant-([a-z]+\d*-?)?$|[A-Z_]+=|\w*(?i:token|key)=|[.~]+/"
+    r"|.*\.{3}|/([a-z]{2,}|Users|Volumes)/|(process\.)?(env|vars|secrets)\.|projects/"
+    r"|[A-Z]+_[A-Z_]+$|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|eyJjbGF1ZGV|ewog|ew0K"
     r"|(?i:null|nil|none|undefined|true|false|bearer|todo|changeme|redacted|your-.*)$"
 )
 
@@ -996,7 +997,7 @@ _WORD: Final = (
     r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
     r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
 )
-_NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w.~+/=-]\S*|{_WORD})"
+_NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w~+=-]\S*|{_WORD})"
 _CODE_WITH_STATE: Final = (
     rf"(?s:(?!.*(?<!\S)(?!{_NO_PIECE})\S{{24,}}\s.*{_NO_PIECE}\s).*{_NO_PIECE}\s)?"
     rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
@@ -1005,7 +1006,7 @@ _CODE_WITH_STATE: Final = (
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (
     rf"(?s:.*(?i:code):?\s(?:.*{_NO_PIECE}\s)?)?"
-    rf"((?!{_WORD})[^#&?/:@\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@\s]+){{0,2}})"
+    rf"((?!{_WORD})[^#&?/:@$%,\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@$%,\s]+){{0,2}})"
 )
 
 
@@ -1092,7 +1093,8 @@ def _clean_paste(text: str, state: str) -> str:
     blank = r"[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]|\\[nrt]"
     text = re.sub(f"[{quotes}]|{blank}", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
-    text = re.sub(r"(?<!\S)(?:~~|[*\[])+|(?:~~|[.,;!*\]])+(?!\S)", "", text)
+    ends = r"(?:~~|(?<!\.)\.(?!\.)|[,;!*\]])+(?!\S)"
+    text = re.sub(rf"(?<!\S)(?:~~|[*\[])+|{ends}", "", text)
     text = re.sub(" +", " ", text).strip(" \n")
     text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
     label = "[ \n]*(?:#|%23)|(?<![=:?&,; \n])[ \n,;]+(?i:state\\b *[:=]?)?"
@@ -1104,7 +1106,8 @@ def _clean_paste(text: str, state: str) -> str:
 def _parse_pasted_code(text: str, state: str) -> str:
     import re
 
-    text = re.sub(r"[:=]+ ?(?=[\w.~+/-]{8})", ": ", text.replace("%23", "#"))
+    text = re.sub(r"\S*(?:://|\?\w+=)\S*\s", ": ", text.replace("%23", "#"))
+    text = re.sub(r"[:=]+ ?(?=[\w.~+/-]{8})", ": ", text)
     text = re.sub(r"(?i)(?<!\S)[\w-]*code(?!\S)", "code", text)  # `auth_code`
     text = re.sub(rf"^(?i:state)\W+{re.escape(state)}\W*", "", text)
     pattern, mark = _BARE_CODE, text.find("#")
@@ -1497,7 +1500,7 @@ _DROPPED: Final = "{route} dropped the connection; try again later"
 
 # The text for an exception of a class, or with one inside; the first match counts.
 _FAILURES: Final = {
-    "SSLError": "TLS to {route} failed ({kind}); check the clock, and if a proxy"
+    "SSLError": "TLS to {route} failed ({tls}); check the clock, and if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
     "ProxyError": "no connection to {route}: the proxy refused or did not answer;"
     " check HTTPS_PROXY, with its user name and password",
@@ -1525,8 +1528,8 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
-    kind += str(error).partition("]")[2].partition(" (_ssl")[0]
-    text = _FAILURES[row].format(route=route, kind=printable(kind))
+    tls = printable(str(error).rpartition(" (_ssl")[0].rpartition("] ")[2])
+    text = _FAILURES[row].format(route=route, kind=kind, tls=f"{kind} {tls}".strip())
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
 
@@ -1576,7 +1579,7 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
 
 def _check_tls_files(bundle: Any, cert: Any) -> None:
     ssl = import_package("ssl", "this Python has no TLS: install OpenSSL for it")
-    name, path = "SSLKEYLOGFILE", setting("SSLKEYLOGFILE")
+    name, path = "SSLKEYLOGFILE", os.environ.get("SSLKEYLOGFILE", "")
     try:
         if path:
             open(os.path.expandvars(path), "ab").close()
@@ -1672,10 +1675,10 @@ def warn(message: str, *, once: bool = False) -> None:
         _WARNED.add(message)
 
 
-# Empty, quoted, with a variable or a template in it, a URL, a drive elsewhere.
+# Empty, quoted, with a variable, a template or a comment, a URL, a drive elsewhere.
 _NO_PATH: Final = (
-    "^\\s*$|^['%~\u2018\u201c\u201e\xab]|[\"`]|(?:^|[/\\\\])(?:[$<{]|%\\w+%)|\0"
-    f"|^\\w+=|^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
+    "^\\s*$|^['%~${\ufeff\u2018\u201c\u201e\xab]|[\"`]|\\$[{(]|{{|\\s#\\s|,~|\0|^\\w+=|"
+    f"(^|[/\\\\])(\\$[A-Z_]+|<|%\\w+%)|^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
 )
 _WARNED: Final[set[str]] = set()  # what this process says only once
 _READABLE_BY_OTHERS: Final = "others can read this; set its mode to 0600 if you can"
@@ -1894,13 +1897,13 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     @contextmanager
     def hold() -> Iterator[None]:
         deadline = Deadline(timeout)
+        patience = Deadline(min(max(timeout / 2, 0.01), STORE_TIMEOUT))
         # The kernel's lock cannot be waited for with a time limit, so this polls: a
         # signal still arrives at once, and no thread is left waiting for the lock.
-        left = 1.0
-        while (file := _open_locked(path, left)) is None:
-            if not left * timeout:
-                raise Unavailable(f"another process holds the lock {path}; try later")
+        while (file := _open_locked(path, patience.left())) is None:
             left = deadline.left()
+            if not left:
+                raise Unavailable(f"another process holds the lock {path}; try later")
             # Wait longer each time: hundreds of waiters would starve the lock's holder.
             time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
         holder = threading.get_native_id()  # another one in a forked child
@@ -1916,7 +1919,7 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     return hold()
 
 
-def _open_locked(path: str, left: float) -> io.BufferedRandom | None:
+def _open_locked(path: str, patience: float) -> io.BufferedRandom | None:
     """Open a lock file and lock it; return None if somebody else holds the lock."""
     file = None
     try:
@@ -1933,8 +1936,8 @@ def _open_locked(path: str, left: float) -> io.BufferedRandom | None:
     except OSError as error:
         if file:
             file.close()
-            # SMB mounts of Linux say EACCES for a lock that is held.
-            is_held = left * (error.errno == errno.EACCES)
+            # SMB mounts of Linux say EACCES for a lock that is held: wait a little.
+            is_held = patience * (error.errno == errno.EACCES)
             if is_held or error.errno not in _LOCK_FAULTS:
                 return None
         text = f"cannot lock {path}: {_reason(error)}; choose another directory"
@@ -2431,13 +2434,13 @@ class FernetCipher:
         import base64
 
         if salt not in self._fernets:
-            # Not hashlib's: it is missing where OpenSSL is old, and in PyPy.
-            (n, r, p), raw = self._COST, bytes.fromhex(salt.decode())
+            # Not hashlib's, which PyPy lacks.  Before 3.1, a backend was required.
+            backend = import_package("cryptography.hazmat.backends").default_backend()
+            raw = bytes.fromhex(salt.decode())
             try:
-                scrypt = self._kdf.Scrypt(salt=raw, length=32, n=n, r=r, p=p)
+                scrypt = self._kdf.Scrypt(raw, 32, *self._COST, backend)
             except import_package("cryptography.exceptions").UnsupportedAlgorithm:
-                cure = "choose another store, or a file without a passphrase"
-                raise ConfigError(f"OpenSSL has no scrypt (FIPS); {cure}") from None
+                raise ConfigError("no scrypt under FIPS; use another store") from None
             key = base64.urlsafe_b64encode(scrypt.derive(self._passphrase))
             self._fernets[salt] = self._fernet.Fernet(key)
         return self._fernets[salt]
@@ -2724,8 +2727,7 @@ class AuthCodeListener:
             servers = self._bind(stack)
             self.port = servers[0].server_address[1]
             stop, stopper = map(stack.enter_context, socket.socketpair())
-            thread = start_thread("listener", self._serve, servers, stop)
-            if not thread:
+            if not (thread := start_thread("listener", self._serve, servers, stop)):
                 raise OSError(errno.EAGAIN, "no thread can be started")
             stack.callback(self._end_connections)
             stack.callback(thread.join)
@@ -3079,7 +3081,7 @@ class _PastePrompt:
         say(f"Not taken: {reason}. Copy the whole code that the page shows.")
         # If a state or an address began here, the next line may be its rest.  The two
         # are tried together first: alone, half a code with the state would be accepted.
-        pattern = rf"(?s)(?=.*(?:#|://)).{{,{MAX_PASTE_CHARS}}}"
+        pattern = rf"(?s)(?=.*(?:#|://|\S{{32}})).{{,{MAX_PASTE_CHARS}}}"
         self._earlier = _text(self._earlier + text, pattern) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
@@ -3256,6 +3258,7 @@ class AccountFile:
         failures    the number of such answers in a row
         lifetime    seconds that the last access token had when it was new
         refused     the fingerprint of a dead refresh token, valid until refused_until
+        spent       that of a refresh token whose successor could not be saved
         rejected    that of a new token that the API may refuse, until rejected_until
         account_of  the fingerprints of the login that the cached account belongs to
         key_owner   the fingerprint of the stored API key and its organization together
@@ -3326,7 +3329,7 @@ class AccountFile:
     ) -> None:
         """Note a successful refresh; the cached account stays with the login."""
         now = self._clock()
-        settled = ("wait_until", "failures", "refused", "refused_until", "rejected")
+        settled = ("wait_until", "failures", "refused", "spent", "rejected")
         notes: dict[str, object] = {**dict.fromkeys(settled)}
         if renewed.access_token != before.access_token:
             lifetime = time_left(renewed.expires_at, now)
@@ -3336,8 +3339,7 @@ class AccountFile:
         if stored and stored.refresh_token != renewed.refresh_token:
             # It is spent.  If the store still holds it, because the successor could not
             # be saved, or a backup brings it back, it must not be sent again.
-            notes["refused"] = self.fingerprint(stored)
-            notes["refused_until"] = now + MAX_LIFETIME
+            notes["spent"] = self.fingerprint(stored)
         self.note(**notes)
 
     def note_failure(
@@ -3374,21 +3376,20 @@ class AccountFile:
         self.note(wait_until=self._clock() + pause, failures=failures)
         return pause
 
-    def pause_left(self) -> float:
-        """Return the seconds of a noted pause that are left, 0 if there is none."""
-        return wait_left(self.number("wait_until"), self._clock(), WAIT_CEILING)
+    def seconds_left(self, name: str, longest: float = 2 * MAX_LIFETIME) -> float:
+        """Return the seconds until the moment of a note, 0 if that has passed."""
+        return wait_left(self.number(name), self._clock(), longest)
 
     def is_refused(self, credentials: Credentials) -> bool:
         """Tell whether the server is known to refuse this refresh token."""
-        until = self.number("refused_until")
-        is_known = wait_left(until, self._clock(), 2 * MAX_LIFETIME) > 0
-        return is_known and self.notes().get("refused") == self.fingerprint(credentials)
+        names = ("spent", "refused")[: 1 + (self.seconds_left("refused_until") > 0)]
+        return self.fingerprint(credentials) in map(self.notes().get, names)
 
     def raise_known_failure(self, credentials: Credentials) -> None:
         """Raise the error of a request that is known to fail, without sending it."""
         if self.is_refused(credentials):
             raise TokenRefused("invalid_grant", "refused before, and not sent again")
-        if pause := self.pause_left():
+        if pause := self.seconds_left("wait_until", WAIT_CEILING):
             span = describe_seconds(pause + 0.9)  # never 0 s
             text = f"requests to the server are paused for {span}; try again then"
             raise Unavailable(text, pause)
@@ -3923,13 +3924,13 @@ class OAuthService:
         if environment_token():
             raise ConfigError("CLAUDE_OAUTH_TOKEN cannot be refreshed; unset it")
         present = require_login(self._view.look())
-        if rejected is None:
-            return self._refresh(present, 0, present.access_token)
-        if self.is_rejected(rejected):
-            self.note_rejected(rejected)
+        token = present.access_token
+        if rejected != token:  # none was, or the store has a newer one
+            return self._refresh(present, 0, rejected or token)
+        if self.is_rejected(token):
             raise TokenRefused("invalid_token", "the API refuses new tokens too", 401)
-        renewed = self._refresh(present, 0, rejected)
-        self.note_rejected(renewed.access_token, REFRESH_BUFFER)  # until it is accepted
+        renewed = self._refresh(present, 0, token)
+        self.note_rejected(renewed.access_token, is_new=True)
         return renewed
 
     @hides_locals
@@ -3960,15 +3961,18 @@ class OAuthService:
 
     def is_rejected(self, token: str) -> bool:
         """Tell whether the API has refused, or not yet accepted, this new token."""
-        file, now = self._account_file, self._clock()
-        is_noted = wait_left(file.number("rejected_until"), now, 2 * MAX_LIFETIME) > 0
-        return is_noted and file.notes().get("rejected") == fingerprint(token)
+        file, stored = self._account_file, self._view.look() or Credentials("")
+        left = time_left(stored.expires_at, self._clock())
+        known = (stored.access_token, file.notes().get("rejected"))
+        is_noted = known == (token, fingerprint(token))
+        return is_noted and min(left, file.seconds_left("rejected_until")) > 0
 
-    def note_rejected(self, token: str, seconds: float = MAX_LIFETIME) -> None:
-        """Note for so long that the API may refuse a new token; "" takes that back."""
-        noted, until = token and fingerprint(token), self._clock() + seconds
+    def note_rejected(self, token: str, *, is_new: bool = False) -> None:
+        """Note that a token just noted as new is refused; "" takes the note back."""
+        until = self._clock() + (MAX_LIFETIME, REFRESH_BUFFER)[is_new]
         # After an error the next 401 notes it.
         with suppress(ClaudeOAuthError), self.storage.lock(SHORT_WAIT):
+            noted = fingerprint(token) * (is_new or self.is_rejected(token))
             self._account_file.note(rejected=noted, rejected_until=until)
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
@@ -3993,7 +3997,7 @@ class OAuthService:
         finally:
             self.note_rejected(refused)
 
-    # The account
+    # The account, and the API key of the Console path
 
     def credentials(self) -> Credentials | None:
         """Return the credential in force, or None; no network is used.
@@ -4065,8 +4069,6 @@ class OAuthService:
                 self._view.save(completed, stored)
             return completed
 
-    # The Console path
-
     def create_api_key(self) -> str:
         """Make a permanent Console API key, store it, and return it.
 
@@ -4105,7 +4107,7 @@ class OAuthService:
             file.note(key_owner=key_owner_of(key, file.account(newest)))
             return with_key
 
-    # Login and logout
+    # Login, logout, status
 
     def login(
         self,
@@ -4232,9 +4234,8 @@ class OAuthService:
                 self._revoke(self._view.read()[1])
             except (StorageError, ConfigError) as error:
                 warn(f"nothing is revoked: {error}")
-            found = self.storage.delete() or bool(self._view.pending)
-            if found:  # else the account may belong to another store's login
-                self._account_file.clear()
+            if found := self.storage.delete() or bool(self._view.pending):
+                self._account_file.clear()  # else it may be another store's
             self._view.pending = None
             self._view.remember(None)
         return found
@@ -4246,8 +4247,6 @@ class OAuthService:
             config = self.config.replace(client_id=client_id, timeout=FLUSH_TIMEOUT)
             client = OAuthClient(config, session=self._session)
             _try_within_limit("the revocation", lambda: client.revoke(token))
-
-    # Status
 
     def status(self) -> dict[str, object]:
         """Return the object that `status --json` prints; no request, never a token.
@@ -4296,12 +4295,13 @@ class OAuthService:
         # A key does not expire.
         is_expired = time_left(stored.expires_at, now) <= 0 and not console_key(stored)
         left = time_left(stored.refresh_token_expires_at, now)
-        pause, ends = describe_seconds(file.pause_left() + 0.9), describe_seconds(left)
+        wait = file.seconds_left("wait_until", WAIT_CEILING)
+        pause, ends = describe_seconds(wait + 0.9), describe_seconds(left)
         ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(stored)
         is_last, is_foreign = not stored.refresh_token, self._view.is_read_only
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
-            f"requests to the server are paused for another {pause}": file.pause_left(),
+            f"requests to the server are paused for another {pause}": wait,
             f"the login ends in {ends}, refreshed or not: log in again": ends_soon,
         }
         # For these the token cannot be refreshed.

@@ -1620,6 +1620,11 @@ def test_an_unusable_setting_is_refused(setting):
 
 
 BAD_CLIENT_IDS = {
+    "comment": "my-id # of the demo",
+    "token": "sk-ant-oat01-secret",
+    "masked": "***",
+    "null": "null",
+    "byte-order-mark": "\ufeffmy-id",
     "double-quotes": '"my-id"',
     "single-quotes": "'my-id'",
     "variable": "${CLIENT_ID}",
@@ -2361,6 +2366,14 @@ BAD_TOKENS = {
     "path-in-a-container": "/app/token.txt",
     "name-in-a-program": "process.env.TOKEN",
     "placeholder-in-words": "your-token-here",
+    "path-of-a-ci-file": "/builds/group/project.tmp/CLAUDE_OAUTH_TOKEN",
+    "path-of-a-vault": "/vault/secrets/token",
+    "path-of-a-descriptor": "/dev/fd/63",
+    "credentials-in-base64": "eyJjbGF1ZGVBaU9hdXRoIjp7fX0=",
+    "pretty-credentials-in-base64": "ewogICJjbGF1ZGVBaU9hdXRo",
+    "credentials-of-windows-in-base64": "ew0KICAiY2xhdWRlQWlPYXV0aA==",
+    "credentials-in-hex": "7b22636c61756465",
+    "secure-string": "System.Security.SecureString",
     "twice": "sk-ant-oat01-secretsk-ant-oat01-secret",
     "its-scheme-alone": "Bearer",
     "false": "false",
@@ -2569,6 +2582,15 @@ GOOD_PASTES = {
     "blanks-inside": f"{CODE[:9]} {CODE[9:]}# {STATE}",
     "tabs": f"\t{CODE}\t#{STATE}",
     "line-end": f"{CODE}#{STATE}\n",
+    "address-of-the-page-before": f"{MANUAL_URI}\n{CODE}#{STATE}",
+    "address-of-a-chat-before": f"https://claude.ai/chat/9d1c-5f5e\n{CODE}#{STATE}",
+    "address-with-a-query-before": f"https://a.example/w?v=dQw4w9WgXcQ {CODE}#{STATE}",
+    "cut-authorize-address-before": (
+        f"https://claude.com/cai/oauth/authorize?code=true&client_id=9d1c250a-e61b"
+        f"\n{CODE}#{STATE}"
+    ),
+    "a-shells-line-before": f"$ cat ~/code.txt\n{CODE}#{STATE}",
+    "a-version-before": f"GNU nano 7.2.1 code.txt\n{CODE}#{STATE}",
     "escaped-line-ends": f"\\n{CODE}#{STATE}\\n",
     "escaped-line-end-inside": f"{CODE}\\n#{STATE}",
     "escaped-tab": f"\\t{CODE}#{STATE}",
@@ -2773,6 +2795,11 @@ BAD_PASTES = {
     "a-mails-signature": (f"{CODE}\n-- \n#{STATE}", "not a code"),
     "shortened": (f"{CODE[:20]}\u2026{CODE[-9:]}#{STATE}", "not a code"),
     "shortened-with-full-stops": (f"{CODE[:20]}...{CODE[-9:]}#{STATE}", "not a code"),
+    "shortened-at-the-end": (f"{CODE[:30]}\u2026", "not a code"),
+    "shortened-at-both-ends": (f"...{CODE[:30]}...", "not a code"),
+    "variable": ("$CLAUDE_OAUTH_CODE", "not a code"),
+    "variable-of-windows": ("%CLAUDE_CODE_VALUE%", "not a code"),
+    "list": ("foo,bar,baz,qux,quux", "not a code"),
     "shortened-without-state": (f"{CODE[:20]}...{CODE[-9:]}", "not a code"),
     "a-page-without-a-code": (f"null#{STATE}", "not a code"),
     "a-page-with-no-code-defined": (f"undefined#{STATE}", "not a code"),
@@ -3402,6 +3429,27 @@ def test_the_code_of_an_error_is_as_the_server_wrote_it(
             SENT_CODE, verifier=SENT_VERIFIER, redirect_uri=REDIRECT, state=SENT_STATE
         )
     assert caught.value.code == "unsupported_grant_client"
+
+
+FOREIGN_TEXTS = {
+    "a-list": "matched: ['uri'] failed: body=open sesame",
+    "as-tls-writes": "[X] open sesame (_ssl.c:1)",
+    "a-token-in-brackets": "[open sesame] and open sesame",
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN_TEXTS.values(), ids=FOREIGN_TEXTS)
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, requests.ConnectionError])
+def test_the_text_of_another_programs_error_is_shown_nowhere(outside, text, kind):
+    class Session(requests.Session):
+        def request(self, *args, **options):
+            raise kind(text)
+
+    with Session() as session:
+        client = claude_oauth.OAuthClient(outside.config, session=session)
+        error = failure_of("refresh", client)
+    assert kind.__name__ in str(error) or kind is requests.ConnectionError
+    assert "sesame" not in chain_text(error)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -4291,7 +4339,7 @@ import errno, sys, claude_oauth as c
 class Finder:
     def find_spec(self, name, *_):
         if name.partition(".")[0] == "requests":
-            raise OSError(errno.EMFILE, "Too many open files")
+            raise {problem}
 sys.meta_path.insert(0, Finder())
 try:
     c.OAuthClient(c.OAuthConfig("id")).check()
@@ -4300,12 +4348,14 @@ except c.ClaudeOAuthError as error:
 """
 
 
-def test_a_lack_of_descriptors_is_no_wrong_setting():
-    assert run_python(EXHAUSTED).stdout.startswith("Unavailable the package `requests`")
+@pytest.mark.parametrize("problem", ["OSError(errno.EMFILE, 'no')", "MemoryError"])
+def test_a_lack_of_descriptors_or_memory_is_no_wrong_setting(problem):
+    done = run_python(EXHAUSTED.replace("{problem}", problem))
+    assert done.stdout.startswith("Unavailable the package `requests`")
 
 
 def test_without_a_key_log_no_file_is_opened_for_one(strace, tls_server, tmp_path):
-    code = f"import claude_oauth as c\nc.OAuthClient(c.OAuthConfig('id')).check()"
+    code = "import claude_oauth as c\nc.OAuthClient(c.OAuthConfig('id')).check()"
     log = tmp_path / "log"
     under = [strace, "-f", "-qq", "-e", "trace=open,openat", "-o", log]
     assert run_python(code, under=under).returncode == 0
@@ -4563,6 +4613,11 @@ UNEXPANDED = {
     "percent": "%USERPROFILE%\\x",
     "bucket": "s3:/bucket/x",
     "variable-inside": "/srv/$NO_USER/x",
+    "variable-in-a-name": "/srv/claude-${NO_USER}/x",
+    "template-in-a-name": "/srv/claude-{{ user }}/x",
+    "comment": "/srv/claude # kept here",
+    "byte-order-mark": "\ufeff/srv/claude",
+    "two-directories": "/srv/a,~/b",
     "variable-behind-a-backslash": "\\$HOME/x",
     "variable-of-windows-inside": "/srv/%USERNAME%/x",
     "template-inside": "/home/{{ user }}/x",
@@ -4593,6 +4648,19 @@ def test_what_is_no_path_is_refused_wherever_one_is_given(path, home, monkeypatc
                 with pytest.raises(claude_oauth.ConfigError, match="is no path"):
                     claude_oauth.make_storage("file")
     assert not list(home.iterdir())
+
+
+REAL_PLACES = (
+    *("/srv/Client #1/x", "/srv/100%/x", "/srv/o'b/x", "/srv/a$b/x", "/srv/$svc/x"),
+    *("/srv/{3F2504E0-4F89}/x", "/srv/com~apple~CloudDocs", "/srv/a (b), c/d"),
+    *("/srv/Macintosh HD", "/srv/~x", "/srv/a=b", "/srv/x:y/z"),
+)
+
+
+@pytest.mark.parametrize("path", REAL_PLACES)
+def test_a_path_with_odd_characters_is_one(path):
+    storage = claude_oauth.FileStorage(path)
+    assert storage.path == os.path.abspath(path)
 
 
 @pytest.mark.parametrize("path", ["C:\\Users\\me", "c:/Users/me"])
@@ -7585,7 +7653,7 @@ def test_a_library_that_refuses_scrypt_is_a_setting_to_change(monkeypatch, tmp_p
     scrypt = pytest.importorskip("cryptography.hazmat.primitives.kdf.scrypt")
     refusal = sys.modules["cryptography.exceptions"].UnsupportedAlgorithm
 
-    def refuse(**_settings):
+    def refuse(*_settings):
         raise refusal("this version of OpenSSL does not support scrypt")
 
     monkeypatch.setattr(scrypt, "Scrypt", refuse)
@@ -7593,6 +7661,18 @@ def test_a_library_that_refuses_scrypt_is_a_setting_to_change(monkeypatch, tmp_p
     with pytest.raises(claude_oauth.ConfigError, match="FIPS") as caught:
         claude_oauth.FileStorage(tmp_path / "c.json", cipher=cipher).check()
     assert "sesame" not in chain_text(caught.value)
+
+
+def test_a_library_that_needs_a_backend_gets_one(monkeypatch):
+    scrypt = pytest.importorskip("cryptography.hazmat.primitives.kdf.scrypt")
+    new = scrypt.Scrypt
+
+    def old(salt, length, n, r, p, backend):
+        return new(salt=salt, length=length, n=n, r=r, p=p)
+
+    sealed = claude_oauth.FernetCipher("open sesame").encrypt(b"login")
+    monkeypatch.setattr(scrypt, "Scrypt", old)
+    assert claude_oauth.FernetCipher("open sesame").decrypt(sealed) == b"login"
 
 
 def test_an_empty_passphrase_file_is_named(passphrase_file):
@@ -8775,6 +8855,34 @@ def test_a_paste_that_comes_in_more_lines_is_put_together(stdin_pipe, kind, piec
     assert sys.stdin.readline() == "mine\n"
 
 
+@pytest.mark.parametrize("width", [32, 40, 43])
+def test_a_long_code_that_comes_in_lines_is_put_together(stdin_pipe, width):
+    code = base64.urlsafe_b64encode(bytes(range(66))).decode()
+    whole = f"{code}#{STATE}"
+    lines = [whole[at : at + width] for at in range(0, len(whole), width)]
+    stdin_pipe.write("\n".join([*lines, "mine\n"]).encode())
+
+    assert race(paste=True).code == code
+    assert sys.stdin.readline() == "mine\n"
+
+
+REFUSED_BEFORE = (
+    "https://claude.ai/chat/9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+    f"{MANUAL_URI}?code={CODE[::-1]}&state={STATE[::-1]}",
+    f"{MANUAL_URI}?code={CODE[:9]}",
+    f"https://claude.com/cai/oauth/authorize?code=true&state={STATE}&code_challenge=x",
+    "where is the code",
+)
+
+
+@pytest.mark.parametrize("earlier", REFUSED_BEFORE)
+def test_what_was_refused_is_no_part_of_the_code_that_follows(stdin_pipe, earlier):
+    stdin_pipe.write(f"{earlier}\n{CODE}#{STATE}\nmine\n".encode())
+
+    assert race(paste=True).code == CODE
+    assert sys.stdin.readline() == "mine\n"
+
+
 def test_two_refused_words_never_make_a_code(stdin_pipe):
     stdin_pipe.write(b"some-words-\nare-no-code\n")
     stdin_pipe.close()
@@ -9736,6 +9844,36 @@ def test_an_api_that_refuses_all_costs_a_program_of_its_own_one_refresh(kept):
         kept.service().refresh(rejected=service.access_token())
 
 
+def test_a_token_that_was_found_in_the_store_is_no_new_one(kept):
+    old = kept.save().access_token
+    service = kept.service()
+    service.access_token()
+    found = kept.save().access_token  # refreshed elsewhere, maybe hours ago
+    assert service.refresh(rejected=old).access_token == found
+    third = service.refresh(rejected=found).access_token
+    assert third not in (old, found)
+    assert kept.requests == 1
+
+
+def test_a_suspected_token_that_has_expired_is_refreshed(kept):
+    kept.save()
+    service = kept.service()
+    second = service.refresh(rejected=service.access_token()).access_token
+    service.note_rejected(second)  # the API has refused it as well
+    kept.clock.now += 3 * 86400
+    assert service.refresh(rejected=second).access_token != second
+    assert kept.requests == 2
+
+
+def test_a_newer_token_of_the_store_counts_more_than_a_suspicion(kept):
+    kept.save()
+    service = kept.service()
+    second = service.refresh(rejected=service.access_token()).access_token
+    newer = kept.save().access_token  # by a program that knows no notes
+    assert service.refresh(rejected=second).access_token == newer
+    assert kept.requests == 1
+
+
 def test_a_token_that_was_good_for_a_time_is_refreshed_again(kept):
     kept.save()
     service = kept.service()
@@ -10214,6 +10352,22 @@ class FullDisk(claude_oauth.FileStorage):
         if self.is_full:
             raise claude_oauth.StorageError("cannot write: no space left on device")
         super().save(credentials)
+
+
+def test_a_refusal_in_doubt_does_not_free_a_token_that_is_spent(kept):
+    """Its reuse would end the login that the other program has in memory."""
+    kept.save(-1)
+    service = kept.service(FullDisk(kept.path))
+    token = service.access_token()
+    kept.server.fail_next("token", 401, failure("unauthorized", "a gateway's"))
+    with pytest.raises(claude_oauth.TokenRefused, match="unauthorized"):
+        service.refresh()
+    with pytest.raises(claude_oauth.TokenRefused, match="not sent again"):
+        kept.service().access_token()
+    service.storage.is_full = False
+    assert service.access_token() == token
+    assert kept.requests == 2
+    assert kept.is_alive()
 
 
 class FullOnce(claude_oauth.FileStorage):
@@ -13937,6 +14091,26 @@ def test_a_401_while_a_new_token_is_on_trial_costs_no_further_refresh(
         answers.append(session.post(messages_url, data="x", auth=auth))
     assert [answer.status_code for answer in answers] == [401, 401]
     assert auth_server.counts["refresh_token"] == 1
+
+
+def test_a_token_of_another_program_that_is_refused_is_not_called_new(
+    signed_in, auth_server, messages_url
+):
+    class Adapter(requests.adapters.HTTPAdapter):
+        sent = 0
+
+        def send(self, request, **options):
+            self.sent += 1
+            if self.sent == 1:  # meanwhile another program refreshes, and all dies
+                another_process(signed_in).refresh()
+                auth_server.expire_access_tokens()
+            return super().send(request, **options)
+
+    with requests.Session() as session:
+        session.mount("http://", Adapter())
+        auth = claude_oauth.BearerAuth(signed_in)
+        answers = [session.post(messages_url, data="x", auth=auth) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [401, 200]
 
 
 @pytest.mark.parametrize("end", [requests.ConnectionError, KeyboardInterrupt])
