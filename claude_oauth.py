@@ -1106,7 +1106,7 @@ def _clean_paste(text: str, state: str) -> str:
 def _parse_pasted_code(text: str, state: str) -> str:
     import re
 
-    text = re.sub(r"\S*(?:://|\?\w+=)\S*\s", ": ", text.replace("%23", "#"))
+    text = re.sub(r"(?<!\S)(?=\S*?(?:://|\?\w+=))\S+\s", ": ", text.replace("%23", "#"))
     text = re.sub(r"[:=]+ ?(?=[\w.~+/-]{8})", ": ", text)
     text = re.sub(r"(?i)(?<!\S)[\w-]*code(?!\S)", "code", text)  # `auth_code`
     text = re.sub(rf"^(?i:state)\W+{re.escape(state)}\W*", "", text)

@@ -2784,6 +2784,8 @@ BAD_PASTES = {
     "a-program-before-the-code": (f"GitHubActions {CODE}#{STATE}", "not a code"),
     "quoted-printable": (f"{CODE[:20]}=\n{CODE[20:]}#{STATE}", "not a code"),
     "something-before-the-code": (f"xQ3 {CODE}#{STATE}", "not a code"),
+    "long-and-of-addresses": ("x://" * 1000 + f"#{STATE}", "not a code"),
+    "long-and-of-queries": ("a?b=" * 1000 + f"#{STATE}", "not a code"),
     "end-of-the-state": (STATE[20:], "not a code"),
     "end-of-the-state-on-lines": (f"{STATE[8:30]}\n{STATE[30:]}", "not a code"),
     "labels-and-a-cut-state": (f"code\n{CODE}\nstate\n{STATE[:-6]}", "another sign-in"),
