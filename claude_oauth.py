@@ -1149,8 +1149,8 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     # Browsers hide the scheme; some leave it out of what is copied.
     manual = re.escape(re.sub("(?i)^https?://", "", manual_uri))
     loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\])(:\d{{1,5}})?{CALLBACK_PATH}"
-    known = re.search(rf"(?i)^$|(?<![\w.@-])(?:{manual}|({loopback}))$", page)
-    if not known:
+    whole = rf"(?i)^\w+=|(?<![\w.@-])(?:{manual}|({loopback}))$"
+    if not (known := re.search(whole, [page, query][not page])):
         raise ValueError("that is the address of another page")
     code = parse_callback(query.partition("#")[0], state=state)
     if known[1]:  # a browser leaves out port 80

@@ -2784,6 +2784,7 @@ BAD_PASTES = {
     "a-program-before-the-code": (f"GitHubActions {CODE}#{STATE}", "not a code"),
     "quoted-printable": (f"{CODE[:20]}=\n{CODE[20:]}#{STATE}", "not a code"),
     "something-before-the-code": (f"xQ3 {CODE}#{STATE}", "not a code"),
+    "address-of-a-chat": ("https://claude.ai/chat/9d1c250a-e61b-44d9", "another page"),
     "long-and-of-addresses": ("x://" * 1000 + f"#{STATE}", "not a code"),
     "long-and-of-queries": ("a?b=" * 1000 + f"#{STATE}", "not a code"),
     "end-of-the-state": (STATE[20:], "not a code"),
