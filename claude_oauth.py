@@ -276,7 +276,7 @@ def hides_locals(subject: _T) -> _T:
     return decorated
 
 
-_SPECIAL: Final = ("__init__", "__call__", "__enter__", "__setattr__")
+_SPECIAL: Final = ("__init__", "__call__", "__enter__", "__setattr__", "__delattr__")
 _UNGUARDED: Final = ("_", "access_token", "auth_headers")  # the two clear their own
 
 
@@ -997,7 +997,7 @@ _WORD: Final = (
     r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
     r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
 )
-_NO_PIECE: Final = rf"(?:(?<!\S)\S*[^\s\w~+=-]\S*|{_WORD})"
+_NO_PIECE: Final = rf"(?:(?<!\S)(?:\S*[^\s\w.~+/=-]|(?!\S{{32}})\S*[./])\S*|{_WORD})"
 _CODE_WITH_STATE: Final = (
     rf"(?s:(?!.*(?<!\S)(?!{_NO_PIECE})\S{{24,}}\s.*{_NO_PIECE}\s).*{_NO_PIECE}\s)?"
     rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
@@ -1121,7 +1121,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     code = "".join(re.findall(rf"\A{pattern}\Z", text))
     pieces = re.split(r"\s", code)
     joined = "".join(pieces)
-    no_code = rf".*(?:{re.escape(state)}|\.{{3}})|(?:null|undefined|None)$"
+    no_code = rf".*(?:{re.escape(state)}|\.\.)|(?:null|undefined|None)$"
     faults = (
         # Two codes have the same length; the halves of one broken code hardly ever do.
         len(joined) == 2 * len(pieces[0]) >= 64,
@@ -1528,7 +1528,7 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
-    tls = printable(str(error).rpartition(" (_ssl")[0].rpartition("] ")[2])
+    tls = printable(str(error).rpartition(" (_ssl")[0].partition("] ")[2])
     text = _FAILURES[row].format(route=route, kind=kind, tls=f"{kind} {tls}".strip())
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
@@ -2317,8 +2317,7 @@ class KeychainStorage(_SecretStorage):
             "delete": (b"delete-generic-password", b""),
         }[action]
         start = b"%s -a %s -s %s" % (command, account, name)
-        fitting = [form for form in forms if len(start + form) < SECURITY_LINE]
-        if not fitting:
+        if not (fitting := [f for f in forms if len(start + f) < SECURITY_LINE]):
             raise StorageError(f"the login is too long for the Keychain; {_USE_FILE}")
         output = self._run(start + fitting[0] + b"\n")
         if output is None:
@@ -3072,16 +3071,17 @@ class _PastePrompt:
         if self._is_terminal and longest >= MAX_TERMINAL_LINE:
             limit = f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more"
             raise ValueError(f"the terminal has cut it. {limit}")
-        try:
-            return self._parse(self._earlier + text)
-        except ValueError:
-            return self._parse(text)
+        lines = self._earlier.splitlines(keepends=True)
+        for first in range(len(lines)):
+            with suppress(ValueError):
+                return self._parse("".join((*lines[first:], text)))
+        return self._parse(text)
 
     def _refuse(self, text: str, reason: ValueError) -> None:
         say(f"Not taken: {reason}. Copy the whole code that the page shows.")
         # If a state or an address began here, the next line may be its rest.  The two
         # are tried together first: alone, half a code with the state would be accepted.
-        pattern = rf"(?s)(?=.*(?:#|://|\S{{32}})).{{,{MAX_PASTE_CHARS}}}"
+        pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
         self._earlier = _text(self._earlier + text, pattern) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
@@ -3444,12 +3444,11 @@ def _current_login(
     """Return what is pending while the store holds what it replaces, else `stored`."""
     if not pending or _tokens(stored) != _tokens(pending.replaces):
         return stored
-    newest = pending.credentials
+    if pending.account is not None:
+        return pending.credentials
     # A key that another process has made meanwhile is permanent.
-    if pending.account is None:
-        key = newest.api_key or getattr(stored, "api_key", None)
-        newest = newest.replace(api_key=key)
-    return newest
+    key = pending.credentials.api_key or getattr(stored, "api_key", None)
+    return pending.credentials.replace(api_key=key)
 
 
 class ServedToken:
@@ -4771,13 +4770,15 @@ class Sandbox:
 
 def _visit(url: str) -> None:
     """Fetch a page as a browser does; `requests` would log the code in its address."""
+    from urllib.error import HTTPError
     from urllib.request import ProxyHandler, Request, build_opener
 
-    opener, host = build_opener(ProxyHandler({})), {"Host": url.split("/")[2]}
+    fetch, host = build_opener(ProxyHandler({})).open, {"Host": url.split("/")[2]}
     for address in ("127.0.0.1", "[::1]"):  # `localhost` does not resolve everywhere
-        page = Request(f"http://{address}{url.partition('localhost')[2]}", headers=host)
+        page = f"http://{url[7:].replace('localhost', address, 1)}"
         with suppress(OSError):  # the listener does not use this address
-            opener.open(page, timeout=REQUEST_TIMEOUT).close()
+            with suppress(HTTPError):  # an answer, too
+                fetch(Request(page, headers=host), timeout=REQUEST_TIMEOUT).close()
             return
 
 
@@ -4959,8 +4960,7 @@ def _print(options: Any, answer: Mapping[str, Any], rows: Mapping[str, Any]) -> 
         return
     width = max(map(len, rows), default=0) + 2
     for name, value in rows.items():
-        text = {True: "yes", False: "no"}.get(value, value)
-        if text:
+        if text := {True: "yes", False: "no"}.get(value, value):
             print(f"{name:{width}}{printable(text, limit=1000)}")
     for warning in answer.get("warnings", ()):
         say(f"! {warning}")

@@ -2798,6 +2798,7 @@ BAD_PASTES = {
     "a-mails-signature": (f"{CODE}\n-- \n#{STATE}", "not a code"),
     "shortened": (f"{CODE[:20]}\u2026{CODE[-9:]}#{STATE}", "not a code"),
     "shortened-with-full-stops": (f"{CODE[:20]}...{CODE[-9:]}#{STATE}", "not a code"),
+    "two-full-stops": (f"{CODE}..", "not a code"),
     "shortened-at-the-end": (f"{CODE[:30]}\u2026", "not a code"),
     "shortened-at-both-ends": (f"...{CODE[:30]}...", "not a code"),
     "variable": ("$CLAUDE_OAUTH_CODE", "not a code"),
@@ -8858,9 +8859,28 @@ def test_a_paste_that_comes_in_more_lines_is_put_together(stdin_pipe, kind, piec
     assert sys.stdin.readline() == "mine\n"
 
 
+LONG_CODES = {
+    "url-safe": base64.urlsafe_b64encode(bytes(range(66))).decode(),
+    "standard": base64.b64encode(bytes(range(255, 189, -1))).decode(),
+    "dotted": "eyJhbGciOiJIUzI1NiJ9.1KTOQsxFMSpPSqDeuX2eFfFtibVqt.jgT8tP3lHH13Pt8TgjtqVbi",
+    "with-a-slash": "4/0AX4XfWh" + base64.urlsafe_b64encode(bytes(range(54))).decode(),
+}
+
+
+@pytest.mark.parametrize("width", [40, 60])
+@pytest.mark.parametrize("code", LONG_CODES.values(), ids=LONG_CODES)
+def test_any_long_code_that_is_broken_over_lines_is_put_together(code, width):
+    whole = f"Code: {code}#{STATE}"
+    lines = "\n".join(whole[at : at + width] for at in range(0, len(whole), width))
+    granted = claude_oauth.parse_paste(
+        lines, state=STATE, manual_redirect_uri=MANUAL_URI
+    )
+    assert granted.code == code
+
+
 @pytest.mark.parametrize("width", [32, 40, 43])
 def test_a_long_code_that_comes_in_lines_is_put_together(stdin_pipe, width):
-    code = base64.urlsafe_b64encode(bytes(range(66))).decode()
+    code = LONG_CODES["url-safe"]
     whole = f"{code}#{STATE}"
     lines = [whole[at : at + width] for at in range(0, len(whole), width)]
     stdin_pipe.write("\n".join([*lines, "mine\n"]).encode())
@@ -8876,6 +8896,18 @@ REFUSED_BEFORE = (
     f"https://claude.com/cai/oauth/authorize?code=true&state={STATE}&code_challenge=x",
     "where is the code",
 )
+
+
+@pytest.mark.parametrize("half", [40, 70, 90])
+@pytest.mark.parametrize("earlier", [*REFUSED_BEFORE, f"#{STATE}", f"{STATE} {STATE}"])
+def test_what_was_refused_spoils_no_paste_that_comes_in_two_lines(
+    stdin_pipe, earlier, half
+):
+    whole = f"{MANUAL_URI}?{CALLBACK}"
+    stdin_pipe.write(f"{earlier}\n{whole[:half]}\n{whole[half:]}\nmine\n".encode())
+
+    assert race(paste=True).code == CODE
+    assert sys.stdin.readline() == "mine\n"
 
 
 @pytest.mark.parametrize("earlier", REFUSED_BEFORE)
@@ -15380,6 +15412,21 @@ def test_a_sandbox_that_gets_no_thread_leaves_its_port_free(monkeypatch):
             unstarted.__enter__()
     with claude_oauth.Sandbox(port=port) as again:
         assert again.origin == first.origin
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no ::1")
+def test_a_decision_that_is_refused_is_delivered_once():
+    with ScriptedServer(Answer(400, "<p>no")) as program:
+        with socket.socket(socket.AF_INET6) as twin, claude_oauth.Sandbox() as sandbox:
+            twin.bind(("::1", program.port))
+            twin.listen()
+            twin.setblocking(False)
+            callback = f"http://localhost:{program.port}/callback"
+            sandbox.approve(ByHand(sandbox, callback).url())
+            join_visits()
+            with pytest.raises(BlockingIOError):
+                twin.accept()
+    assert len(program.requests) == 1
 
 
 def test_a_decision_is_delivered_where_localhost_does_not_resolve(monkeypatch):
