@@ -1678,7 +1678,7 @@ def warn(message: str, *, once: bool = False) -> None:
 # Empty, quoted, with a variable, a template or a comment, a URL, a drive elsewhere.
 _NO_PATH: Final = (
     "^\\s*$|^['%~${\ufeff\u2018\u201c\u201e\xab]|[\"`]|\\$[{(]|{{|\\s#\\s|,~|\0|^\\w+=|"
-    f"(^|[/\\\\])(\\$[A-Z_]+|<|%\\w+%)|^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
+    f"(^|[/\\\\_-])(\\$[A-Z_]+|<|%\\w+%)|^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
 )
 _WARNED: Final[set[str]] = set()  # what this process says only once
 _READABLE_BY_OTHERS: Final = "others can read this; set its mode to 0600 if you can"
@@ -2605,7 +2605,6 @@ def make_server(
                 pass
 
         def send_error(self, code: int, *_told: object, **_more: object) -> None:
-            """Answer a request that `parse_request` could not read."""
             respond(self, code, stray_page("it is no browser's, or too large"))
 
         def log_message(self, format: str, *args: object) -> None:
@@ -2622,8 +2621,7 @@ def make_server(
 
         def server_bind(self) -> None:
             if sys.platform == "win32":
-                alone = socket.SO_EXCLUSIVEADDRUSE
-                self.socket.setsockopt(socket.SOL_SOCKET, alone, 1)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
             super().server_bind()
 
         def handle_error(self, request: object, client_address: object) -> None:
@@ -3259,7 +3257,8 @@ class AccountFile:
         lifetime    seconds that the last access token had when it was new
         refused     the fingerprint of a dead refresh token, valid until refused_until
         spent       that of a refresh token whose successor could not be saved
-        rejected    that of a new token that the API may refuse, until rejected_until
+        suspect     that of a new token that the API may refuse, until suspect_until
+        rejected    that of a new token that the API refused
         account_of  the fingerprints of the login that the cached account belongs to
         key_owner   the fingerprint of the stored API key and its organization together
 
@@ -3329,17 +3328,19 @@ class AccountFile:
     ) -> None:
         """Note a successful refresh; the cached account stays with the login."""
         now = self._clock()
-        settled = ("wait_until", "failures", "refused", "spent", "rejected")
+        settled = ("wait_until", "failures", "refused", "suspect", "rejected")
         notes: dict[str, object] = {**dict.fromkeys(settled)}
         if renewed.access_token != before.access_token:
             lifetime = time_left(renewed.expires_at, now)
             notes["lifetime"] = round(min(lifetime, MAX_LIFETIME))
         if self.account(before):
             notes["account_of"] = [*map(self.fingerprint, (renewed, before))]
-        if stored and stored.refresh_token != renewed.refresh_token:
+        kept = getattr(stored, "refresh_token", renewed.refresh_token)
+        if before.refresh_token == kept != renewed.refresh_token:
             # It is spent.  If the store still holds it, because the successor could not
             # be saved, or a backup brings it back, it must not be sent again.
-            notes["spent"] = self.fingerprint(stored)
+            notes["spent"] = notes["refused"] = self.fingerprint(before)
+            notes["refused_until"] = now + MAX_LIFETIME  # version 0.1.0 knows no other
         self.note(**notes)
 
     def note_failure(
@@ -3687,8 +3688,7 @@ class Refresher:
     def is_due(self, credentials: Credentials, min_validity: float) -> bool:
         """Tell whether a refresh should be tried now."""
         put_off = wait_left(self._not_before, self._clock(), REFRESH_RETRY_DELAY)
-        until_expiry = put_off or not credentials.refresh_token
-        limit = 0 if until_expiry else max(min_validity, 0)
+        limit = 0 if put_off or not credentials.refresh_token else max(min_validity, 0)
         return time_left(credentials.expires_at, self._clock()) <= limit
 
     def refresh(
@@ -3699,8 +3699,7 @@ class Refresher:
         While the present token is valid, this returns it instead of waiting or failing.
         With *other_than*, only a different token will do, however valid that one is.
         """
-        left = time_left(present.expires_at, self._clock())
-        if left <= 0 or other_than is not None:
+        if time_left(present.expires_at, self._clock()) <= 0 or other_than is not None:
             limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
             return self._refresh_alone(limit, min_validity, other_than)
         try:
@@ -3961,18 +3960,20 @@ class OAuthService:
     def is_rejected(self, token: str) -> bool:
         """Tell whether the API has refused, or not yet accepted, this new token."""
         file, stored = self._account_file, self._view.look() or Credentials("")
-        left = time_left(stored.expires_at, self._clock())
-        known = (stored.access_token, file.notes().get("rejected"))
-        is_noted = known == (token, fingerprint(token))
-        return is_noted and min(left, file.seconds_left("rejected_until")) > 0
+        names = ("rejected", "suspect")[: 1 + (file.seconds_left("suspect_until") > 0)]
+        is_noted = fingerprint(token) in map(file.notes().get, names)
+        is_alive = time_left(stored.expires_at, self._clock()) > 0
+        return all((is_noted, is_alive, stored.access_token == token))
 
     def note_rejected(self, token: str, *, is_new: bool = False) -> None:
-        """Note that a token just noted as new is refused; "" takes the note back."""
-        until = self._clock() + (MAX_LIFETIME, REFRESH_BUFFER)[is_new]
+        """Note that a suspect is refused, or suspect a new one; "": it is accepted."""
+        noted, until = fingerprint(token), self._clock() + REFRESH_BUFFER
         # After an error the next 401 notes it.
         with suppress(ClaudeOAuthError), self.storage.lock(SHORT_WAIT):
-            noted = fingerprint(token) * (is_new or self.is_rejected(token))
-            self._account_file.note(rejected=noted, rejected_until=until)
+            changes: dict[str, object] = {"suspect": noted, "suspect_until": until}
+            if not is_new:  # not for a token that another program refreshed long ago
+                changes = {"rejected": noted} if self.is_rejected(token) else {}
+            self._account_file.note(**(changes if token else {"suspect": None}))
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
         """Call with an access token; after a 401, once more with a new one."""
@@ -4656,7 +4657,6 @@ class Sandbox:
             return getattr(self, "_do_" + name)(asked, request)
 
     def _do_authorize(self, asked: Any, request: Any) -> str:
-        """Return the page with the question, or where its answer leads."""
         from urllib.parse import urlencode
 
         for name, rule in _SANDBOX_RULES.items():

@@ -7655,7 +7655,7 @@ def test_a_passphrase_is_as_hard_to_guess_as_is_recommended(passphrase_file):
 
 def test_a_library_that_refuses_scrypt_is_a_setting_to_change(monkeypatch, tmp_path):
     scrypt = pytest.importorskip("cryptography.hazmat.primitives.kdf.scrypt")
-    refusal = sys.modules["cryptography.exceptions"].UnsupportedAlgorithm
+    refusal = pytest.importorskip("cryptography.exceptions").UnsupportedAlgorithm
 
     def refuse(*_settings):
         raise refusal("this version of OpenSSL does not support scrypt")
@@ -8862,7 +8862,7 @@ def test_a_paste_that_comes_in_more_lines_is_put_together(stdin_pipe, kind, piec
 LONG_CODES = {
     "url-safe": base64.urlsafe_b64encode(bytes(range(66))).decode(),
     "standard": base64.b64encode(bytes(range(255, 189, -1))).decode(),
-    "dotted": "eyJhbGciOiJIUzI1NiJ9.1KTOQsxFMSpPSqDeuX2eFfFtibVqt.jgT8tP3lHH13Pt8TgjtqVbi",
+    "dotted": "eyJhbGciOiJIUzI1NiJ9.1KTOQsxFMSpPSqDeuX2eFfFtibVqt.jgT8tP3lHH13Pt8Tgj",
     "with-a-slash": "4/0AX4XfWh" + base64.urlsafe_b64encode(bytes(range(54))).decode(),
 }
 
@@ -9909,6 +9909,35 @@ def test_a_newer_token_of_the_store_counts_more_than_a_suspicion(kept):
     assert kept.requests == 1
 
 
+def test_a_success_takes_a_suspicion_back_and_no_refusal(kept):
+    kept.save()
+    service = kept.service()
+    second = service.refresh(rejected=service.access_token()).access_token
+    service.note_rejected("")
+    assert not service.is_rejected(second)
+    third = service.refresh(rejected=second).access_token
+    service.note_rejected(third)
+    service.note_rejected("")  # another endpoint has taken it
+    kept.clock.now += 2 * claude_oauth.REFRESH_BUFFER
+    assert service.is_rejected(third)
+
+
+def test_the_late_refusal_of_an_older_token_changes_nothing(kept):
+    first = kept.save().access_token
+    service = kept.service()
+    second = service.refresh(rejected=first).access_token
+    service.note_rejected(second)
+    service.note_rejected(first)
+    assert service.is_rejected(second) and not service.is_rejected(first)
+
+
+def test_an_answer_that_comes_after_a_logout_leaves_no_file(signed_in):
+    folder = os.path.dirname(signed_in.storage.path)
+    signed_in.logout()
+    signed_in.note_rejected("")
+    assert os.listdir(folder) == ["lock"]
+
+
 def test_a_token_that_was_good_for_a_time_is_refreshed_again(kept):
     kept.save()
     service = kept.service()
@@ -10387,6 +10416,17 @@ class FullDisk(claude_oauth.FileStorage):
         if self.is_full:
             raise claude_oauth.StorageError("cannot write: no space left on device")
         super().save(credentials)
+
+
+def test_a_spent_token_is_noted_for_version_0_1_0_too(kept):
+    """It knows `refused` alone, and may share the directory."""
+    kept.save(-1)
+    service = kept.service(FullDisk(kept.path))
+    service.access_token()
+    with open(service.storage.account_file) as file:
+        notes = json.load(file)["claudeOauthMemory"]
+    assert notes["refused"] == notes["spent"]
+    assert notes["refused_until"] > kept.clock.now + 300 * 86400
 
 
 def test_a_refusal_in_doubt_does_not_free_a_token_that_is_spent(kept):
@@ -12107,6 +12147,19 @@ def test_a_login_whose_save_fails_once_is_kept(config, browser, tmp_path):
     service = claude_oauth.OAuthService(config, FullOnce(tmp_path / "c.json"))
     token = sign_in(service, browser).access_token
     assert claude_oauth.FileStorage(tmp_path / "c.json").load().access_token == token
+
+
+def test_a_login_that_an_unsaved_sign_in_replaced_is_not_called_spent(
+    config, browser, tmp_path
+):
+    path = tmp_path / "c.json"
+    sign_in(claude_oauth.OAuthService(config, claude_oauth.FileStorage(path)), browser)
+    service = claude_oauth.OAuthService(config, FullDisk(path))
+    with pytest.raises(claude_oauth.StorageError, match="no space left"):
+        sign_in(service, browser)
+    service.refresh()
+    next_one = claude_oauth.OAuthService(config, claude_oauth.FileStorage(path))
+    assert next_one.refresh().access_token
 
 
 def test_a_login_in_memory_alone_is_one_to_log_out_of(config, browser, tmp_path):
