@@ -277,7 +277,7 @@ def hides_locals(subject: _T) -> _T:
 
 
 _SPECIAL: Final = ("__init__", "__call__", "__enter__", "__setattr__", "__delattr__")
-_UNGUARDED: Final = ("_", "access_token", "auth_headers")  # the two clear their own
+_UNGUARDED: Final = ("_", "access_token", "auth_headers")  # the latter two clear theirs
 
 
 def _clearing_frames(function: Any) -> Any:
@@ -3966,7 +3966,7 @@ class OAuthService:
         return all((is_noted, is_alive, stored.access_token == token))
 
     def note_rejected(self, token: str, *, is_new: bool = False) -> None:
-        """Note that a suspect is refused, or suspect a new one; "": it is accepted."""
+        """Note the refusal of a suspected token, or suspect a new one; "" ends that."""
         noted, until = fingerprint(token), self._clock() + REFRESH_BUFFER
         # After an error the next 401 notes it.
         with suppress(ClaudeOAuthError), self.storage.lock(SHORT_WAIT):
