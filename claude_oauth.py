@@ -989,8 +989,9 @@ PASTE_REFUSALS: Final = (
     ("(?i)sk-ant-|^sk-", "that is a token or an API key, not a code: keep it safe"),
 )
 
-# Source: RFC 6749 appendix A.11 (VSCHAR), without the blank.
-_CODE: Final = f"[!-~]{{1,{MAX_PASTE_CHARS}}}"
+# Source: RFC 6749 appendix A.11 (VSCHAR), without the blank, and without what a page
+# shows that has no code.
+_CODE: Final = f"(?!(?:null|undefined|None)$)[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  None of them looks like a word, a number,
 # a date or a path, or has a character of prompts, times and addresses in it.
 _WORD: Final = (
@@ -1121,12 +1122,11 @@ def _parse_pasted_code(text: str, state: str) -> str:
     code = "".join(re.findall(rf"\A{pattern}\Z", text))
     pieces = re.split(r"\s", code)
     joined = "".join(pieces)
-    no_code = rf".*(?:{re.escape(state)}|\.\.)|(?:null|undefined|None)$"
     faults = (
         # Two codes have the same length; the halves of one broken code hardly ever do.
         len(joined) == 2 * len(pieces[0]) >= 64,
         pieces[-1].ljust(8)[:8] in state,
-        not re.fullmatch(f"(?!{no_code}){_CODE}", joined),
+        not re.fullmatch(rf"(?!.*(?:{re.escape(state)}|\.\.)){_CODE}", joined),
     )
     if any(faults):
         raise ValueError("that is not a code")

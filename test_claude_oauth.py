@@ -2761,6 +2761,8 @@ BAD_PASTES = {
     "manual-page-itself": (MANUAL_URI, "state differs"),
     "address-with-wrong-state": (f"{MANUAL_URI}?code=a&state=b", "state differs"),
     "address-without-code": (f"{MANUAL_URI}?state={STATE}", "no code"),
+    "address-with-null": (f"{MANUAL_URI}?code=null&state={STATE}", "no code"),
+    "address-of-a-bug": (f"{LOOPBACK_URI}?code=undefined&state={STATE}", "no code"),
     "address-with-two-codes": (f"{LOOPBACK_URI}?{CALLBACK}&code=b", "twice"),
     "access-token": ("sk-ant-oat01-" + "x" * 40, "token or an API key"),
     "refresh-token": ("sk-ant-ort01-" + "x" * 40, "token or an API key"),
