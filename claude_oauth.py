@@ -989,8 +989,7 @@ PASTE_REFUSALS: Final = (
     ("(?i)sk-ant-|^sk-", "that is a token or an API key, not a code: keep it safe"),
 )
 
-# Source: RFC 6749 appendix A.11 (VSCHAR), without the blank, and without what a page
-# shows that has no code.
+# Source: RFC 6749 appendix A.11 (VSCHAR); not what a page shows that has no code.
 _CODE: Final = f"(?!(?:null|undefined|None)$)[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  None of them looks like a word, a number,
 # a date or a path, or has a character of prompts, times and addresses in it.
@@ -1528,8 +1527,9 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
-    tls = printable(str(error).rpartition(" (_ssl")[0].partition("] ")[2])
-    text = _FAILURES[row].format(route=route, kind=kind, tls=f"{kind} {tls}".strip())
+    told = str(error).partition("[SSL")[2].partition("] ")[2].partition(" (_ssl")[0]
+    tls = printable(f"{kind} {told}")
+    text = _FAILURES[row].format(route=route, kind=kind, tls=tls)
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
 
