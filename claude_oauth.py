@@ -997,11 +997,12 @@ _WORD: Final = (
     r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
     r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
 )
-_NO_PIECE: Final = rf"(?:(?<!\S)(?:\S*[^\s\w.~+/=-]|(?!\S{{32}})\S*[./])\S*|{_WORD})"
+_PROSE: Final = r"(?<!\S)(?:\S*[^\s\w.~+/=-]|/[A-Za-z][a-z]+/|(?!\S{32})\S*[./])\S*"
+_NO_PIECE: Final = f"(?:{_PROSE}|{_WORD})"
 _CODE_WITH_STATE: Final = (
     rf"(?s:(?!.*(?<!\S)(?!{_NO_PIECE})\S{{24,}}\s.*{_NO_PIECE}\s).*{_NO_PIECE}\s)?"
-    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
-    rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
+    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s)*"
+    rf"(?!(?=\S{{3}}|\W){_WORD})[^#&?:=\s]+=*)"
 )
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (
@@ -1527,9 +1528,8 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
-    told = str(error).partition("[SSL")[2].partition("] ")[2].partition(" (_ssl")[0]
-    tls = printable(f"{kind} {told}")
-    text = _FAILURES[row].format(route=route, kind=kind, tls=tls)
+    tls = str(error).partition("[SSL")[2].partition("] ")[2].partition(" (_ssl")[0]
+    text = _FAILURES[row].format(route=route, kind=kind, tls=printable(f"{kind} {tls}"))
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
 

@@ -2800,6 +2800,7 @@ BAD_PASTES = {
     "a-mails-signature": (f"{CODE}\n-- \n#{STATE}", "not a code"),
     "shortened": (f"{CODE[:20]}\u2026{CODE[-9:]}#{STATE}", "not a code"),
     "shortened-with-full-stops": (f"{CODE[:20]}...{CODE[-9:]}#{STATE}", "not a code"),
+    "a-word-as-the-code": (f"shows\n#{STATE}", "not a code"),
     "two-full-stops": (f"{CODE}..", "not a code"),
     "shortened-at-the-end": (f"{CODE[:30]}\u2026", "not a code"),
     "shortened-at-both-ends": (f"...{CODE[:30]}...", "not a code"),
@@ -8898,6 +8899,7 @@ REFUSED_BEFORE = (
     f"{MANUAL_URI}?code={CODE[:9]}",
     f"https://claude.com/cai/oauth/authorize?code=true&state={STATE}&code_challenge=x",
     "where is the code",
+    f"{MANUAL_URI}?code=\nexport CLAUDE_OAUTH_DIR=/srv/{CODE[::-1]}{CODE[::-1]}",
 )
 
 
