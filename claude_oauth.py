@@ -1001,8 +1001,8 @@ _PROSE: Final = r"(?<!\S)(?:\S*[^\s\w.~+/=-]|/[A-Za-z][a-z]+/|(?!\S{32})\S*[./])
 _NO_PIECE: Final = f"(?:{_PROSE}|{_WORD})"
 _CODE_WITH_STATE: Final = (
     rf"(?s:(?!.*(?<!\S)(?!{_NO_PIECE})\S{{24,}}\s.*{_NO_PIECE}\s).*{_NO_PIECE}\s)?"
-    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s)*"
-    rf"(?!(?=\S{{3}}|\W){_WORD})[^#&?:=\s]+=*)"
+    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
+    rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
 )
 # A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
 _BARE_CODE: Final = (

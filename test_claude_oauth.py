@@ -2800,7 +2800,6 @@ BAD_PASTES = {
     "a-mails-signature": (f"{CODE}\n-- \n#{STATE}", "not a code"),
     "shortened": (f"{CODE[:20]}\u2026{CODE[-9:]}#{STATE}", "not a code"),
     "shortened-with-full-stops": (f"{CODE[:20]}...{CODE[-9:]}#{STATE}", "not a code"),
-    "a-word-as-the-code": (f"shows\n#{STATE}", "not a code"),
     "two-full-stops": (f"{CODE}..", "not a code"),
     "shortened-at-the-end": (f"{CODE[:30]}\u2026", "not a code"),
     "shortened-at-both-ends": (f"...{CODE[:30]}...", "not a code"),
