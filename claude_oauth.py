@@ -339,7 +339,7 @@ def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) ->
     for secret in secrets:
         if len(secret) > 3:
             line = line.replace(secret, "…")
-    line = re.sub(r"sk-ant-[\w-]+", "sk-ant-…", line)
+    line = re.sub(r"(?<=sk-ant-)[\w-]+|(?<=//)[^/\s]+(?=@)", "…", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -904,7 +904,7 @@ def error_of_answer(
         text = "the server is limiting requests"
     elif status >= 500:
         text = f"the server is out of order ({status})"
-    elif code in _PASSING_CODES:
+    elif _text(code, _PASSING_CODES) is not None:
         text = f"the answer ({status}) is not the service's; a proxy may stand between"
     else:
         return TokenRefused(code, details or None, status)
@@ -920,10 +920,10 @@ _NO_TOKEN: Final = (
     r"|(?i:null|nil|none|undefined|true|false|bearer|todo|changeme|redacted|your-.*)$"
 )
 
-# Error codes that say nothing about the grant, whatever the status.
+# Error codes that say nothing about the grant, and HTTP's own phrases (`Not Found`).
 _PASSING_CODES: Final = (
-    "", "temporarily_unavailable", "server_error", "rate_limit_error",
-    "overloaded_error", "api_error", "timeout_error",
+    "(temporarily_unavailable|server_error|rate_limit_error|overloaded_error|api_error"
+    "|timeout_error)?|[A-Z].*[a-z].*"
 )
 
 
@@ -1112,8 +1112,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     text = re.sub(r"(?i)(?<!\S)[\w-]*code(?!\S)", "code", text)  # `auth_code`
     text = re.sub(rf"^(?i:state)\W+{re.escape(state)}\W*", "", text)
     pattern, mark = _BARE_CODE, text.find("#")
-    found = re.search(rf"#{re.escape(state)}(?![\w#-])", text)
-    if found:
+    if found := re.search(rf"#{re.escape(state)}(?![\w#-])", text):
         pattern, text = _CODE_WITH_STATE, text[: found.start()]
     elif mark >= 0 and state.startswith("".join(text[mark + 1 :].split())):
         raise ValueError("the end of the code is missing")
@@ -1431,6 +1430,7 @@ class OAuthClient:
 
         # Not compressed: a proxy that unpacks an answer may leave its Content-Encoding.
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        headers["Cache-Control"] = "no-store"  # for requests-cache, which is a Session
         headers["User-Agent"] = self.config.user_agent
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -4292,12 +4292,12 @@ class OAuthService:
     def _condition(self, stored: Credentials) -> tuple[bool, list[str]]:
         """Return whether a token can be obtained, and the warnings for a person."""
         now, file = self._clock(), self._account_file
-        # A key does not expire.
-        is_expired = time_left(stored.expires_at, now) <= 0 and not console_key(stored)
-        left = time_left(stored.refresh_token_expires_at, now)
+        timed = Credentials("") if console_key(stored) else stored  # a key never ends
+        is_expired = time_left(timed.expires_at, now) <= 0
+        left = time_left(timed.refresh_token_expires_at, now)
         wait = file.seconds_left("wait_until", WAIT_CEILING)
         pause, ends = describe_seconds(wait + 0.9), describe_seconds(left)
-        ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(stored)
+        ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(timed)
         is_last, is_foreign = not stored.refresh_token, self._view.is_read_only
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,

@@ -2036,6 +2036,7 @@ FOREIGN_TEXTS = {
     "token-with-zero-width": ("sk-ant-\u200boat01-abc", "sk-ant-…"),
     "secret": ("code sesame is used", "code … is used"),
     "secret-with-zero-width": ("code ses\u200bame is used", "code … is used"),
+    "password-in-an-address": ("redis://:sesame@h/0", "redis://…@h/0"),
     "short": ("a b", "a b"),
     "long": ("x" * 300, "x" * 199 + "…"),
     "not-text": (None, "None"),
@@ -3437,14 +3438,14 @@ def test_the_code_of_an_error_is_as_the_server_wrote_it(
     assert caught.value.code == "unsupported_grant_client"
 
 
-FOREIGN_TEXTS = {
+FOREIGN_ERRORS = {
     "a-list": "matched: ['uri'] failed: body=open sesame",
     "as-tls-writes": "[X] open sesame (_ssl.c:1)",
     "a-token-in-brackets": "[open sesame] and open sesame",
 }
 
 
-@pytest.mark.parametrize("text", FOREIGN_TEXTS.values(), ids=FOREIGN_TEXTS)
+@pytest.mark.parametrize("text", FOREIGN_ERRORS.values(), ids=FOREIGN_ERRORS)
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError, requests.ConnectionError])
 def test_the_text_of_another_programs_error_is_shown_nowhere(outside, text, kind):
     class Session(requests.Session):
@@ -3456,6 +3457,18 @@ def test_the_text_of_another_programs_error_is_shown_nowhere(outside, text, kind
         error = failure_of("refresh", client)
     assert kind.__name__ in str(error) or kind is requests.ConnectionError
     assert "sesame" not in chain_text(error)
+
+
+PHRASES = {404: "Not Found", 401: "Unauthorized", 400: "Bad Request", 403: "Forbidden"}
+
+
+@pytest.mark.parametrize("status", PHRASES)
+def test_a_phrase_of_http_as_the_error_is_a_gateways(scripted_server, status):
+    body = {"status": status, "error": PHRASES[status], "path": "/v1/oauth/token"}
+    scripted_server.add(status, body)
+    error = failure_of("refresh", client_for(scripted_server))
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert error.status == status
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -4050,6 +4063,7 @@ def test_an_answer_is_asked_for_without_compression(scripted_server):
     CALLS["refresh"](client_for(scripted_server))
     headers = scripted_server.requests[0].headers
     assert headers["Accept-Encoding"] == "identity"
+    assert headers["Cache-Control"] == "no-store"  # a host program may cache for us
 
 
 @pytest.mark.parametrize("fault", ["short"])
@@ -12165,6 +12179,19 @@ def test_a_login_that_an_unsaved_sign_in_replaced_is_not_called_spent(
     service.refresh()
     next_one = claude_oauth.OAuthService(config, claude_oauth.FileStorage(path))
     assert next_one.refresh().access_token
+
+
+@pytest.mark.parametrize("days", [1, 29, 40])
+def test_a_key_outlives_the_login_that_made_it(days):
+    with claude_oauth.Sandbox(scopes=claude_oauth.CONSOLE_SCOPES) as sandbox:
+        storage = claude_oauth.MemoryStorage()
+        service = claude_oauth.OAuthService(sandbox.config, storage)
+        service.login(console=True, open_browser=sandbox.approve, paste=False)
+        later = claude_oauth.OAuthService(
+            sandbox.config, storage, clock=lambda: time.time() + days * 86400
+        )
+        status = later.status()
+    assert status["logged_in"] and not status["warnings"]
 
 
 def test_a_login_in_memory_alone_is_one_to_log_out_of(config, browser, tmp_path):
