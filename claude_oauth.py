@@ -339,7 +339,7 @@ def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) ->
     for secret in secrets:
         if len(secret) > 3:
             line = line.replace(secret, "…")
-    line = re.sub(r"(?<=sk-ant-)[\w-]+|(?<=//)[^/\s]+(?=@)", "…", line)
+    line = re.sub(r"(?<=sk-ant-)[\w-]+|(?<=//)\S+(?=@)", "…", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -1430,7 +1430,7 @@ class OAuthClient:
 
         # Not compressed: a proxy that unpacks an answer may leave its Content-Encoding.
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
-        headers["Cache-Control"] = "no-store"  # for requests-cache, which is a Session
+        headers["Cache-Control"] = "no-store"  # else requests-cache may keep it
         headers["User-Agent"] = self.config.user_agent
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -1652,7 +1652,7 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
     if os.environ.get("HOME") != "":  # else it would be a directory of the root
         found = os.path.expanduser(found)
     if _text(found, f"(?s).*({_NO_PATH}).*") is not None:
-        why = "empty, quoted, a variable, foreign, or no home directory is known"
+        why = "empty, quoted, a variable, a URL, or no home directory is known"
         text = f"{printable(found)!r} is no path ({why}); give an absolute path"
         raise ConfigError(text)
     return os.path.abspath(found)
@@ -4235,7 +4235,7 @@ class OAuthService:
             except (StorageError, ConfigError) as error:
                 warn(f"nothing is revoked: {error}")
             if found := self.storage.delete() or bool(self._view.pending):
-                self._account_file.clear()  # else it may be another store's
+                self._account_file.clear()  # else it may be of another store
             self._view.pending = None
             self._view.remember(None)
         return found
