@@ -373,7 +373,7 @@ def class_of_fault(error: BaseException) -> Any:
     """Return ConfigError; Unavailable for a system without descriptors or memory."""
     passing = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, MemoryError)
     kind = getattr(error, "errno", type(error))
-    return Unavailable if kind in passing else ConfigError
+    return (ConfigError, Unavailable)[kind in passing]
 
 
 @hides_locals
@@ -610,8 +610,7 @@ _RECORD_FIELDS: Final[Mapping[str, tuple[str, Callable[[object], Any], Any]]] = 
 }
 _TOKEN_KEYS: Final = {key for key, *_ in _RECORD_FIELDS.values()}
 
-# The profile's fields: the key in the server's answer, and the key in account.json, ""
-# if the credential has the field instead.
+# The profile's fields: the key in the answer, and in account.json ("": not there).
 _ACCOUNT_FIELDS: Final = {
     "account_uuid": ("uuid", "accountUuid"),
     "email": ("email", "emailAddress"),
@@ -904,7 +903,7 @@ def error_of_answer(
         text = "the server is limiting requests"
     elif status >= 500:
         text = f"the server is out of order ({status})"
-    elif _text(code, _PASSING_CODES) is not None:
+    elif _text(f"{status} {code}", _PASSING_CODES):
         text = f"the answer ({status}) is not the service's; a proxy may stand between"
     else:
         return TokenRefused(code, details or None, status)
@@ -920,10 +919,10 @@ _NO_TOKEN: Final = (
     r"|(?i:null|nil|none|undefined|true|false|bearer|todo|changeme|redacted|your-.*)$"
 )
 
-# Error codes that say nothing about the grant, and HTTP's own phrases (`Not Found`).
+# Statuses and codes that say nothing about the grant; HTTP's own phrases (`Not Found`).
 _PASSING_CODES: Final = (
-    "(temporarily_unavailable|server_error|rate_limit_error|overloaded_error|api_error"
-    "|timeout_error)?|[A-Z].*[a-z].*"
+    r"(408|425) .*|\d+ ((temporarily_unavailable|server_error|rate_limit_error"
+    "|overloaded_error|api_error|timeout_error)?|[A-Z].*[a-z].*)"
 )
 
 
@@ -1087,7 +1086,7 @@ def _clean_paste(text: str, state: str) -> str:
     text = re.sub(rf"\\(?![nrt])|[{hidden}]", "", text.replace("\\u0026", "&"))
     text = re.sub("[\u2010-\u2015\u2212]", "-", text.replace("\u2014", "--"))
     text = re.sub("^([^=?]*)&state=", r"\1#", text)  # the end of an address
-    if re.fullmatch("(?is)[^=]*%3d[^=]*", text):
+    if re.search("(?i)^[^=]*%3d[^=]*$|[?&](?:url|q)=https?%3a", text):
         text = unquote(text)
     # Quotes, brackets and the lines of a box stand around an address or a code.
     quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f\u3008-\u3011"
@@ -1549,8 +1548,7 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
     from urllib.parse import urlsplit
 
     requests, parts = import_requests(), urlsplit(url)
-    # Plain http stays on this machine, whatever HTTP_PROXY or a session says: the key
-    # with the host takes precedence over all others.
+    # Plain http stays on this machine: the key with the host outranks any HTTP_PROXY.
     proxies = {f"http://{parts.hostname}": ""}
     merge = getattr(session, "merge_environment_settings", None)
     if parts.scheme == "http" or not merge:  # not a session of `requests`
@@ -1570,8 +1568,8 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
     problem = (
         "names a SOCKS proxy; get PySocks: pip install PySocks"
         if kind in ("InvalidSchema", "AttributeError")
-        else "is not a usable proxy URL; give it as http://host:port, and characters"
-        " like # ? / [ @ in a password as %23 %3F %2F %5B %40"
+        else "is not a usable proxy URL; give it as http://host:port, and a blank and"
+        " # ? / [ @ \\ in a password as %20 %23 %3F %2F %5B %40 %5C"
     )
     name = _variable_or("the session or OS proxy", proxy, ("HTTPS_PROXY", "ALL_PROXY"))
     raise ConfigError(f"{name} {problem}")
@@ -1594,7 +1592,7 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
         for each in [cert] if isinstance(cert, str) else cert or ():
             open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
-        text = f"{name} names {printable(path)}, which cannot be used"
+        text = f"{name} names {printable(repr(path))}, which cannot be used"
         text = f"{text} ({_reason(error)}); correct or unset it"
         raise class_of_fault(error)(text) from None
 
@@ -1671,8 +1669,7 @@ def warn(message: str, *, once: bool = False) -> None:
 
     if message not in _WARNED:
         logging.getLogger("claude_oauth").warning(message)
-    if once:
-        _WARNED.add(message)
+    _WARNED.update([message] * once)
 
 
 # Empty, quoted, with a variable, a template or a comment, a URL, a drive elsewhere.
@@ -2090,7 +2087,11 @@ class FileStorage(_RecordStorage):
         return file
 
     def _read_stored(self) -> dict[str, object]:
-        return self._parse(read_private(self.path, is_ours=not self.read_only))
+        data = read_private(self.path, is_ours=not self.read_only)
+        if not (data or b"").rstrip().endswith(b"}") and self.stamp() != "absent":
+            time.sleep(0.05)  # another program may be writing it right now
+            data = read_private(self.path, is_ours=not self.read_only)
+        return self._parse(data)
 
     def _read_record(self) -> dict[str, object]:
         stored, cipher = self._read_stored(), self._cipher
@@ -2531,7 +2532,7 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
     except (ConfigError, StorageError):  # which may quote it
         passphrase = None
     if passphrase is None:  # not shown if relative: it may be the passphrase itself
-        why = "is missing, empty or unreadable, or is no path"
+        why = "is missing, empty, unreadable or a pipe, or is no path"
         raise ConfigError(f"the passphrase file {name} {why}; give an absolute path")
     return FernetCipher(passphrase.rstrip(b"\r\n"))
 
@@ -4260,7 +4261,8 @@ class OAuthService:
             source, is_usable, warnings = "environment", True, self._hidden_login()
         elif stored := self._view.look():
             source, (is_usable, warnings) = "store", self._condition(stored)
-            method = "claude.ai" if stored.is_claude_ai else "console"
+            if stored.scopes or stored.api_key:  # else it is not known
+                method = ("console", "claude.ai")[stored.is_claude_ai]
             shown, account = stored, self._account_file.account(stored)
         expires_in = time_left(shown.expires_at, self._clock())
         return {
@@ -4613,7 +4615,8 @@ class Sandbox:
         request.body = request.rfile.read(int(length)) if length.isdecimal() else b""
         bearer = request.headers.get("Authorization", "").split("Bearer ")[-1]
         request.token = request.headers.get("x-api-key", bearer)
-        status, headers = 200, {"Content-Type": "application/json"}
+        # The form of the page may be sent.
+        status, headers = 200, {"Content-Security-Policy": "default-src 'none'"}
         try:
             answer = self._answer(request)
         except _SandboxRefusal as refusal:
@@ -4626,13 +4629,9 @@ class Sandbox:
         content = answer if isinstance(answer, str) else dump_json(answer)
         if content.startswith("http"):
             status, headers["Location"] = 302, content
-        elif content.startswith("<"):
-            headers["Content-Type"] = "text/html; charset=utf-8"
-        request.send_response_only(status)  # send_response would name the server
-        for header in headers.items():
-            request.send_header(*header)
-        request.end_headers()
-        request.wfile.write(content.encode())
+        elif not content.startswith("<"):
+            headers["Content-Type"] = "application/json"
+        respond(request, status, content, **headers)
 
     def _answer(self, request: Any) -> Any:
         """Return a page, an address to go to, or an object."""
@@ -4924,18 +4923,18 @@ def _status(options: Any) -> int:
     _print(options, {**status, **_without_empty({"check": word})}, rows)
     if status["source"] == "none" and not options.json:
         say("! run `claude-oauth login` to sign in")
-    code = 0 if status["logged_in"] else 3
+    code = 3 * (not status["logged_in"])
     return {"works": 0, "refused": 3, "unknown": 4}.get(word, code)
 
 
 def _check(service: OAuthService) -> str:
     """Ask the server with the present token; return its verdict, with the reason."""
     try:
-        token = service.access_token()
-        if token.startswith("sk-ant-api"):
-            return "unknown: an API key cannot ask for the profile"
-        OAuthClient(service.config).fetch_profile(token)
+        OAuthClient(service.config).fetch_profile(service.access_token())
     except (NotLoggedIn, TokenRefused) as error:
+        login = service.credentials()
+        if login and console_key(login):
+            return "unknown: an API key cannot ask for the profile"
         # A token is good if it is only too narrow for the profile (code, status).
         if error.args[::2] != ("permission_error", 403):
             return f"refused: {error}"
@@ -4949,7 +4948,7 @@ def _until(moment: float | None) -> str:
     if moment is None:
         return ""
     left = moment - time.time()
-    span = "in {}" if left > 0 else "ended {} ago"
+    span = ("ended {} ago", "in {}")[left > 0]
     return f"{span.format(describe_seconds(abs(left)))} ({describe_moment(moment)})"
 
 
@@ -5004,8 +5003,8 @@ def _logout(options: Any) -> None:
     """Revoke the login where the server can, and delete it here."""
     service = _service(options)
     found = service.logout()
-    where = service.storage.describe()
-    say(f"Logged out of {where}." if found else f"There was no login in {where}.")
+    text = ("There was no login in", "Logged out of")[found]
+    say(f"{text} {service.storage.describe()}.")
     for name in filter(setting, LOGIN_VARIABLES):
         say(f"{name} is set, and may still sign programs in.")
 

@@ -2711,6 +2711,7 @@ def test_a_paste_gives_the_code_and_the_manual_redirect(text):
     assert (granted.code, granted.redirect_uri) == (CODE, MANUAL_URI)
 
 
+WRAPPED = urllib.parse.quote(f"{LOOPBACK_URI}?{CALLBACK}", safe="")
 LOOPBACK_PASTES = {
     "broken-behind-a-name": f"{LOOPBACK_URI}?code={CODE}&state=\n{STATE}",
     "broken-and-indented": f"  {LOOPBACK_URI}?code={CODE}&state=\n  {STATE}\n",
@@ -2721,6 +2722,9 @@ LOOPBACK_PASTES = {
     "by-number": f"http://127.0.0.1:49152/callback?{CALLBACK}",
     "by-the-other-number": f"http://[::1]:49152/callback?{CALLBACK}",
     "with-fragment": f"{LOOPBACK_URI}?{CALLBACK}#_=_",
+    "by-safe-links": f"https://eu1.safelinks.protection.example.com/?url={WRAPPED}"
+    "&data=05%7C02%7Cx&sdata=ab%2Fc%3D&reserved=0",
+    "by-a-search": f"https://www.example.com/url?q={WRAPPED}&sa=D&source=e&ust=1",
 }
 
 
@@ -3470,6 +3474,16 @@ def test_a_phrase_of_http_as_the_error_is_a_gateways(scripted_server, status):
     error = failure_of("refresh", client_for(scripted_server))
     assert isinstance(error, claude_oauth.Unavailable)
     assert error.status == status
+
+
+@pytest.mark.parametrize("status", [408, 425])
+@pytest.mark.parametrize("code", ["invalid_request", "request_timeout", ""])
+def test_a_status_that_asks_to_repeat_passes_whatever_code_is_beside_it(
+    scripted_server, status, code
+):
+    scripted_server.add(status, {"error": code})
+    error = failure_of("profile", client_for(scripted_server))
+    assert isinstance(error, claude_oauth.Unavailable)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -4349,9 +4363,15 @@ def test_a_certificate_of_a_session_is_looked_at_too(outside):
             client.check()
 
 
+def test_a_line_end_in_the_name_of_a_bundle_is_shown(tls_server, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem\r")
+    with pytest.raises(claude_oauth.ConfigError, match=r"'/nowhere/ca\.pem\\r'"):
+        client_for(tls_server).check()
+
+
 def test_a_key_log_that_cannot_be_written_is_a_setting_to_fix(tls_server, monkeypatch):
     monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/keys.log")
-    with pytest.raises(claude_oauth.ConfigError, match="SSLKEYLOGFILE names /nowhere"):
+    with pytest.raises(claude_oauth.ConfigError, match="names '/nowhere"):
         client_for(tls_server).check()
 
 
@@ -5080,6 +5100,20 @@ def test_a_read_only_storage_changes_nothing(saved, folder):
         with pytest.raises(claude_oauth.StorageError, match="another program"):
             action()
     assert (sorted(os.listdir(folder)), saved.stamp()) == before
+
+
+UNFINISHED = {"truncated": b"", "begun": b'{"claudeAiOauth": {"', "nuls": bytes(64)}
+
+
+@pytest.mark.parametrize("written", UNFINISHED.values(), ids=UNFINISHED)
+def test_a_file_that_its_program_is_writing_is_read_once_more(
+    saved, monkeypatch, written
+):
+    storage = claude_oauth.FileStorage(saved.path, read_only=True)
+    whole = put_bytes(saved.path + ".whole", Path(saved.path).read_bytes())
+    put_bytes(saved.path, written)
+    monkeypatch.setattr(time, "sleep", lambda _: os.replace(whole, saved.path))
+    assert storage.load() == OLD_LOGIN
 
 
 CHANGES = {
@@ -13036,6 +13070,13 @@ def test_the_status_without_a_client_id_has_none(config):
     assert service.status()["client_id"] is None
 
 
+def test_the_path_of_a_login_without_scopes_is_unknown(at_noon):
+    change_stored(at_noon, scopes=())
+    assert at_noon.status()["method"] is None
+    change_stored(at_noon, api_key="sk-ant-api03-k")
+    assert at_noon.status()["method"] == "console"
+
+
 def test_the_status_of_a_login_says_all_and_asks_nobody(at_noon, auth_server):
     change_stored(at_noon, refresh_token_expires_at=1_802_592_000.0)
     auth_server.counts.clear()
@@ -16156,6 +16197,12 @@ def set_an_api_key(member, server, monkeypatch):
     monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-api03-x")
 
 
+def let_a_key_outlive_its_login(member, server, monkeypatch):
+    scopes = claude_oauth.CONSOLE_SCOPES
+    change_stored(member, api_key="sk-ant-api03-k", scopes=scopes, expires_at=1.0)
+    server.end_logins()
+
+
 def log_out(member, server, monkeypatch):
     member.logout()
 
@@ -16175,6 +16222,7 @@ CHECKS = {
     "gone": (be_gone, "unknown", 4),
     "wrong-answer": (answer_with_half_a_profile, "unknown", 4),
     "a-key": (set_an_api_key, "unknown", 4),
+    "a-key-beside-a-dead-login": (let_a_key_outlive_its_login, "unknown", 4),
 }
 
 
