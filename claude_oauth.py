@@ -763,9 +763,10 @@ class Profile(_Value):
 
 def generate_code_verifier() -> str:
     """Return a code verifier for one login: 43 characters.  Source: RFC 7636, 4.1."""
-    import secrets
+    import base64
 
-    return secrets.token_urlsafe(32)
+    # What `secrets` does; a script may have a secrets.py of its own, which hides that.
+    return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode("ascii")
 
 
 def code_challenge(verifier: str) -> str:

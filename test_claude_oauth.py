@@ -1983,6 +1983,17 @@ def test_the_challenge_is_the_one_of_rfc_7636_appendix_b():
     assert claude_oauth.code_challenge(verifier) == challenge
 
 
+@pytest.mark.parametrize("name", ["secrets", "token", "config", "credentials"])
+def test_a_script_may_have_modules_of_its_own_with_common_names(
+    monkeypatch, tmp_path, name
+):
+    (tmp_path / f"{name}.py").write_text("API_TOKEN = 'mine'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    assert len(claude_oauth.generate_code_verifier()) == 43
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 @pytest.mark.parametrize("make", ["generate_code_verifier", "generate_state"])
 def test_what_must_not_be_guessed_is_new_each_time_and_fits_an_address(make):
     made = {getattr(claude_oauth, make)() for _ in range(100)}
