@@ -216,7 +216,7 @@ class TokenRefused(ClaudeOAuthError):
     def __str__(self) -> str:
         reason = ": ".join(filter(None, (self.code, self.description)))
         if self.status == 403:
-            return f"this is not allowed ({reason}); it takes another scope or account"
+            return f"this is not allowed ({reason}); change scope, account or network"
         cure = _CURES.get(self.code, "log in again")
         return f"the server refused the login ({reason}); {cure}"
 
@@ -922,8 +922,8 @@ _NO_TOKEN: Final = (
 
 # Statuses and codes that say nothing about the grant; HTTP's own phrases (`Not Found`).
 _PASSING_CODES: Final = (
-    r"(408|425) .*|\d+ ((temporarily_unavailable|server_error|rate_limit_error"
-    "|overloaded_error|api_error|timeout_error)?|[A-Z].*[a-z].*)"
+    r"4(0[5-9]|[1-9]\d) (?!invalid_grant).*|\d+ ((temporarily_unavailable|api_error"
+    r"|server_error|rate_limit_\w+|overloaded_error|timeout_error)?|[A-Z].*[a-z].*)"
 )
 
 
@@ -2913,7 +2913,7 @@ def open_in_browser(url: str) -> bool:
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
         # Source: PyInstaller's manual, "LD_LIBRARY_PATH / LIBPATH considerations".
         original = environ.pop(name + "_ORIG", "")
-        if original or getattr(sys, "frozen", False):
+        if original or getattr(sys, "frozen", setting("APPDIR")):  # of an AppImage
             environ[name] = original
     for browser in find_browsers():
         command = ("{}", '"{}"')[os.path.isfile(browser)].format(browser)
@@ -3181,7 +3181,7 @@ def obtain_code(
             say(f"{problem[0].upper()}{problem[1:]}: paste the code instead.")
         _announce(automatic_url, manual_url, port, can_paste=prompt.is_open)
         if prompt.is_open and not prompt.is_readable():
-            say("This program is in the background: bring it back (fg) to paste.")
+            say("In the background nothing can be pasted (fg, timeout --foreground).")
         browser.start(automatic_url)
         listener.on_arrival = prompt.wake
         while not (granted := prompt.take()):

@@ -3487,9 +3487,9 @@ def test_a_phrase_of_http_as_the_error_is_a_gateways(scripted_server, status):
     assert error.status == status
 
 
-@pytest.mark.parametrize("status", [408, 425])
+@pytest.mark.parametrize("status", [405, 407, 408, 409, 413, 421, 425, 451, 499])
 @pytest.mark.parametrize("code", ["invalid_request", "request_timeout", ""])
-def test_a_status_that_asks_to_repeat_passes_whatever_code_is_beside_it(
+def test_a_status_that_is_no_refusal_passes_whatever_code_is_beside_it(
     scripted_server, status, code
 ):
     scripted_server.add(status, {"error": code})
@@ -8686,10 +8686,14 @@ def test_a_program_that_is_no_python_asks_the_desktop(no_python, world, listener
 
 
 @pytest.mark.parametrize("original", ["/usr/lib/mine", None], ids=["set", "unset"])
-def test_a_frozen_programs_libraries_are_not_for_the_browser(
-    world, listener, monkeypatch, original
+@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "app-image"])
+def test_a_bundles_libraries_are_not_for_the_browser(
+    world, listener, monkeypatch, original, is_frozen
 ):
-    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    if is_frozen:
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+    else:
+        world.setenv("APPDIR", "/tmp/.mount_x")
     world.setenv("LD_LIBRARY_PATH", "/tmp/_MEI123")
     if original:
         world.setenv("LD_LIBRARY_PATH_ORIG", original)
