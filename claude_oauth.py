@@ -501,8 +501,9 @@ class OAuthConfig(_Value):
                 raise ConfigError(f"{text} (plain http is for loopback alone)")
 
 
+_NULL: Final = "(?i:null|nil|none|undefined)$"  # what programs print for nothing
 # A client id or a scope, without the syntax of a shell, a template or an env file.
-_NAME: Final = r"(?![A-Z_]+=|sk-ant-|.*\s#\s|\*+$|null$)[^\"'`$<>{}\ufeff\0-\x1f]*"
+_NAME: Final = rf"(?![A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
@@ -512,9 +513,7 @@ _URL: Final = (
 
 # The values of each endpoint that need not be parsed: importing urllib is slow.
 _KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
-    name: [url]
-    for name, url in vars(OAuthConfig).items()
-    if name.endswith(("_url", "_uri"))
+    n: [url] for n, url in vars(OAuthConfig).items() if n.endswith(("_url", "_uri"))
 }
 _KNOWN_ENDPOINTS["revoke_url"] += (None, "")
 
@@ -914,10 +913,11 @@ def error_of_answer(
 
 # Not an access token: a refresh token, a name, a path, `null`, in base64, cut.
 _NO_TOKEN: Final = (
-    r"sk-ant-(ort|sid|admin)|sk-ant-([a-z]+\d*-?)?$|[A-Z_]+=|\w*(?i:token|key)=|[.~]+/"
-    r"|.*\.{3}|/([a-z]{2,}|Users|Volumes)/|(process\.)?(env|vars|secrets)\.|projects/"
-    r"|[A-Z]+_[A-Z_]+$|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|eyJjbGF1ZGV|ewog|ew0K"
-    r"|(?i:null|nil|none|undefined|true|false|bearer|todo|changeme|redacted|your-.*)$"
+    r"sk-ant-(ort|sid|admin|([a-z]+\d*-?)?$)|[A-Z_]+=|\w*(?i:token|key)=|[.~]+/|kv/"
+    r"|.*(\.{3}|\.(txt|json|env|key|pem)$)|/([a-z]{2,}|Users|Volumes)/|projects/"
+    r"|(process\.)?(env|vars?|secrets?|inputs|github)[./]|[A-Z]+_[A-Z_]+$|.+sk-ant-"
+    r"|System\.|c2stYW50|7b(22|0a)|eyJ(?!hbG|0eX|raW)|eyA|ew[k0o]"  # not a JWT
+    rf"|{_NULL}|(?i:true|false|bearer|todo|changeme|redacted|your-.*)$"
 )
 
 # Statuses and codes that say nothing about the grant; HTTP's own phrases (`Not Found`).
@@ -990,7 +990,7 @@ PASTE_REFUSALS: Final = (
 )
 
 # Source: RFC 6749 appendix A.11 (VSCHAR); not what a page shows that has no code.
-_CODE: Final = f"(?!(?:null|undefined|None)$)[!-~]{{1,{MAX_PASTE_CHARS}}}"
+_CODE: Final = f"(?!{_NULL})[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  None of them looks like a word, a number,
 # a date or a path, or has a character of prompts, times and addresses in it.
 _WORD: Final = (
@@ -1066,7 +1066,7 @@ def parse_paste(text: str, *, state: str, manual_redirect_uri: str) -> GrantedCo
         raise ValueError("that is not a code")
     # The whole screen may have been copied: then the state stands behind the code.
     if "#" + state not in cleaned:
-        if "code_challenge=" in cleaned:
+        if "code_challenge=" in "".join(cleaned.split()):
             raise ValueError("that is the address to open, not the one after sign-in")
         if re.search(r"://|[?&]\w+=", cleaned):
             return _parse_pasted_address(cleaned, state, manual_redirect_uri)
@@ -1469,8 +1469,7 @@ class OAuthClient:
 
         # `requests` limits the wait for each packet, not a resolver or slow headers.
         deadline, error = Deadline(3 * self.config.timeout), None
-        # Try again after a dropped connection only: if the server has spent the refresh
-        # token, its successor is lost anyway, and a later try would send the same one.
+        # After a dropped connection a later call would send the same token in any case.
         for _ in range(1 + (body is None or is_refresh)):
             _nothing, failure = call_with_limit(request, deadline.left())
             error = _error_of_failure(failure, route)
@@ -1478,8 +1477,7 @@ class OAuthClient:
             if answers or str(error) != _DROPPED.format(route=route):
                 break
         data = bytes(content[:MAX_ANSWER_BYTES])
-        # An exception of the session may hold the request, and so the tokens: the one
-        # raised here holds only text.  A complete answer counts, whatever follows it.
+        # A complete answer counts, whatever follows.  The error holds text, no request.
         if error and not (parse_json_object(data) or _fields_of(data)):
             raise error
         return answers[0].status_code, answers[0].headers, data
@@ -1500,10 +1498,10 @@ _DROPPED: Final = "{route} dropped the connection; try again later"
 
 # The text for an exception of a class, or with one inside; the first match counts.
 _FAILURES: Final = {
-    "SSLError": "TLS to {route} failed ({tls}); check the clock, and if a proxy"
+    "SSLError": "TLS to {route} failed ({why}); check the clock, and if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
-    "ProxyError": "no connection to {route}: the proxy refused or did not answer;"
-    " check HTTPS_PROXY, with its user name and password",
+    "ProxyError": "no connection to {route}: the proxy refused or did not answer"
+    " ({why}); check HTTPS_PROXY, its user name and password, and the hosts it allows",
     "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
     "Timeout TimeoutError": "no answer from {route} in time; try again later",
     "ValueError TypeError AttributeError ImportError LookupError FileNotFoundError"
@@ -1529,7 +1527,8 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
     tls = str(error).partition("[SSL")[2].partition("] ")[2].partition(" (_ssl")[0]
-    text = _FAILURES[row].format(route=route, kind=kind, tls=printable(f"{kind} {tls}"))
+    tls += str(error).partition("Tunnel connection failed: ")[2][:3]  # HTTP's status
+    text = _FAILURES[row].format(route=route, kind=kind, why=printable(f"{kind} {tls}"))
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
 
@@ -1569,8 +1568,8 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
     problem = (
         "names a SOCKS proxy; get PySocks: pip install PySocks"
         if kind in ("InvalidSchema", "AttributeError")
-        else "is not a usable proxy URL; give it as http://host:port, and a blank and"
-        " # ? / [ @ \\ in a password as %20 %23 %3F %2F %5B %40 %5C"
+        else "is not a usable proxy URL, like http://host:port or socks5h://host:port;"
+        " give blanks and # ? / [ @ \\ in a password as %20 %23 %3F %2F %5B %40 %5C"
     )
     name = _variable_or("the session or OS proxy", proxy, ("HTTPS_PROXY", "ALL_PROXY"))
     raise ConfigError(f"{name} {problem}")
@@ -1647,7 +1646,7 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
     """Return a path from the root (None: a name in our directory), or ConfigError."""
     if path is None:
         path = os.path.join(default_directory(), name)
-    found = os.fsdecode(path)
+    found = os.fsdecode(path).rstrip("\r\n")
     if os.environ.get("HOME") != "":  # else it would be a directory of the root
         found = os.path.expanduser(found)
     if _text(found, f"(?s).*({_NO_PATH}).*") is not None:
@@ -1675,8 +1674,9 @@ def warn(message: str, *, once: bool = False) -> None:
 
 # Empty, quoted, with a variable, a template or a comment, a URL, a drive elsewhere.
 _NO_PATH: Final = (
-    "^\\s*$|^['%~${\ufeff\u2018\u201c\u201e\xab]|[\"`]|\\$[{(]|{{|\\s#\\s|,~|\0|^\\w+=|"
-    f"(^|[/\\\\_-])(\\$[A-Z_]+|<|%\\w+%)|^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
+    "^\\s*$|^['%~${\ufeff\u2018\u201c\u201e\xab]|[\"`]|\\$[{(]|{{|\\s#\\s|,[~/]|\0|"
+    f"^\\w+=|^([Nn]one|null|undefined)($|[/\\\\])|(^|[/\\\\_-])(\\$[A-Z_]+|<|%\\w+%)|"
+    f"^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
 )
 _WARNED: Final[set[str]] = set()  # what this process says only once
 _READABLE_BY_OTHERS: Final = "others can read this; set its mode to 0600 if you can"
@@ -1825,8 +1825,7 @@ _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
 RESERVED_BYTES: Final = 16384  # how much longer a record may get by a refresh
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
-# Any other error means that the lock is held: EAGAIN; on Windows EACCES or EDEADLK, and
-# under Wine the number of whatever error came before.
+# Other errors mean that it is held: EAGAIN; on Windows EACCES, EDEADLK, in Wine any.
 _LOCK_FAULTS: Final = {"nt": {errno.EBADF, errno.EINVAL}}.get(
     os.name, {*range(1000)} - {errno.EAGAIN}
 )
@@ -1896,8 +1895,7 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     def hold() -> Iterator[None]:
         deadline = Deadline(timeout)
         patience = Deadline(min(max(timeout / 2, 0.01), STORE_TIMEOUT))
-        # The kernel's lock cannot be waited for with a time limit, so this polls: a
-        # signal still arrives at once, and no thread is left waiting for the lock.
+        # The kernel knows no time limit, so this polls; signals still arrive at once.
         while (file := _open_locked(path, patience.left())) is None:
             left = deadline.left()
             if not left:
@@ -2355,8 +2353,7 @@ class KeychainStorage(_SecretStorage):
             raise self._failure(f"{SECURITY}: {_reason(error)}") from None
         if number == 0:
             return output
-        # -25300 stands for any failure of the search.  It is certain if the one line
-        # that `security` printed itself is the one that says so.
+        # -25300 is any failure of the search; only the one line of its own says which.
         own = re.findall(rb"^security: (\w*)", errors, re.MULTILINE)
         if number == -25300 and own == [b"SecKeychainSearchCopyNext"]:
             return None
@@ -2407,7 +2404,7 @@ class FernetCipher:
     def __init__(self, passphrase: str | bytes) -> None:
         if isinstance(passphrase, str):
             passphrase = passphrase.encode(errors="surrogatepass")
-        if not passphrase:
+        if not passphrase.strip():
             raise ConfigError("the passphrase is empty")
         self._fernet = import_package("cryptography.fernet")
         self._kdf = import_package("cryptography.hazmat.primitives.kdf.scrypt")
@@ -2721,7 +2718,7 @@ class AuthCodeListener:
 
         # Load now what a request needs, and let a first thread end: if all descriptors
         # were in use by then, the import would fail, and glibc would abort the process.
-        call_with_limit(lambda: importlib.import_module("hashlib"), CONNECTION_TIMEOUT)
+        call_with_limit(lambda: importlib.import_module("hmac"), CONNECTION_TIMEOUT)
         with type(self._cleanup)() as stack:
             servers = self._bind(stack)
             self.port = servers[0].server_address[1]
@@ -3181,7 +3178,7 @@ def obtain_code(
             say(f"{problem[0].upper()}{problem[1:]}: paste the code instead.")
         _announce(automatic_url, manual_url, port, can_paste=prompt.is_open)
         if prompt.is_open and not prompt.is_readable():
-            say("In the background nothing can be pasted (fg, timeout --foreground).")
+            say("It runs in the background: to paste, use fg or timeout --foreground.")
         browser.start(automatic_url)
         listener.on_arrival = prompt.wake
         while not (granted := prompt.take()):
@@ -3218,9 +3215,11 @@ def wait_left(until: float, now: float, longest: float) -> float:
 
 
 def require_login(credentials: Credentials | None) -> Credentials:
-    """Return the credential, or raise NotLoggedIn if there is none."""
+    """Return the credential; NotLoggedIn if there is none, else it must be usable."""
     if credentials is None:
         raise NotLoggedIn
+    if not _header_text(credentials.access_token):  # an error of a header would show it
+        raise StorageCorrupt("the access token is malformed; log in again")
     return credentials
 
 
@@ -3275,8 +3274,7 @@ class AccountFile:
         self._path = path or ""  # "": in memory alone
         self._config = config
         self._clock = clock
-        # What could not be written, and the file's content then: once that differs,
-        # another process has written something newer.
+        # What could not be written, and the file's content then: a newer one counts.
         self._unwritten: tuple[object, dict[str, object]] = (None, {})
 
     def fingerprint(self, credentials: Credentials) -> str:
@@ -3339,8 +3337,7 @@ class AccountFile:
             notes["account_of"] = [*map(self.fingerprint, (renewed, before))]
         kept = getattr(stored, "refresh_token", renewed.refresh_token)
         if before.refresh_token == kept != renewed.refresh_token:
-            # It is spent.  If the store still holds it, because the successor could not
-            # be saved, or a backup brings it back, it must not be sent again.
+            # It is spent: the store or a backup may hold it, but it is not sent again.
             notes["spent"] = notes["refused"] = self.fingerprint(before)
             notes["refused_until"] = now + MAX_LIFETIME  # version 0.1.0 knows no other
         self.note(**notes)
@@ -3405,7 +3402,7 @@ class AccountFile:
 
     def _load(self) -> dict[str, object]:
         found, (over, unwritten) = self._read(), self._unwritten
-        return unwritten if found == over else _object(found)
+        return (_object(found), unwritten)[found == over]
 
     def _read(self) -> dict[str, object] | None:
         """Return the content; {} if there is no file, None if it must stay as it is."""
@@ -3543,8 +3540,10 @@ class StoreView:
         pending: PendingSave | None = PendingSave(new, old, account)
         error: ClaudeOAuthError | None = None
         try:
+            # Unless another program, which knows no lock, has changed the login.
+            is_old = account is not None or _tokens(self.storage.load()) == _tokens(old)
             # Twice: some mounts only refuse to rewrite the file that was reserved.
-            if not _quietly(self.storage.save, new):
+            if is_old and not _quietly(self.storage.save, new):
                 self.storage.save(new)
             pending = None
         except Exception as problem:  # whatever it is: the token before it is spent
@@ -4306,6 +4305,7 @@ class OAuthService:
             "the login is in memory alone: it could not be saved": self._view.pending,
             f"requests to the server are paused for another {pause}": wait,
             f"the login ends in {ends}, refreshed or not: log in again": ends_soon,
+            "no API key is stored: `claude-oauth token` makes one": needs_key(stored),
         }
         # For these the token cannot be refreshed.
         faults = {
@@ -5076,7 +5076,7 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     codes = [each.status_code for each in (*answer.history, answer)]
     show(f"401       a token that died early is refreshed, and sent again: {codes}")
     service.logout()
-    left = "nothing" if service.credentials() is None else "something"
+    left = ("something", "nothing")[service.credentials() is None]
     show(f"          the grant is revoked; {left} is left in the store")
 
 

@@ -1624,6 +1624,9 @@ BAD_CLIENT_IDS = {
     "token": "sk-ant-oat01-secret",
     "masked": "***",
     "null": "null",
+    "undefined": "undefined",
+    "none": "None",
+    "comment-without-a-blank": "my-id #demo",
     "byte-order-mark": "\ufeffmy-id",
     "double-quotes": '"my-id"',
     "single-quotes": "'my-id'",
@@ -2392,6 +2395,18 @@ BAD_TOKENS = {
     "false": "false",
     "to-do": "TODO",
     "prefix-of-any": "sk-ant-",
+    "fields-in-base64": "eyJhY2Nlc3NUb2tlbiI6InNrIn0=",
+    "answer-in-base64": "eyJhY2Nlc3NfdG9rZW4iOiJzayJ9",
+    "spaced-json-in-base64": "eyAiY2xhdWRlQWlPYXV0aCI6IHt9fQ==",
+    "indented-json-in-base64": "ewoJImNsYXVkZUFpT2F1dGgiOiB7fX0=",
+    "path-in-a-vault": "secret/data/claude",
+    "path-in-its-store": "kv/claude/token",
+    "variable-of-a-plan": "var.claude_oauth_token",
+    "input-of-a-workflow": "inputs.token",
+    "context-of-a-workflow": "github.token",
+    "file": "token.txt",
+    "credentials-file": "credentials.json",
+    "file-in-a-folder": "secrets/claude_token",
     "admin-key": "sk-ant-admin01-secret",
     "name-of-a-secret": "projects/1/secrets/token/versions/latest",
     "path": "/run/secrets/claude_token",
@@ -2770,6 +2785,11 @@ BAD_PASTES = {
     "authorize-address": (
         f"https://claude.com/cai/oauth/authorize?code=true&state={STATE}"
         "&code_challenge=x&code_challenge_method=S256",
+        "address to open",
+    ),
+    "authorize-address-broken-in-a-name": (
+        f"https://claude.com/cai/oauth/authorize?code=true&state={STATE}"
+        "&code_chall\nenge=x&code_challenge_method=S256",
         "address to open",
     ),
     "other-page": (f"https://example.com/callback?{CALLBACK}", "another page"),
@@ -3680,6 +3700,15 @@ def test_a_proxy_that_refuses_is_named_without_its_password(
     assert proxy in str(error) and "HTTPS_PROXY" in str(error)
     assert "sesame" not in chain_text(error)
     assert not tls_server.requests
+
+
+def test_what_a_proxy_answers_is_told_by_its_status(
+    outside, scripted_server, monkeypatch
+):
+    monkeypatch.setenv("HTTPS_PROXY", scripted_server.origin)
+    error = failure_of("refresh", claude_oauth.OAuthClient(outside.config))
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert "ProxyError 501" in str(error) and "allows" in str(error)
 
 
 def test_a_certificate_behind_a_proxy_names_both(tls_server, proxy, monkeypatch):
@@ -4670,6 +4699,10 @@ UNEXPANDED = {
     "comment": "/srv/claude # kept here",
     "byte-order-mark": "\ufeff/srv/claude",
     "two-directories": "/srv/a,~/b",
+    "two-absolute-directories": "/srv/a,/srv/b",
+    "undefined": "undefined",
+    "none-in-front": "None/claude",
+    "null-in-front": "null/claude-oauth",
     "variable-behind-a-backslash": "\\$HOME/x",
     "variable-of-windows-inside": "/srv/%USERNAME%/x",
     "template-inside": "/home/{{ user }}/x",
@@ -4707,6 +4740,12 @@ REAL_PLACES = (
     *("/srv/{3F2504E0-4F89}/x", "/srv/com~apple~CloudDocs", "/srv/a (b), c/d"),
     *("/srv/Macintosh HD", "/srv/~x", "/srv/a=b", "/srv/x:y/z"),
 )
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_a_path_loses_the_line_end_behind_it(tmp_path, end):
+    path = str(tmp_path / "c.json")
+    assert claude_oauth.FileStorage(path + end).path == path
 
 
 @pytest.mark.parametrize("path", REAL_PLACES)
@@ -7595,7 +7634,7 @@ def test_two_files_of_one_passphrase_have_salts_of_their_own(passphrase_file):
     assert ciphers[0].decrypt(ciphers[1].encrypt(b"x")) == b"x"
 
 
-@pytest.mark.parametrize("passphrase", ["", b""], ids=["text", "bytes"])
+@pytest.mark.parametrize("passphrase", ["", b"", "\n", b" \r\n"])
 def test_an_empty_passphrase_is_refused(passphrase):
     with pytest.raises(claude_oauth.ConfigError, match="empty"):
         claude_oauth.FernetCipher(passphrase)
@@ -10388,6 +10427,29 @@ def no_folder(folder):
         mend_folder(folder)
 
 
+SWAPS = {
+    "another-login": lambda path: put_bytes(path, record(accessToken=THEIRS)),
+    "its-refresh-token-alone": lambda path: put_bytes(path, record(refreshToken="r")),
+    "no-login": os.unlink,
+}
+THEIRS = "sk-ant-oat01-theirs"
+
+
+@pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
+def test_a_login_that_another_program_changes_during_a_refresh_is_its_own(kept, swap):
+    kept.save(-1)
+    service = kept.service()
+    with threads() as start, held(kept.server) as wait:
+        refreshing = start(service.access_token)
+        assert wait()
+        swap(kept.path)
+        theirs = kept.storage.load()
+        kept.server.gate.set()
+        assert refreshing.result(LIMIT)
+    assert kept.storage.load() == theirs
+    assert service.credentials() == theirs
+
+
 FAULTS = {
     "no-room": lambda kept: no_room(),
     "neither-read-nor-written": lambda kept: no_folder(kept.path.parent),
@@ -13085,6 +13147,13 @@ def test_the_status_without_a_client_id_has_none(config):
     assert service.status()["client_id"] is None
 
 
+def test_the_status_of_a_console_login_says_that_its_key_is_missing(at_noon):
+    change_stored(at_noon, scopes=claude_oauth.CONSOLE_SCOPES, api_key=None)
+    assert "no API key is stored" in at_noon.status()["warnings"][0]
+    change_stored(at_noon, api_key="sk-ant-api03-k")
+    assert not at_noon.status()["warnings"]
+
+
 def test_the_path_of_a_login_without_scopes_is_unknown(at_noon):
     change_stored(at_noon, scopes=())
     assert at_noon.status()["method"] is None
@@ -14443,6 +14512,19 @@ def test_a_missing_console_key_is_made_with_a_new_token_after_a_401(
     auth_server.expire_access_tokens()
     assert keyless.api_token() == keyless.credentials().api_key
     assert auth_server.counts["api_key"] == 3  # unavailable, 401, made
+
+
+NO_HEADERS = ["", " ", None, "sk-ant-oat01-secret\n", "${TOKEN}", "Bearer sk-ant-oat01"]
+
+
+@pytest.mark.parametrize("token", NO_HEADERS)
+def test_a_token_that_no_header_takes_is_not_handed_out(config, token):
+    storage = claude_oauth.MemoryStorage(claude_oauth.Credentials(token))
+    service = claude_oauth.OAuthService(config, storage)
+    for ask in (service.access_token, service.auth_headers, service.profile):
+        with pytest.raises(claude_oauth.StorageCorrupt, match="malformed") as caught:
+            ask()
+        assert not secrets_in(chain_text(caught.value))
 
 
 def test_a_login_of_unknown_scopes_makes_no_key(kept, auth_server):
