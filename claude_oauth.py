@@ -2088,7 +2088,7 @@ class FileStorage(_RecordStorage):
     def _read_stored(self) -> dict[str, object]:
         data = read_private(self.path, is_ours=not self.read_only)
         if not (data or b"").rstrip().endswith(b"}") and self.stamp() != "absent":
-            time.sleep(0.05)  # another program may be writing it right now
+            time.sleep(0.02)  # another program may be writing it right now
             data = read_private(self.path, is_ours=not self.read_only)
         return self._parse(data)
 
