@@ -916,7 +916,7 @@ _NO_TOKEN: Final = (
     r"sk-ant-(ort|sid|admin|([a-z]+\d*-?)?$)|[A-Z_]+=|\w*(?i:token|key)=|[.~]+/|kv/"
     r"|.*(\.{3}|\.(txt|json|env|key|pem)$)|/([a-z]{2,}|Users|Volumes)/|projects/"
     r"|(process\.)?(env|vars?|secrets?|inputs|github)[./]|[A-Z]+_[A-Z_]+$|.+sk-ant-"
-    r"|System\.|c2stYW50|7b(22|0a)|eyJ(?!hbG|0eX|raW)|eyA|ew[k0o]"  # not a JWT
+    r"|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
     rf"|{_NULL}|(?i:true|false|bearer|todo|changeme|redacted|your-.*)$"
 )
 

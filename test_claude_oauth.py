@@ -2350,7 +2350,10 @@ def test_a_token_from_outside_is_stripped(token):
     assert claude_oauth.clean_token(token) == "sk-1"
 
 
-@pytest.mark.parametrize("token", ["a", "mF_9.B5f-4.1JqM", "a~b+c/d=="])
+JWTS = ["eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln", "eyJ4NXQiOiJhIn0.eyJhIjoxfQ.c2ln"]
+
+
+@pytest.mark.parametrize("token", ["a", "mF_9.B5f-4.1JqM", "a~b+c/d==", *JWTS])
 def test_a_token_of_rfc_6750_is_taken_as_it_is(token):
     assert claude_oauth.clean_token(token) == token
 
