@@ -479,7 +479,7 @@ class OAuthConfig(_Value):
         name = "the client id (--client-id, CLAUDE_OAUTH_CLIENT_ID)"
         rules = {
             "scopes must be a list of names, each without quotes": scopes
-            and all(_text(scope, f"(?!.*,){_NAME}") for scope in scopes),
+            and all(_text(scope, rf"(?!.*[,\s]){_NAME}") for scope in scopes),
             f"{name} must be given alone, without quotes": client_id is not None,
             "timeout must be above 0 seconds and at most a day": is_number
             and 0 < timeout <= MAX_REQUEST_TIMEOUT,
@@ -915,8 +915,8 @@ def error_of_answer(
 _NO_TOKEN: Final = (
     r"sk-ant-(ort|sid|admin|([a-z]+\d*-?)?$)|[A-Z_]+=|\w*(?i:token|key)=|[.~]+/|kv/"
     r"|.*(\.{3}|\.(txt|json|env|key|pem)$)|/([a-z]{2,}|Users|Volumes)/|projects/"
-    r"|(process\.)?(env|vars?|secrets?|inputs|github)[./]|[A-Z]+_[A-Z_]+$|.+sk-ant-"
-    r"|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
+    r"|(process\.)?(env|vars?|secrets?|inputs|github|steps|needs)[./]|[A-Z]+_[A-Z_]+$"
+    r"|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
     rf"|{_NULL}|(?i:true|false|bearer|todo|changeme|redacted|your-.*)$"
 )
 
@@ -1647,6 +1647,7 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
     if path is None:
         path = os.path.join(default_directory(), name)
     found = os.fsdecode(path).rstrip("\r\n")
+    found *= (found, bool(name)) != (".", True)  # Path("") is "."; a file has a name
     if os.environ.get("HOME") != "":  # else it would be a directory of the root
         found = os.path.expanduser(found)
     if _text(found, f"(?s).*({_NO_PATH}).*") is not None:
@@ -2028,8 +2029,7 @@ class FileStorage(_RecordStorage):
         self.path = self._watched = absolute_path(path, "credentials.json")
         self.read_only = read_only
         self._cipher = cipher
-        # By the thread that holds the lock: the file that its next save will use.
-        self._reserved: dict[int, _AtomicFile | None] = {}
+        self._reserved: dict[int, _AtomicFile | None] = {}  # by thread, for its save
 
     @property
     def account_file(self) -> str | None:
@@ -2696,8 +2696,7 @@ class AuthCodeListener:
             raise ConfigError("the port must be from 0 to 65535; 0 takes a free one")
         self.port = port
         self.redirect_uri = ""
-        # Set when the code, or the server's refusal, is there.
-        self.arrived = threading.Event()
+        self.arrived = threading.Event()  # the code, or the server's refusal
         self._is_over = threading.Event()  # there is a page, or there will be none
         self.on_arrival: Callable[[], object] = lambda: None
         self._state = state
@@ -3079,7 +3078,8 @@ class _PastePrompt:
         # If a state or an address began here, the next line may be its rest.  The two
         # are tried together first: alone, half a code with the state would be accepted.
         pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
-        self._earlier = _text(self._earlier + text, pattern) or ""
+        known = _text(str(reason), ".*(to open|API key|code belongs).*")  # has no rest
+        self._earlier = _text((self._earlier + text) * (not known), pattern) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
         if (is_long or self._refusals >= MAX_PIPED_REFUSALS) and not self._is_terminal:
@@ -3215,11 +3215,9 @@ def wait_left(until: float, now: float, longest: float) -> float:
 
 
 def require_login(credentials: Credentials | None) -> Credentials:
-    """Return the credential; NotLoggedIn if there is none, else it must be usable."""
+    """Return the credential, or raise NotLoggedIn if there is none."""
     if credentials is None:
         raise NotLoggedIn
-    if not _header_text(credentials.access_token):  # an error of a header would show it
-        raise StorageCorrupt("the access token is malformed; log in again")
     return credentials
 
 
@@ -3512,7 +3510,9 @@ class StoreView:
         if self.pending:
             self._save_again()
         pending, before = self.pending, self._last
-        latest, stamp = before, self.storage.stamp()
+        latest, stamp = before, None
+        with suppress(StorageError):  # then read it
+            stamp = self.storage.stamp()
         if stamp is None or stamp != before[0]:
             latest = self._load(stamp, before[1])
             if self._last is before:  # else another thread knows something newer
@@ -3540,9 +3540,8 @@ class StoreView:
         pending: PendingSave | None = PendingSave(new, old, account)
         error: ClaudeOAuthError | None = None
         try:
-            # Unless another program, which knows no lock, has changed the login.
+            # Not over another program's login; twice, as mounts refuse a reserved file.
             is_old = account is not None or _tokens(self.storage.load()) == _tokens(old)
-            # Twice: some mounts only refuse to rewrite the file that was reserved.
             if is_old and not _quietly(self.storage.save, new):
                 self.storage.save(new)
             pending = None
@@ -3564,7 +3563,10 @@ class StoreView:
 
     def serve(self, credentials: Credentials, now: float) -> ServedToken:
         """Return a login to hand out, now and for LOOK_INTERVAL."""
-        served = self.served = ServedToken(credentials, now)
+        served = ServedToken(credentials, now)
+        if not _header_text(served.api_token):  # else the error of a header shows it
+            raise StorageCorrupt("the token is malformed; give it alone, or log in")
+        self.served = served
         # Checked last: not kept if a thread has refreshed, or while a save is pending.
         if credentials is not self._last[1] or self.pending:
             self.served = _NOTHING_SERVED
@@ -3680,8 +3682,7 @@ class Refresher:
         self._view = view
         self._account_file = view.account_file
         self._clock = clock
-        # By process id, as MemoryStorage's; held by the thread that refreshes.
-        self._mutexes: dict[int, threading.Lock] = {}
+        self._mutexes: dict[int, threading.Lock] = {}  # by process id; for a refresh
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed = _NOT_FAILED
         self._not_before = 0.0
@@ -4301,11 +4302,12 @@ class OAuthService:
         pause, ends = describe_seconds(wait + 0.9), describe_seconds(left)
         ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(timed)
         is_last, is_foreign = not stored.refresh_token, self._view.is_read_only
+        lacks_key = needs_key(stored) * (not is_foreign)
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
             f"requests to the server are paused for another {pause}": wait,
             f"the login ends in {ends}, refreshed or not: log in again": ends_soon,
-            "no API key is stored: `claude-oauth token` makes one": needs_key(stored),
+            "no API key is stored: `claude-oauth token` makes one": lacks_key,
         }
         # For these the token cannot be refreshed.
         faults = {
@@ -4611,12 +4613,11 @@ class Sandbox:
         return location
 
     def _handle(self, request: Any) -> None:
-        """Answer a request of `make_server`; the connection ends with the answer."""
+        """Answer a request of `make_server`; the page may send its form."""
         length = request.headers.get("Content-Length", "")
         request.body = request.rfile.read(int(length)) if length.isdecimal() else b""
         bearer = request.headers.get("Authorization", "").split("Bearer ")[-1]
         request.token = request.headers.get("x-api-key", bearer)
-        # The form of the page may be sent.
         status, headers = 200, {"Content-Security-Policy": "default-src 'none'"}
         try:
             answer = self._answer(request)
@@ -4879,8 +4880,9 @@ def _report(error: BaseException) -> int:
 
 
 def _service(options: Any) -> OAuthService:
-    given = {"client_id": options.client_id, "scopes": getattr(options, "scope", None)}
-    config = OAuthConfig.from_env().replace(**_without_empty(given))
+    given: Any = _without_empty({"CLAUDE_OAUTH_CLIENT_ID": options.client_id})
+    scopes = _without_empty({"scopes": getattr(options, "scope", None)})
+    config = OAuthConfig.from_env({**os.environ, **given}).replace(**scopes)
     return OAuthService(config, make_storage(options.store, options.dir))
 
 
@@ -5101,10 +5103,8 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     workers = [start(command, env=environ, stdout=pipe, stderr=null) for _ in range(8)]
     tokens = [t for w in workers if (t := w.communicate(timeout=LOCK_TIMEOUT)[0])]
     refreshes = sandbox.counts["refresh_token"] - before
-    return (
-        f"8 processes find an expired token: {refreshes} refresh,"
-        f" {len(tokens)} of 8 have a token, {len(set(tokens))} token in all"
-    )
+    found = f"{refreshes} refresh, {len(tokens)} of 8 have a token, {len(set(tokens))}"
+    return f"8 processes find an expired token: {found} token in all"
 
 
 def _filled(text: str) -> str:

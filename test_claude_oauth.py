@@ -1593,6 +1593,7 @@ BAD_SETTINGS = {
     "variable-for-a-scope": {"scopes": ["${SCOPE}"]},
     "no-scopes": {"scopes": []},
     "scopes-with-commas": {"scopes": ["user:profile,user:inference"]},
+    "scopes-with-blanks": {"scopes": ["user:profile user:inference"]},
     "time-without-end": {"timeout": 1e20},
     "no-token-url": {"token_url": None},
     "empty-profile-url": {"profile_url": ""},
@@ -2407,6 +2408,7 @@ BAD_TOKENS = {
     "variable-of-a-plan": "var.claude_oauth_token",
     "input-of-a-workflow": "inputs.token",
     "context-of-a-workflow": "github.token",
+    "output-of-a-step": "steps.auth.outputs.token",
     "file": "token.txt",
     "credentials-file": "credentials.json",
     "file-in-a-folder": "secrets/claude_token",
@@ -4736,6 +4738,14 @@ def test_what_is_no_path_is_refused_wherever_one_is_given(path, home, monkeypatc
                 with pytest.raises(claude_oauth.ConfigError, match="is no path"):
                     claude_oauth.make_storage("file")
     assert not list(home.iterdir())
+
+
+@pytest.mark.parametrize("path", ["", ".", Path("")], ids=repr)
+def test_a_file_that_has_no_name_is_refused(path):
+    for call in (claude_oauth.FileStorage, claude_oauth.KeyringStorage):
+        name = "path" if call is claude_oauth.FileStorage else "lock_path"
+        with pytest.raises(claude_oauth.ConfigError, match="is no path"):
+            call(**{name: path})
 
 
 REAL_PLACES = (
@@ -9302,6 +9312,28 @@ def test_in_a_terminal_a_wrong_paste_is_explained_and_the_right_one_taken(host_p
     finish(child)
 
 
+LONG = LONG_CODES["url-safe"]
+WRAPPED_BEFORE = {
+    "address-to-open": f"https://claude.com/cai/oauth/authorize?code=true&state={STATE}"
+    f"&code_challenge_method=S256&code_challenge={LONG[:43]}",
+    "older-code": f"{LONG[:40]}#{LONG[40:83]}",
+    "api-key": f"sk-ant-api03-{LONG}AA",
+}
+
+
+@pytest.mark.parametrize("before", WRAPPED_BEFORE.values(), ids=WRAPPED_BEFORE)
+def test_in_a_terminal_a_wrapped_paste_that_was_refused_has_no_rest(
+    host_program, before
+):
+    child = host_program()
+    child.send(before[:-24] + "\n" + before[-24:] + "\n")
+    child.expect_exact("Not taken")
+    child.expect_exact("Paste the code")
+    child.sendline(f"{CODE}#{STATE}")
+    child.expect_exact(f"granted True {MANUAL_URI}")
+    finish(child)
+
+
 TERMINAL_PASTES = {
     "bracketed": f"\x1b[200~{CODE}#{STATE}\x1b[201~\r",
     "broken-in-one-write": f"{CODE}#{STATE[:20]}\n{STATE[20:]}\n",
@@ -11079,6 +11111,36 @@ def test_a_refusal_that_is_noted_for_the_far_future_is_forgotten(kept, auth_serv
         kept.service().access_token()
     kept.clock.now = now
     assert kept.service().access_token() != kept.token
+
+
+class Outage(claude_oauth.MemoryStorage):
+    """A database that can be asked neither for its version nor for the record."""
+
+    is_over = True
+
+    def stamp(self):
+        if not self.is_over:
+            raise claude_oauth.StorageError("the database is down")
+
+    def load(self):
+        self.stamp()
+        return super().load()
+
+
+def test_a_store_whose_stamp_fails_is_served_from_memory_as_well(kept, caplog):
+    store = Outage(kept.issue(3600))
+    service = kept.service(store)
+    token, store.is_over = service.access_token(), False
+    kept.clock.advance(60)
+    assert {service.access_token() for _ in range(3)} == {token}
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize("token", ["", "sk-ant-oat01-old\n"])
+def test_a_login_that_is_a_refresh_token_alone_is_refreshed(kept, token):
+    login = kept.issue(-1).replace(access_token=token)
+    store = claude_oauth.MemoryStorage(login)
+    assert kept.service(store).access_token() == store.load().access_token != token
 
 
 class BusyLock(claude_oauth.MemoryStorage):
@@ -13159,6 +13221,12 @@ def test_the_status_of_a_console_login_says_that_its_key_is_missing(at_noon):
     assert not at_noon.status()["warnings"]
 
 
+def test_another_programs_console_login_is_not_told_to_make_a_key(at_noon, config):
+    change_stored(at_noon, scopes=claude_oauth.CONSOLE_SCOPES, api_key=None)
+    storage = claude_oauth.FileStorage(read_only=True)
+    assert not claude_oauth.OAuthService(config, storage).status()["warnings"]
+
+
 def test_the_path_of_a_login_without_scopes_is_unknown(at_noon):
     change_stored(at_noon, scopes=())
     assert at_noon.status()["method"] is None
@@ -14519,7 +14587,7 @@ def test_a_missing_console_key_is_made_with_a_new_token_after_a_401(
     assert auth_server.counts["api_key"] == 3  # unavailable, 401, made
 
 
-NO_HEADERS = ["", " ", None, "sk-ant-oat01-secret\n", "${TOKEN}", "Bearer sk-ant-oat01"]
+NO_HEADERS = ["", " ", "sk-ant-oat01-secret\n", "${TOKEN}", "Bearer sk-ant-oat01"]
 
 
 @pytest.mark.parametrize("token", NO_HEADERS)
@@ -16428,6 +16496,14 @@ def test_a_token_in_the_place_of_an_argument_is_not_repeated(command, args):
 
     assert said.code == 2 and "sk-ant-" in said.err
     assert not secrets_in(said.err)
+
+
+def test_an_option_outranks_a_variable_that_is_no_client_id(command, monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_CLIENT_ID", "null")
+    said = command("--client-id", "mine", "status", "--json")
+
+    assert json.loads(said.out)["client_id"] == "mine"
+    assert command("status").code == 2
 
 
 def test_a_wrong_option_of_a_command_shows_that_command_s_usage(command):
