@@ -373,7 +373,7 @@ def class_of_fault(error: BaseException) -> Any:
     """Return ConfigError; Unavailable for a system without descriptors or memory."""
     passing = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, MemoryError)
     kind = getattr(error, "errno", type(error))
-    return (ConfigError, Unavailable)[kind in passing]
+    return dict.fromkeys(passing, Unavailable).get(kind, ConfigError)
 
 
 @hides_locals
@@ -478,7 +478,7 @@ class OAuthConfig(_Value):
         is_number = isinstance(timeout, (int, float))
         name = "the client id (--client-id, CLAUDE_OAUTH_CLIENT_ID)"
         rules = {
-            "scopes must be a list of names, each without quotes": scopes
+            "scopes must be a list of names, without blanks, commas or quotes": scopes
             and all(_text(scope, rf"(?!.*[,\s]){_NAME}") for scope in scopes),
             f"{name} must be given alone, without quotes": client_id is not None,
             "timeout must be above 0 seconds and at most a day": is_number
@@ -501,7 +501,7 @@ class OAuthConfig(_Value):
                 raise ConfigError(f"{text} (plain http is for loopback alone)")
 
 
-_NULL: Final = "(?i:null|nil|none|undefined)$"  # what programs print for nothing
+_NULL: Final = "(?i:null|nil|none|undefined)$"  # how programs print a missing value
 # A client id or a scope, without the syntax of a shell, a template or an env file.
 _NAME: Final = rf"(?![A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 
@@ -764,7 +764,7 @@ def generate_code_verifier() -> str:
     """Return a code verifier for one login: 43 characters.  Source: RFC 7636, 4.1."""
     import base64
 
-    # What `secrets` does; a script may have a secrets.py of its own, which hides that.
+    # As secrets.token_urlsafe does; a script's own secrets.py would hide that module.
     return base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode("ascii")
 
 
@@ -1087,7 +1087,7 @@ def _clean_paste(text: str, state: str) -> str:
     text = re.sub(rf"\\(?![nrt])|[{hidden}]", "", text.replace("\\u0026", "&"))
     text = re.sub("[\u2010-\u2015\u2212]", "-", text.replace("\u2014", "--"))
     text = re.sub("^([^=?]*)&state=", r"\1#", text)  # the end of an address
-    if re.search("(?i)^[^=]*%3d[^=]*$|[?&](?:url|q)=https?%3a", text):
+    if re.search("(?i)^[^=]*%3d[^=]*$|[?&](?:url|q)=https?%3a", text):  # or in a link
         text = unquote(text)
     # Quotes, brackets and the lines of a box stand around an address or a code.
     quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f\u3008-\u3011"
@@ -1469,7 +1469,7 @@ class OAuthClient:
 
         # `requests` limits the wait for each packet, not a resolver or slow headers.
         deadline, error = Deadline(3 * self.config.timeout), None
-        # After a dropped connection a later call would send the same token in any case.
+        # Retry a dropped connection: a later call would send the same token anyway.
         for _ in range(1 + (body is None or is_refresh)):
             _nothing, failure = call_with_limit(request, deadline.left())
             error = _error_of_failure(failure, route)
@@ -1526,9 +1526,9 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
-    tls = str(error).partition("[SSL")[2].partition("] ")[2].partition(" (_ssl")[0]
-    tls += str(error).partition("Tunnel connection failed: ")[2][:3]  # HTTP's status
-    text = _FAILURES[row].format(route=route, kind=kind, why=printable(f"{kind} {tls}"))
+    why = str(error).partition("[SSL")[2].partition("] ")[2].partition(" (_ssl")[0]
+    why += str(error).partition("Tunnel connection failed: ")[2][:3]  # HTTP's status
+    text = _FAILURES[row].format(route=route, kind=kind, why=printable(f"{kind} {why}"))
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
 
@@ -1568,8 +1568,8 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
     problem = (
         "names a SOCKS proxy; get PySocks: pip install PySocks"
         if kind in ("InvalidSchema", "AttributeError")
-        else "is not a usable proxy URL, like http://host:port or socks5h://host:port;"
-        " give blanks and # ? / [ @ \\ in a password as %20 %23 %3F %2F %5B %40 %5C"
+        else "is no usable proxy URL like http://host:port or socks5h://host:port; give"
+        " blanks and # ? / [ @ \\ in a password as %20 %23 %3F %2F %5B %40 %5C"
     )
     name = _variable_or("the session or OS proxy", proxy, ("HTTPS_PROXY", "ALL_PROXY"))
     raise ConfigError(f"{name} {problem}")
@@ -1647,11 +1647,11 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
     if path is None:
         path = os.path.join(default_directory(), name)
     found = os.fsdecode(path).rstrip("\r\n")
-    found *= (found, bool(name)) != (".", True)  # Path("") is "."; a file has a name
+    no_path = {"": _NO_PATH}.get(name, rf"{_NO_PATH}|^\.$")  # for a file: Path("")
     if os.environ.get("HOME") != "":  # else it would be a directory of the root
         found = os.path.expanduser(found)
-    if _text(found, f"(?s).*({_NO_PATH}).*") is not None:
-        why = "empty, quoted, a variable, a URL, or no home directory is known"
+    if _text(found, f"(?s).*({no_path}).*") is not None:
+        why = "empty, null, quoted, a variable, a URL, or no home directory is known"
         text = f"{printable(found)!r} is no path ({why}); give an absolute path"
         raise ConfigError(text)
     return os.path.abspath(found)
@@ -1673,7 +1673,7 @@ def warn(message: str, *, once: bool = False) -> None:
     _WARNED.update([message] * once)
 
 
-# Empty, quoted, with a variable, a template or a comment, a URL, a drive elsewhere.
+# Empty, null, quoted, two paths, a variable, a template, a comment, a URL, a drive.
 _NO_PATH: Final = (
     "^\\s*$|^['%~${\ufeff\u2018\u201c\u201e\xab]|[\"`]|\\$[{(]|{{|\\s#\\s|,[~/]|\0|"
     f"^\\w+=|^([Nn]one|null|undefined)($|[/\\\\])|(^|[/\\\\_-])(\\$[A-Z_]+|<|%\\w+%)|"
@@ -1826,7 +1826,7 @@ _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
 RESERVED_BYTES: Final = 16384  # how much longer a record may get by a refresh
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
-# Other errors mean that it is held: EAGAIN; on Windows EACCES, EDEADLK, in Wine any.
+# Other errors mean "held": EAGAIN; EACCES or EDEADLK on Windows; any number in Wine.
 _LOCK_FAULTS: Final = {"nt": {errno.EBADF, errno.EINVAL}}.get(
     os.name, {*range(1000)} - {errno.EAGAIN}
 )
@@ -1896,7 +1896,7 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
     def hold() -> Iterator[None]:
         deadline = Deadline(timeout)
         patience = Deadline(min(max(timeout / 2, 0.01), STORE_TIMEOUT))
-        # The kernel knows no time limit, so this polls; signals still arrive at once.
+        # The kernel's lock has no time limit, so this polls; a signal arrives at once.
         while (file := _open_locked(path, patience.left())) is None:
             left = deadline.left()
             if not left:
@@ -2353,7 +2353,7 @@ class KeychainStorage(_SecretStorage):
             raise self._failure(f"{SECURITY}: {_reason(error)}") from None
         if number == 0:
             return output
-        # -25300 is any failure of the search; only the one line of its own says which.
+        # -25300 is any failed search; the item is missing if this is the only message.
         own = re.findall(rb"^security: (\w*)", errors, re.MULTILINE)
         if number == -25300 and own == [b"SecKeychainSearchCopyNext"]:
             return None
@@ -2907,9 +2907,9 @@ def open_in_browser(url: str) -> bool:
     environ = without(os.environ, ["TERM"])  # no text-mode browser runs without it
     quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
-        # Source: PyInstaller's manual, "LD_LIBRARY_PATH / LIBPATH considerations".
+        # Source: PyInstaller's manual, "LD_LIBRARY_PATH"; an AppImage sets APPDIR.
         original = environ.pop(name + "_ORIG", "")
-        if original or getattr(sys, "frozen", setting("APPDIR")):  # of an AppImage
+        if any((original, getattr(sys, "frozen", False), setting("APPDIR"))):
             environ[name] = original
     for browser in find_browsers():
         command = ("{}", '"{}"')[os.path.isfile(browser)].format(browser)
@@ -3078,8 +3078,8 @@ class _PastePrompt:
         # If a state or an address began here, the next line may be its rest.  The two
         # are tried together first: alone, half a code with the state would be accepted.
         pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
-        known = _text(str(reason), ".*(to open|API key|code belongs).*")  # has no rest
-        self._earlier = _text((self._earlier + text) * (not known), pattern) or ""
+        is_whole = _text(str(reason), ".*(to open|API key|code belongs).*")  # no rest
+        self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
         if (is_long or self._refusals >= MAX_PIPED_REFUSALS) and not self._is_terminal:
@@ -3178,7 +3178,7 @@ def obtain_code(
             say(f"{problem[0].upper()}{problem[1:]}: paste the code instead.")
         _announce(automatic_url, manual_url, port, can_paste=prompt.is_open)
         if prompt.is_open and not prompt.is_readable():
-            say("It runs in the background: to paste, use fg or timeout --foreground.")
+            say("Running in the background: to paste, use fg or timeout --foreground.")
         browser.start(automatic_url)
         listener.on_arrival = prompt.wake
         while not (granted := prompt.take()):
@@ -3272,7 +3272,7 @@ class AccountFile:
         self._path = path or ""  # "": in memory alone
         self._config = config
         self._clock = clock
-        # What could not be written, and the file's content then: a newer one counts.
+        # What could not be written, and the file's content then: newer content wins.
         self._unwritten: tuple[object, dict[str, object]] = (None, {})
 
     def fingerprint(self, credentials: Credentials) -> str:
@@ -3335,7 +3335,7 @@ class AccountFile:
             notes["account_of"] = [*map(self.fingerprint, (renewed, before))]
         kept = getattr(stored, "refresh_token", renewed.refresh_token)
         if before.refresh_token == kept != renewed.refresh_token:
-            # It is spent: the store or a backup may hold it, but it is not sent again.
+            # Spent: never sent again, even if the store or a backup still holds it.
             notes["spent"] = notes["refused"] = self.fingerprint(before)
             notes["refused_until"] = now + MAX_LIFETIME  # version 0.1.0 knows no other
         self.note(**notes)
@@ -3400,7 +3400,7 @@ class AccountFile:
 
     def _load(self) -> dict[str, object]:
         found, (over, unwritten) = self._read(), self._unwritten
-        return (_object(found), unwritten)[found == over]
+        return {True: unwritten, False: _object(found)}[found == over]
 
     def _read(self) -> dict[str, object] | None:
         """Return the content; {} if there is no file, None if it must stay as it is."""
@@ -3511,7 +3511,7 @@ class StoreView:
             self._save_again()
         pending, before = self.pending, self._last
         latest, stamp = before, None
-        with suppress(StorageError):  # then read it
+        with suppress(StorageError, ConfigError):  # without a stamp, it is read
             stamp = self.storage.stamp()
         if stamp is None or stamp != before[0]:
             latest = self._load(stamp, before[1])
@@ -3531,7 +3531,7 @@ class StoreView:
     def save(
         self, new: Credentials, old: Credentials | None, account: Record | None = None
     ) -> None:
-        """Save a new login in place of the *old* one, which the store holds.
+        """Save a new login in place of the *old* one, if the store still holds that.
 
         After an error it is served from memory, and every look tries to save it again.
         """
@@ -3540,7 +3540,7 @@ class StoreView:
         pending: PendingSave | None = PendingSave(new, old, account)
         error: ClaudeOAuthError | None = None
         try:
-            # Not over another program's login; twice, as mounts refuse a reserved file.
+            # Keep another program's login.  Twice: some mounts refuse a reserved file.
             is_old = account is not None or _tokens(self.storage.load()) == _tokens(old)
             if is_old and not _quietly(self.storage.save, new):
                 self.storage.save(new)
@@ -3562,10 +3562,10 @@ class StoreView:
         self.served = _NOTHING_SERVED
 
     def serve(self, credentials: Credentials, now: float) -> ServedToken:
-        """Return a login to hand out, now and for LOOK_INTERVAL."""
+        """Return a login to hand out, now and for LOOK_INTERVAL; or StorageCorrupt."""
         served = ServedToken(credentials, now)
-        if not _header_text(served.api_token):  # else the error of a header shows it
-            raise StorageCorrupt("the token is malformed; give it alone, or log in")
+        if not _header_text(served.api_token):  # an HTTP library's error would quote it
+            raise StorageCorrupt("the stored token is malformed; replace it, or log in")
         self.served = served
         # Checked last: not kept if a thread has refreshed, or while a save is pending.
         if credentials is not self._last[1] or self.pending:
@@ -4263,7 +4263,7 @@ class OAuthService:
         elif stored := self._view.look():
             source, (is_usable, warnings) = "store", self._condition(stored)
             if stored.scopes or stored.api_key:  # else it is not known
-                method = ("console", "claude.ai")[stored.is_claude_ai]
+                method = {True: "claude.ai", False: "console"}[stored.is_claude_ai]
             shown, account = stored, self._account_file.account(stored)
         expires_in = time_left(shown.expires_at, self._clock())
         return {
@@ -4302,7 +4302,7 @@ class OAuthService:
         pause, ends = describe_seconds(wait + 0.9), describe_seconds(left)
         ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(timed)
         is_last, is_foreign = not stored.refresh_token, self._view.is_read_only
-        lacks_key = needs_key(stored) * (not is_foreign)
+        lacks_key = all((needs_key(stored), not is_foreign))
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
             f"requests to the server are paused for another {pause}": wait,
@@ -4613,7 +4613,7 @@ class Sandbox:
         return location
 
     def _handle(self, request: Any) -> None:
-        """Answer a request of `make_server`; the page may send its form."""
+        """Answer a request of `make_server`, with a policy that lets a form be sent."""
         length = request.headers.get("Content-Length", "")
         request.body = request.rfile.read(int(length)) if length.isdecimal() else b""
         bearer = request.headers.get("Authorization", "").split("Bearer ")[-1]
@@ -4926,7 +4926,7 @@ def _status(options: Any) -> int:
     _print(options, {**status, **_without_empty({"check": word})}, rows)
     if status["source"] == "none" and not options.json:
         say("! run `claude-oauth login` to sign in")
-    code = 3 * (not status["logged_in"])
+    code = {True: 0, False: 3}[bool(status["logged_in"])]
     return {"works": 0, "refused": 3, "unknown": 4}.get(word, code)
 
 
@@ -4935,11 +4935,11 @@ def _check(service: OAuthService) -> str:
     try:
         OAuthClient(service.config).fetch_profile(service.access_token())
     except (NotLoggedIn, TokenRefused) as error:
-        login = service.credentials()
-        if login and console_key(login):
-            return "unknown: an API key cannot ask for the profile"
         # A token is good if it is only too narrow for the profile (code, status).
         if error.args[::2] != ("permission_error", 403):
+            login = service.credentials()
+            if login and console_key(login):
+                return "unknown: the API key in force cannot ask for the profile"
             return f"refused: {error}"
     except (Unavailable, BadAnswer) as error:
         return f"unknown: {error}"
@@ -4951,7 +4951,7 @@ def _until(moment: float | None) -> str:
     if moment is None:
         return ""
     left = moment - time.time()
-    span = ("ended {} ago", "in {}")[left > 0]
+    span = {True: "in {}", False: "ended {} ago"}[left > 0]
     return f"{span.format(describe_seconds(abs(left)))} ({describe_moment(moment)})"
 
 
@@ -5006,7 +5006,7 @@ def _logout(options: Any) -> None:
     """Revoke the login where the server can, and delete it here."""
     service = _service(options)
     found = service.logout()
-    text = ("There was no login in", "Logged out of")[found]
+    text = {True: "Logged out of", False: "There was no login in"}[found]
     say(f"{text} {service.storage.describe()}.")
     for name in filter(setting, LOGIN_VARIABLES):
         say(f"{name} is set, and may still sign programs in.")
@@ -5078,7 +5078,7 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     codes = [each.status_code for each in (*answer.history, answer)]
     show(f"401       a token that died early is refreshed, and sent again: {codes}")
     service.logout()
-    left = ("something", "nothing")[service.credentials() is None]
+    left = {True: "nothing", False: "something"}[service.credentials() is None]
     show(f"          the grant is revoked; {left} is left in the store")
 
 
@@ -5103,8 +5103,8 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     workers = [start(command, env=environ, stdout=pipe, stderr=null) for _ in range(8)]
     tokens = [t for w in workers if (t := w.communicate(timeout=LOCK_TIMEOUT)[0])]
     refreshes = sandbox.counts["refresh_token"] - before
-    found = f"{refreshes} refresh, {len(tokens)} of 8 have a token, {len(set(tokens))}"
-    return f"8 processes find an expired token: {found} token in all"
+    text = f"{refreshes} refresh, {len(tokens)} of 8 have a token"
+    return f"8 processes find an expired token: {text}, {len(set(tokens))} token in all"
 
 
 def _filled(text: str) -> str:
