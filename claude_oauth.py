@@ -372,7 +372,7 @@ def import_package(name: str, cure: str = "") -> Any:
 def class_of_fault(error: BaseException) -> Any:
     """Return ConfigError; Unavailable for a system without descriptors or memory."""
     passing = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, MemoryError)
-    kind = getattr(error, "errno", type(error))
+    kind: Any = getattr(error, "errno", type(error))
     return dict.fromkeys(passing, Unavailable).get(kind, ConfigError)
 
 
@@ -504,7 +504,6 @@ class OAuthConfig(_Value):
 _NULL: Final = "(?i:null|nil|none|undefined)$"  # how programs print a missing value
 # A client id or a scope, without the syntax of a shell, a template or an env file.
 _NAME: Final = rf"(?![A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
-
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
     r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
@@ -682,7 +681,7 @@ class Credentials(_Value):
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
             if name in cls._secret[:2] and is_needed and found[name] is None:
                 text = f"{key} in claudeAiOauth is missing or malformed"
-                raise StorageCorrupt(f"{text}; move the record away and log in again")
+                raise StorageCorrupt(f"{text}; log out, then log in again")
         return cls(**found)
 
     @classmethod
@@ -950,7 +949,7 @@ def clean_token(value: str) -> str:
     """Return a token without the blanks around it; ConfigError if it is none."""
     token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
     if not _text(token, rf"(?a)(?!{_NO_TOKEN})[\w.~+/-]+=*"):
-        raise ConfigError("CLAUDE_OAUTH_TOKEN is malformed; set it to the token alone")
+        raise ConfigError("CLAUDE_OAUTH_TOKEN is no access token; set it to the token")
     return token
 
 
@@ -1680,7 +1679,7 @@ _NO_PATH: Final = (
     f"^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
 )
 _WARNED: Final[set[str]] = set()  # what this process says only once
-_READABLE_BY_OTHERS: Final = "others can read this; set its mode to 0600 if you can"
+_READABLE_BY_OTHERS: Final = "others can read it; set its mode to 0600 (folder: 0700)"
 
 
 def _make_private(target: int | str, mode: int, subject: str) -> bool:
@@ -1716,7 +1715,7 @@ def read_private(
     try:
         # Not after opening it: a named pipe would hold the program up.
         if os.stat(path).st_mode & 0o170000 != 0o100000:  # S_IFMT, S_IFREG
-            raise StorageError(f"{path} is not a regular file; move it away")
+            raise StorageError(f"{path} is not a regular file; name another")
         with _try_for_a_while(open, path, "rb") as file:
             _check_owner_and_mode(file.fileno(), path, is_ours, any_owner)
             data = file.read(MAX_FILE_BYTES + 1)
@@ -1736,8 +1735,8 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
     found = os.fstat(fd)
     if found.st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    if not found.st_mode & 0o077:
-        return
+    if not found.st_mode & {True: 0o007, False: 0o077}[any_owner]:
+        return  # the group's mode may be an ACL for us alone, as systemd sets it
     if not is_ours:
         warn(f"{path}: {_READABLE_BY_OTHERS}", once=True)
     elif _make_private(fd, 0o600, os.path.dirname(path)):
@@ -1819,7 +1818,7 @@ class _AtomicFile:
 _DPAPI_MARK: Final = b"dpapi:"
 _UNDECRYPTABLE: Final = (
     "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
-    " or the passphrase is wrong; set the right one, or move it away and log in again"
+    " or the passphrase is wrong; set the right one, or log out and log in again"
 )
 _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
 _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
@@ -2188,7 +2187,7 @@ class _SecretStorage(_RecordStorage):
     """
 
     read_only = False
-    _cure = "`claude-oauth logout` removes it"
+    _cure = "`claude-oauth logout`, with the same options, removes it"
     # The store's name, and what to do if it cannot be used, or is locked.
     _title = _hint = _unlock = ""
     # Does "get", "set" (with data) or "delete" for an item; None: no such item, surely.
@@ -2275,7 +2274,7 @@ class _SecretStorage(_RecordStorage):
         return kind(f"the {self._title} {text}, or {_USE_FILE}")
 
 
-_USE_FILE: Final = "choose a file with `--store file`"
+_USE_FILE: Final = "set CLAUDE_OAUTH_STORE=file (`--store file` for one command)"
 STORE_TIMEOUT: Final = 10.0  # seconds: a dialog that nobody sees waits for ever
 SECURITY: Final = "/usr/bin/security"  # the first on PATH could be anybody's
 # The most bytes in a line for `security -i`, newline included.  From 4096 on, it stores
@@ -2559,7 +2558,6 @@ TEXT_BROWSERS: Final = (
     r"(?:www-browser|lynx|links2?|elinks|w3m|browsh|carbonyl|edbrowse|netrik|cha)"
     r"(?=[\s\"']|$)"
 )
-
 # What opens an address, in this order.  Source: `webbrowser`, wslu's manual.
 _RUNDLL: Final = "rundll32.exe url.dll,FileProtocolHandler"
 DESKTOP_BROWSERS: Final = {
@@ -2959,7 +2957,8 @@ class _PastePrompt:
             descriptor = sys.stdin.fileno()
             os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
-            if os.name == "posix" and not self._is_notebook:
+            is_file = isinstance(sys.stdin, io.TextIOWrapper)  # not so in PyCharm
+            if all((is_file, os.name == "posix", not self._is_notebook)):
                 self._needs_thread = self._is_idle = False
                 self._source, self._receive = descriptor, partial(os.read, descriptor)
                 self._size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
@@ -3734,9 +3733,9 @@ class Refresher:
             return self._read_foreign(other_than)
         began, deadline = time.monotonic(), Deadline(timeout)
         mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
-        if not mutex.acquire(timeout=timeout):
-            raise Unavailable("another thread is refreshing the login; try again later")
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # made first: Ctrl-C may come at any moment
+            if not mutex.acquire(timeout=timeout):
+                raise Unavailable("another thread is refreshing the login; try later")
             stack.callback(mutex.release)
             newest = require_login(self._view.look())  # a thread may have refreshed
             if self._suffices(newest, min_validity, other_than):
@@ -4409,9 +4408,10 @@ class BearerAuth:
         return self._is_ours("/".join(url.split("/", 3)[:3]))
 
     def _is_refusal(self, response: Any) -> bool:
-        # A redirect may lead to another host, whose answer says nothing about a token.
-        status, is_ours = response.status_code, self._may_sign(str(response.url))
-        return is_ours and is_token_refused(status, _body_of_refusal(response))
+        # A redirect may lead to another host, or (httpx) be followed without the token.
+        url, sent = str(response.url), response.request
+        is_ours = all((self._may_sign(url), not sent or _bearer_of(sent)))
+        return is_ours and is_token_refused(*_status_and_body(response))
 
     def _is_listed(self, origin: str) -> bool:
         from urllib.parse import urlsplit
@@ -4475,9 +4475,9 @@ class BearerAuth:
         return answer
 
 
-def _body_of_refusal(response: Any) -> bytes:
+def _status_and_body(response: Any) -> tuple[int, bytes]:
     is_read = response.status_code == 403 and hasattr(response, "raw")  # not httpx's
-    return bytes(response.content) if is_read else b""
+    return response.status_code, bytes(response.content) if is_read else b""
 
 
 def _bearer_of(request: Any) -> str:

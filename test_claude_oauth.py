@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import pickle
+import queue
 import re
 import secrets
 import shlex
@@ -7657,6 +7658,19 @@ def test_a_cipher_shows_no_passphrase(passphrase_file):
     assert "sesame" not in repr(claude_oauth.FernetCipher("open sesame"))
 
 
+@needs_posix
+@pytest.mark.parametrize(("mode", "warnings"), [(0o440, 0), (0o444, 1)])
+def test_a_group_that_an_acl_stands_for_is_no_reader_of_a_passphrase(
+    tmp_path, monkeypatch, caplog, mode, warnings
+):
+    pytest.importorskip("cryptography")
+    path = put_bytes(tmp_path / "passphrase", b"open sesame\n")
+    path.chmod(mode)
+    monkeypatch.setenv("CLAUDE_OAUTH_PASSPHRASE_FILE", str(path))
+    claude_oauth.make_storage("file", str(tmp_path))
+    assert len(caplog.records) == warnings
+
+
 def test_a_passphrase_may_be_a_file_of_the_system(tmp_path, monkeypatch):
     pytest.importorskip("cryptography")
     path = put_bytes(tmp_path / "passphrase", b"open sesame\r\n")
@@ -8501,16 +8515,16 @@ def visit(target):
 
 
 def test_the_browser_that_brings_the_code_wins(listener):
-    pages = []
+    pages = queue.Queue()  # the code may be there before its thread is listed
 
     def open_browser(url):
-        pages.append(bring_code(listener))
+        pages.put(bring_code(listener))
 
     granted = race(listener, open_browser=open_browser)
     listener.finish(PAGES["success"])
 
     assert granted == claude_oauth.GrantedCode(CODE, listener.redirect_uri)
-    assert pages[0].result().text == PAGES["success"]
+    assert pages.get(timeout=LIMIT).result().text == PAGES["success"]
 
 
 def test_a_function_that_opens_the_browser_may_wait_for_the_page(listener):
@@ -9159,6 +9173,28 @@ def test_without_a_usable_stdin_it_is_for_the_browser(monkeypatch, listener, std
         with pytest.raises(claude_oauth.LoginCancelled, match="nothing can be pasted"):
             race(listener, paste=True)
         assert race(listener, paste=True, open_browser=open_browser).code == CODE
+
+
+class ConsoleOfAnEditor:
+    """Its lines come from a window, and all else is that of the process's stdin."""
+
+    def __init__(self, stdin, lines):
+        self.stdin, self.lines = stdin, lines
+
+    def readline(self):
+        return next(self.lines)
+
+    def __getattr__(self, name):
+        return getattr(self.stdin, name)
+
+
+def test_a_console_whose_lines_come_from_elsewhere_than_its_descriptor_is_read(
+    stdin_pipe, monkeypatch
+):
+    lines = iter([f"{CODE}#{STATE}\n"])
+    monkeypatch.setattr(sys, "stdin", ConsoleOfAnEditor(sys.stdin, lines))
+
+    assert race(paste=True).code == CODE
 
 
 def test_lines_of_an_object_without_a_descriptor_are_pastes(monkeypatch):
@@ -14952,6 +14988,20 @@ def test_httpx_takes_no_token_along_when_it_is_redirected(
     httpx.get(messages_url, auth=auth, follow_redirects=True)
 
     assert [r.headers["Authorization"] for r in foreign_server.requests] == [None]
+
+
+def test_a_401_to_a_hop_that_httpx_left_unsigned_says_nothing_about_the_token(
+    httpx, httpx_auth, signed_in, auth_server, messages_url, scripted_server
+):
+    scripted_server.add(401, failure("authentication_error", "who are you?"))
+    headers = {"Location": scripted_server.origin}
+    auth_server.fail_next("api", 307, b"", headers)
+    auth = httpx_auth(signed_in)
+    answer = httpx.get(messages_url, auth=auth, follow_redirects=True)
+
+    assert answer.status_code == 401
+    assert [r.headers["Authorization"] for r in scripted_server.requests] == [None]
+    assert auth_server.counts["refresh_token"] == 0
 
 
 # -- Windows: real runs ----------------------------------------------------------------
