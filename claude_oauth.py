@@ -503,13 +503,12 @@ class OAuthConfig(_Value):
 
 _NULL: Final = "(?i:null|nil|none|undefined)$"  # how programs print a missing value
 # A client id or a scope, without the syntax of a shell, a template or an env file.
-_NAME: Final = rf"(?![A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
+_NAME: Final = rf"(?!\w+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
     r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
     r"(?:[/?#][!-\[\]-~]*)?"
 )
-
 # The values of each endpoint that need not be parsed: importing urllib is slow.
 _KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
     n: [url] for n, url in vars(OAuthConfig).items() if n.endswith(("_url", "_uri"))
@@ -918,10 +917,9 @@ _NO_TOKEN: Final = (
     r"|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
     rf"|{_NULL}|(?i:true|false|bearer|todo|changeme|redacted|your-.*)$"
 )
-
 # Statuses and codes that say nothing about the grant; HTTP's own phrases (`Not Found`).
 _PASSING_CODES: Final = (
-    r"4(0[5-9]|[1-9]\d) (?!invalid_grant).*|\d+ ((temporarily_unavailable|api_error"
+    r"4(0[5-9]|[1-9]\d) (?!invalid_[gcs]|unauth).*|\d+ ((temporarily_\w+|api_error"
     r"|server_error|rate_limit_\w+|overloaded_error|timeout_error)?|[A-Z].*[a-z].*)"
 )
 
@@ -987,7 +985,6 @@ PASTE_REFUSALS: Final = (
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
     ("(?i)sk-ant-|^sk-", "that is a token or an API key, not a code: keep it safe"),
 )
-
 # Source: RFC 6749 appendix A.11 (VSCHAR); not what a page shows that has no code.
 _CODE: Final = f"(?!{_NULL})[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  None of them looks like a word, a number,
@@ -1591,9 +1588,9 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
         for each in [cert] if isinstance(cert, str) else cert or ():
             open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
-        text = f"{name} names {printable(repr(path))}, which cannot be used"
-        text = f"{text} ({_reason(error)}); correct or unset it"
-        raise class_of_fault(error)(text) from None
+        shown = printable(path.replace("\r", "\\r"))
+        text = f"{name} names {shown}, which cannot be used ({_reason(error)})"
+        raise class_of_fault(error)(f"{text}; correct or unset it") from None
 
 
 def _reason(error: Exception) -> str:
@@ -1674,7 +1671,7 @@ def warn(message: str, *, once: bool = False) -> None:
 
 # Empty, null, quoted, two paths, a variable, a template, a comment, a URL, a drive.
 _NO_PATH: Final = (
-    "^\\s*$|^['%~${\ufeff\u2018\u201c\u201e\xab]|[\"`]|\\$[{(]|{{|\\s#\\s|,[~/]|\0|"
+    "^\\s*$|^['#%~${\ufeff\u2018\u201c\u201e\xab]|[\"`]|\\$[{(]|{{|\\s#\\s|,[~/]|\0|"
     f"^\\w+=|^([Nn]one|null|undefined)($|[/\\\\])|(^|[/\\\\_-])(\\$[A-Z_]+|<|%\\w+%)|"
     f"^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
 )
@@ -2957,7 +2954,7 @@ class _PastePrompt:
             descriptor = sys.stdin.fileno()
             os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
-            is_file = isinstance(sys.stdin, io.TextIOWrapper)  # not so in PyCharm
+            is_file = "pydev" not in type(sys.stdin).__module__  # PyCharm's console
             if all((is_file, os.name == "posix", not self._is_notebook)):
                 self._needs_thread = self._is_idle = False
                 self._source, self._receive = descriptor, partial(os.read, descriptor)
@@ -3077,7 +3074,8 @@ class _PastePrompt:
         # If a state or an address began here, the next line may be its rest.  The two
         # are tried together first: alone, half a code with the state would be accepted.
         pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
-        is_whole = _text(str(reason), ".*(to open|API key|code belongs).*")  # no rest
+        known = "1.*to open.*|.*(API key|code belongs).*"
+        is_whole = _text(f"{self._state in text:d} {reason}", known)  # it has no rest
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
@@ -3316,9 +3314,8 @@ class AccountFile:
 
     def start(self, login: Credentials, account: Record) -> None:
         """Replace the account and all notes, for a new login."""
-        key_owner = key_owner_of(login.api_key, account)
-        owners = [self.fingerprint(login)]
-        self.update(account, {"account_of": owners, "key_owner": key_owner})
+        notes = {"key_owner": key_owner_of(login.api_key, account)}
+        self.update(account, {**notes, "account_of": [self.fingerprint(login)]})
 
     def note_success(
         self, renewed: Credentials, before: Credentials, stored: Credentials | None
@@ -3539,9 +3536,12 @@ class StoreView:
         pending: PendingSave | None = PendingSave(new, old, account)
         error: ClaudeOAuthError | None = None
         try:
-            # Keep another program's login.  Twice: some mounts refuse a reserved file.
-            is_old = account is not None or _tokens(self.storage.load()) == _tokens(old)
-            if is_old and not _quietly(self.storage.save, new):
+            # A program that knows no lock may have stored another login: keep that.
+            stale = False
+            with suppress(Exception):  # a read that fails must not cost the new login
+                stale = account is None and _tokens(self.storage.load()) != _tokens(old)
+            # Twice: some mounts only refuse to rewrite the file that was reserved.
+            if not stale and not _quietly(self.storage.save, new):
                 self.storage.save(new)
             pending = None
         except Exception as problem:  # whatever it is: the token before it is spent
@@ -4019,11 +4019,10 @@ class OAuthService:
             TokenRefused: The token may not ask (403: it lacks user:profile).
             And what ``access_token`` raises.
         """
-        credentials = require_login(self.credentials())
+        login = require_login(self.credentials())
         if environment_token():
             return self._with_token(self._client.fetch_profile)[0]
-        account = self._account_file.account(credentials)
-        cached = Profile.from_record(account, credentials)
+        cached = Profile.from_record(self._account_file.account(login), login)
         if cached and not force:
             return cached
         profile, token = self._with_token(self._client.fetch_profile)
@@ -4189,9 +4188,8 @@ class OAuthService:
         """Turn a code into a stored credential; return it with its account."""
         with self.storage.lock(LOCK_TIMEOUT):
             stored = self.storage.load()  # before the code is spent: this may fail
-            uri = granted.redirect_uri
-            sent = {"verifier": verifier, "redirect_uri": uri, "state": state}
-            credentials = self._client.exchange_code(granted.code, **sent)
+            sent = {**vars(granted), "verifier": verifier, "state": state}
+            credentials = self._client.exchange_code(**sent)
             account: Record = {}
             if profile := self._try_profile(credentials.access_token):
                 account = profile.to_record()
@@ -4306,7 +4304,7 @@ class OAuthService:
             "the login is in memory alone: it could not be saved": self._view.pending,
             f"requests to the server are paused for another {pause}": wait,
             f"the login ends in {ends}, refreshed or not: log in again": ends_soon,
-            "no API key is stored: `claude-oauth token` makes one": lacks_key,
+            "no API key is stored: `claude-oauth token` can make one": lacks_key,
         }
         # For these the token cannot be refreshed.
         faults = {

@@ -1629,6 +1629,7 @@ BAD_CLIENT_IDS = {
     "undefined": "undefined",
     "none": "None",
     "comment-without-a-blank": "my-id #demo",
+    "parameter": "client_id=my-id",
     "byte-order-mark": "\ufeffmy-id",
     "double-quotes": '"my-id"',
     "single-quotes": "'my-id'",
@@ -3523,6 +3524,17 @@ def test_a_status_that_is_no_refusal_passes_whatever_code_is_beside_it(
     assert isinstance(error, claude_oauth.Unavailable)
 
 
+LASTING = ("invalid_client", "unauthorized_client", "invalid_scope")
+
+
+@pytest.mark.parametrize("code", ["invalid_grant", *LASTING])
+def test_a_code_of_oauth_is_a_refusal_whatever_status_is_beside_it(
+    scripted_server, code
+):
+    scripted_server.add(422, {"error": code})
+    assert failure_of("profile", client_for(scripted_server)).code == code
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_a_server_that_quotes_the_request_reveals_nothing(call):
     class Quoting(LoopbackServer):
@@ -4411,13 +4423,13 @@ def test_a_certificate_of_a_session_is_looked_at_too(outside):
 
 def test_a_line_end_in_the_name_of_a_bundle_is_shown(tls_server, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem\r")
-    with pytest.raises(claude_oauth.ConfigError, match=r"'/nowhere/ca\.pem\\r'"):
+    with pytest.raises(claude_oauth.ConfigError, match=r"/nowhere/ca\.pem\\r,"):
         client_for(tls_server).check()
 
 
 def test_a_key_log_that_cannot_be_written_is_a_setting_to_fix(tls_server, monkeypatch):
     monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/keys.log")
-    with pytest.raises(claude_oauth.ConfigError, match="names '/nowhere"):
+    with pytest.raises(claude_oauth.ConfigError, match="SSLKEYLOGFILE names /nowhere"):
         client_for(tls_server).check()
 
 
@@ -4703,6 +4715,7 @@ UNEXPANDED = {
     "variable-in-a-name": "/srv/claude-${NO_USER}/x",
     "template-in-a-name": "/srv/claude-{{ user }}/x",
     "comment": "/srv/claude # kept here",
+    "comment-alone": "# where the login is kept",
     "byte-order-mark": "\ufeff/srv/claude",
     "two-directories": "/srv/a,~/b",
     "two-absolute-directories": "/srv/a,/srv/b",
@@ -9053,6 +9066,18 @@ def test_what_was_refused_is_no_part_of_the_code_that_follows(stdin_pipe, earlie
     assert sys.stdin.readline() == "mine\n"
 
 
+@pytest.mark.parametrize("cut", [3, 8])
+def test_an_address_to_open_that_is_cut_in_its_state_is_no_part_of_a_code(
+    stdin_pipe, cut
+):
+    opened = "https://claude.com/cai/oauth/authorize?code=true&code_challenge=x&state="
+    earlier = f"{opened}{STATE[:cut]}\n{STATE[cut:]}"
+    stdin_pipe.write(f"{earlier}\n{CODE}#{STATE}\nmine\n".encode())
+
+    assert race(paste=True).code == CODE
+    assert sys.stdin.readline() == "mine\n"
+
+
 def test_two_refused_words_never_make_a_code(stdin_pipe):
     stdin_pipe.write(b"some-words-\nare-no-code\n")
     stdin_pipe.close()
@@ -9192,6 +9217,7 @@ def test_a_console_whose_lines_come_from_elsewhere_than_its_descriptor_is_read(
     stdin_pipe, monkeypatch
 ):
     lines = iter([f"{CODE}#{STATE}\n"])
+    monkeypatch.setattr(ConsoleOfAnEditor, "__module__", "_pydev_bundle.pydev_stdin")
     monkeypatch.setattr(sys, "stdin", ConsoleOfAnEditor(sys.stdin, lines))
 
     assert race(paste=True).code == CODE
@@ -11170,6 +11196,29 @@ def test_a_store_whose_stamp_fails_is_served_from_memory_as_well(kept, caplog):
     kept.clock.advance(60)
     assert {service.access_token() for _ in range(3)} == {token}
     assert len(warnings_of(caplog)) == 1
+
+
+class ReadFailsOnce(claude_oauth.MemoryStorage):
+    """A store whose first read after the request of a refresh fails, in its own way."""
+
+    server, problem = None, None
+
+    def load(self):
+        if self.server.counts["refresh_token"] and self.problem:
+            problem, self.problem = self.problem, None
+            raise problem
+        return super().load()
+
+
+@pytest.mark.parametrize("kind", [claude_oauth.StorageError, RuntimeError])
+def test_a_read_that_fails_after_a_refresh_does_not_keep_it_from_being_saved(
+    kept, caplog, kind
+):
+    store = ReadFailsOnce(kept.issue(-1))
+    store.server, store.problem = kept.server, kind("once")
+    token = kept.service(store).access_token()
+    assert (store.problem, store.load().access_token) == (None, token)
+    assert not warnings_of(caplog)
 
 
 @pytest.mark.parametrize("token", ["", "sk-ant-oat01-old\n"])
