@@ -503,7 +503,7 @@ class OAuthConfig(_Value):
 
 _NULL: Final = "(?i:null|nil|none|undefined)$"  # how programs print a missing value
 # A client id or a scope, without the syntax of a shell, a template or an env file.
-_NAME: Final = rf"(?!\w+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
+_NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
     r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
@@ -1588,7 +1588,7 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
         for each in [cert] if isinstance(cert, str) else cert or ():
             open(each, "rb").close()  # to load it may ask for a passphrase
     except (OSError, TypeError, ValueError) as error:
-        shown = printable(path.replace("\r", "\\r"))
+        shown = printable(repr(path).replace("\\\\", "\\"))  # not Windows' doubled
         text = f"{name} names {shown}, which cannot be used ({_reason(error)})"
         raise class_of_fault(error)(f"{text}; correct or unset it") from None
 
@@ -1732,8 +1732,8 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
     found = os.fstat(fd)
     if found.st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    if not found.st_mode & {True: 0o007, False: 0o077}[any_owner]:
-        return  # the group's mode may be an ACL for us alone, as systemd sets it
+    if not found.st_mode & {0o440: 0o007}.get(found.st_mode & 0o777 * any_owner, 0o077):
+        return  # 0440 may be an ACL for this user alone, as systemd sets it
     if not is_ours:
         warn(f"{path}: {_READABLE_BY_OTHERS}", once=True)
     elif _make_private(fd, 0o600, os.path.dirname(path)):
@@ -1815,7 +1815,7 @@ class _AtomicFile:
 _DPAPI_MARK: Final = b"dpapi:"
 _UNDECRYPTABLE: Final = (
     "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
-    " or the passphrase is wrong; set the right one, or log out and log in again"
+    " or the passphrase is wrong; set the right one, or move it away and log in again"
 )
 _ENCRYPTED_KEY: Final = "claudeOauthEncrypted"
 _OUR_KEYS: Final = (*RECORD_KEYS, _ENCRYPTED_KEY)
@@ -2954,7 +2954,7 @@ class _PastePrompt:
             descriptor = sys.stdin.fileno()
             os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
-            is_file = "pydev" not in type(sys.stdin).__module__  # PyCharm's console
+            is_file = "pydev_stdin.StdIn'" not in repr(type(sys.stdin))  # PyCharm
             if all((is_file, os.name == "posix", not self._is_notebook)):
                 self._needs_thread = self._is_idle = False
                 self._source, self._receive = descriptor, partial(os.read, descriptor)
@@ -3074,8 +3074,8 @@ class _PastePrompt:
         # If a state or an address began here, the next line may be its rest.  The two
         # are tried together first: alone, half a code with the state would be accepted.
         pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
-        known = "1.*to open.*|.*(API key|code belongs).*"
-        is_whole = _text(f"{self._state in text:d} {reason}", known)  # it has no rest
+        known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
+        is_whole = _text(f"{text}{reason}", known)  # it has no rest
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS

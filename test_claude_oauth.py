@@ -1630,6 +1630,7 @@ BAD_CLIENT_IDS = {
     "none": "None",
     "comment-without-a-blank": "my-id #demo",
     "parameter": "client_id=my-id",
+    "assignment-of-nothing": "CLIENT_ID=",
     "byte-order-mark": "\ufeffmy-id",
     "double-quotes": '"my-id"',
     "single-quotes": "'my-id'",
@@ -1646,6 +1647,10 @@ BAD_CLIENT_IDS = {
 def test_what_is_no_client_id_is_a_setting_to_fix(client_id):
     with pytest.raises(claude_oauth.ConfigError, match="CLAUDE_OAUTH_CLIENT_ID"):
         claude_oauth.OAuthConfig(client_id)
+
+
+def test_a_client_id_may_be_padded():
+    assert claude_oauth.OAuthConfig("c29tZQ==").client_id == "c29tZQ=="
 
 
 def test_a_client_id_may_be_an_address():
@@ -4423,13 +4428,13 @@ def test_a_certificate_of_a_session_is_looked_at_too(outside):
 
 def test_a_line_end_in_the_name_of_a_bundle_is_shown(tls_server, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem\r")
-    with pytest.raises(claude_oauth.ConfigError, match=r"/nowhere/ca\.pem\\r,"):
+    with pytest.raises(claude_oauth.ConfigError, match=r"/nowhere/ca\.pem\\r',"):
         client_for(tls_server).check()
 
 
 def test_a_key_log_that_cannot_be_written_is_a_setting_to_fix(tls_server, monkeypatch):
     monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/keys.log")
-    with pytest.raises(claude_oauth.ConfigError, match="SSLKEYLOGFILE names /nowhere"):
+    with pytest.raises(claude_oauth.ConfigError, match="SSLKEYLOGFILE names '/nowhere"):
         client_for(tls_server).check()
 
 
@@ -7672,7 +7677,7 @@ def test_a_cipher_shows_no_passphrase(passphrase_file):
 
 
 @needs_posix
-@pytest.mark.parametrize(("mode", "warnings"), [(0o440, 0), (0o444, 1)])
+@pytest.mark.parametrize(("mode", "warnings"), [(0o440, 0), (0o640, 1), (0o444, 1)])
 def test_a_group_that_an_acl_stands_for_is_no_reader_of_a_passphrase(
     tmp_path, monkeypatch, caplog, mode, warnings
 ):
@@ -9200,7 +9205,7 @@ def test_without_a_usable_stdin_it_is_for_the_browser(monkeypatch, listener, std
         assert race(listener, paste=True, open_browser=open_browser).code == CODE
 
 
-class ConsoleOfAnEditor:
+class StdIn:
     """Its lines come from a window, and all else is that of the process's stdin."""
 
     def __init__(self, stdin, lines):
@@ -9217,8 +9222,8 @@ def test_a_console_whose_lines_come_from_elsewhere_than_its_descriptor_is_read(
     stdin_pipe, monkeypatch
 ):
     lines = iter([f"{CODE}#{STATE}\n"])
-    monkeypatch.setattr(ConsoleOfAnEditor, "__module__", "_pydev_bundle.pydev_stdin")
-    monkeypatch.setattr(sys, "stdin", ConsoleOfAnEditor(sys.stdin, lines))
+    monkeypatch.setattr(StdIn, "__module__", "_pydev_bundle.pydev_stdin")
+    monkeypatch.setattr(sys, "stdin", StdIn(sys.stdin, lines))
 
     assert race(paste=True).code == CODE
 
@@ -9378,6 +9383,8 @@ LONG = LONG_CODES["url-safe"]
 WRAPPED_BEFORE = {
     "address-to-open": f"https://claude.com/cai/oauth/authorize?code=true&state={STATE}"
     f"&code_challenge_method=S256&code_challenge={LONG[:43]}",
+    "older-address-to-open": "https://claude.com/cai/oauth/authorize?code=true"
+    f"&state={LONG[:43]}&code_challenge_method=S256&code_challenge={LONG[43:86]}",
     "older-code": f"{LONG[:40]}#{LONG[40:83]}",
     "api-key": f"sk-ant-api03-{LONG}AA",
 }
