@@ -1643,7 +1643,7 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
     if path is None:
         path = os.path.join(default_directory(), name)
     found = os.fsdecode(path).rstrip("\r\n")
-    no_path = {"": _NO_PATH}.get(name, rf"{_NO_PATH}|^\.$")  # for a file: Path("")
+    no_path = {"": _NO_PATH}.get(name, rf"{_NO_PATH}|^\.$")  # Path("") is no file
     if os.environ.get("HOME") != "":  # else it would be a directory of the root
         found = os.path.expanduser(found)
     if _text(found, f"(?s).*({no_path}).*") is not None:
@@ -2954,8 +2954,9 @@ class _PastePrompt:
             descriptor = sys.stdin.fileno()
             os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
-            is_file = "pydev_stdin.StdIn'" not in repr(type(sys.stdin))  # PyCharm
-            if all((is_file, os.name == "posix", not self._is_notebook)):
+            # The stdin of PyCharm's console does not read what its descriptor does.
+            is_usual = "pydev_stdin.StdIn'" not in repr(type(sys.stdin))
+            if all((is_usual, os.name == "posix", not self._is_notebook)):
                 self._needs_thread = self._is_idle = False
                 self._source, self._receive = descriptor, partial(os.read, descriptor)
                 self._size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
@@ -3075,7 +3076,7 @@ class _PastePrompt:
         # are tried together first: alone, half a code with the state would be accepted.
         pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
         known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
-        is_whole = _text(f"{text}{reason}", known)  # it has no rest
+        is_whole = _text(f"{text}{reason}", known)  # nothing of it is still to come
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
