@@ -1394,11 +1394,8 @@ class OAuthClient:
         """End the grant behind a refresh token.  Source: RFC 7009 section 2.1."""
         if not self.config.revoke_url:
             raise ConfigError("no revoke_url is set; set one, or log out without it")
-        body = {
-            "token": token,
-            "token_type_hint": "refresh_token",
-            "client_id": self.client_id_for(None),
-        }
+        body = {"token": token, "token_type_hint": "refresh_token"}
+        body["client_id"] = self.client_id_for(None)
         self._send(self.config.revoke_url, body)
 
     def _send(
@@ -1648,8 +1645,8 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
         found = os.path.expanduser(found)
     if _text(found, f"(?s).*({no_path}).*") is not None:
         why = "empty, null, quoted, a variable, a URL, or no home directory is known"
-        text = f"{printable(found)!r} is no path ({why}); give an absolute path"
-        raise ConfigError(text)
+        cure = "give an absolute path (--dir, CLAUDE_OAUTH_DIR)"
+        raise ConfigError(f"{printable(found)!r} is no path ({why}); {cure}")
     return os.path.abspath(found)
 
 
@@ -2546,7 +2543,8 @@ MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corre
 # Characters that a terminal takes in one line; the rest is lost.  Source: tty(4).
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
 # epoll refuses files, poll refuses terminals on macOS, select descriptors over 1023.
-SELECTOR_KIND: Final = "Select" if sys.platform in ("darwin", "win32") else "Poll"
+# eventlet removes poll as well.
+SELECTOR: Final = ("Poll", "Select")[sys.platform in ("darwin", "win32")] + "Selector"
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 # Commands that are blank, or that would take the terminal for themselves.
@@ -2954,8 +2952,8 @@ class _PastePrompt:
             descriptor = sys.stdin.fileno()
             os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
-            # The stdin of PyCharm's console does not read what its descriptor does.
-            is_usual = "pydev_stdin.StdIn'" not in repr(type(sys.stdin))
+            # In PyCharm's and Thonny's console, the descriptor is not what stdin reads.
+            is_usual = type(sys.stdin).__name__ not in ("StdIn", "FakeInputStream")
             if all((is_usual, os.name == "posix", not self._is_notebook)):
                 self._needs_thread = self._is_idle = False
                 self._source, self._receive = descriptor, partial(os.read, descriptor)
@@ -3003,7 +3001,7 @@ class _PastePrompt:
         import selectors
 
         self._request_line()
-        with getattr(selectors, f"{SELECTOR_KIND}Selector")() as waiting:
+        with getattr(selectors, SELECTOR, selectors.SelectSelector)() as waiting:
             waiting.register(self._wake_up, selectors.EVENT_READ)
             if self.is_readable():
                 waiting.register(self._source, selectors.EVENT_READ)
@@ -3385,7 +3383,7 @@ class AccountFile:
         if self.is_refused(credentials):
             raise TokenRefused("invalid_grant", "refused before, and not sent again")
         if pause := self.seconds_left("wait_until", WAIT_CEILING):
-            span = describe_seconds(pause + 0.9)  # never 0 s
+            span = describe_seconds(pause + 0.999)  # never 0 s
             text = f"requests to the server are paused for {span}; try again then"
             raise Unavailable(text, pause)
 
@@ -3651,12 +3649,14 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
 
     # A default of these may be faulthandler's.
     others = dict.fromkeys(["ABRT", "USR1", "USR2", "PROF", "VTALRM"], signal.SIG_DFL)
+    # Not asyncio's handler: its loop has the signal already, and would get it twice.
+    idle = getattr(sys.modules.get("asyncio.unix_events"), "_sighandler_noop", None)
     # SIGINT first: what is restored last cannot interrupt the others.
     for name in ("INT", "TERM", "HUP", "ALRM", "BREAK", *others):
         number = getattr(signal, "SIG" + name, signal.SIGINT)
         found = signal.getsignal(number)
         # None is a handler that is not Python's; an ignored signal stays ignored.
-        if found not in (None, signal.SIG_IGN, handler, others.get(name)):
+        if found not in (None, signal.SIG_IGN, handler, idle, others.get(name)):
             previous[number] = found  # first: the next line may be interrupted
             with suppress(ValueError):  # a sub-interpreter: none arrives
                 signal.signal(number, handler)
@@ -4297,7 +4297,7 @@ class OAuthService:
         is_expired = time_left(timed.expires_at, now) <= 0
         left = time_left(timed.refresh_token_expires_at, now)
         wait = file.seconds_left("wait_until", WAIT_CEILING)
-        pause, ends = describe_seconds(wait + 0.9), describe_seconds(left)
+        pause, ends = describe_seconds(wait + 0.999), describe_seconds(left)
         ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(timed)
         is_last, is_foreign = not stored.refresh_token, self._view.is_read_only
         lacks_key = all((needs_key(stored), not is_foreign))
@@ -4378,7 +4378,8 @@ class BearerAuth:
         for name in names:
             if not _text(name, host):
                 shown = printable(str(name).split("@")[-1])
-                raise ConfigError(f"{shown!r} is not a host name; give that alone")
+                text = "is not a host name; give no scheme, port, path or blank"
+                raise ConfigError(f"{shown!r} {text}")
         api = urlsplit(service.config.profile_url).hostname
         self._hosts = {*map(str.lower, names), api}
         # A crawler asks about many origins; each is decided on once.
@@ -4458,7 +4459,7 @@ class BearerAuth:
             return response
         repeated = request.copy()
         try:
-            if not _rewind(repeated) or not self._renew(repeated):
+            if not self._renew(repeated) or not _rewind(repeated):
                 return response
         except ClaudeOAuthError:
             response.close()  # the caller does not get it

@@ -27,6 +27,7 @@ import pickle
 import queue
 import re
 import secrets
+import selectors
 import shlex
 import shutil
 import signal
@@ -4759,6 +4760,12 @@ def test_what_is_no_path_is_refused_wherever_one_is_given(path, home, monkeypatc
     assert not list(home.iterdir())
 
 
+def test_the_error_of_a_directory_says_where_to_give_another(monkeypatch):
+    monkeypatch.setenv("CLAUDE_OAUTH_DIR", "$HOME/logins")
+    with pytest.raises(claude_oauth.ConfigError, match="--dir, CLAUDE_OAUTH_DIR"):
+        claude_oauth.make_storage("file")
+
+
 @pytest.mark.parametrize("path", ["", ".", Path("")], ids=repr)
 def test_a_file_that_has_no_name_is_refused(path):
     for call in (claude_oauth.FileStorage, claude_oauth.KeyringStorage):
@@ -9218,12 +9225,20 @@ class StdIn:
         return getattr(self.stdin, name)
 
 
+@pytest.mark.parametrize("name", ["StdIn", "FakeInputStream"])
 def test_a_console_whose_lines_come_from_elsewhere_than_its_descriptor_is_read(
-    stdin_pipe, monkeypatch
+    stdin_pipe, monkeypatch, name
 ):
     lines = iter([f"{CODE}#{STATE}\n"])
-    monkeypatch.setattr(StdIn, "__module__", "_pydev_bundle.pydev_stdin")
-    monkeypatch.setattr(sys, "stdin", StdIn(sys.stdin, lines))
+    monkeypatch.setattr(sys, "stdin", type(name, (StdIn,), {})(sys.stdin, lines))
+
+    assert race(paste=True).code == CODE
+
+
+def test_a_login_waits_where_a_library_has_removed_poll(stdin_pipe, monkeypatch):
+    """eventlet has."""
+    monkeypatch.delattr(selectors, "PollSelector", raising=False)
+    stdin_pipe.write(f"{CODE}#{STATE}\n".encode())
 
     assert race(paste=True).code == CODE
 
@@ -10337,6 +10352,35 @@ def test_no_signal_of_several_is_forgotten(kept, auth_server, start_python):
         process.send_signal(signal.SIGTERM)  # whose end is the last word
         auth_server.gate.set()
         assert process.wait(LIMIT) == -signal.SIGTERM
+    assert kept.is_alive()
+
+
+ASYNCIO = """
+import asyncio, signal
+came = []
+async def main():
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, came.append, "ctrl-c")
+    service.access_token()
+    for _ in range(9):
+        await asyncio.sleep(0.01)
+    print(*came)
+asyncio.run(main())
+"""
+
+
+@needs_posix
+def test_an_event_loop_gets_one_ctrl_c_during_a_refresh_once(
+    kept, auth_server, start_python
+):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    with held(auth_server) as wait:
+        process = start_python(PROGRAM + ASYNCIO, auth_server.origin)
+        assert wait()
+        process.send_signal(signal.SIGINT)
+        auth_server.gate.set()
+        assert process.communicate(timeout=LIMIT)[0] == "ctrl-c\n"
     assert kept.is_alive()
 
 
@@ -11486,9 +11530,10 @@ def test_a_damaged_memory_does_not_stand_in_the_way(kept, auth_server, data):
     assert auth_server.is_live(kept.service().access_token())
 
 
-def test_a_pause_is_never_told_as_0_seconds(kept):
+@pytest.mark.parametrize("left", [0.3, 0.05])
+def test_a_pause_is_never_told_as_0_seconds(kept, left):
     kept.save(-1)
-    memory = {"wait_until": kept.clock() + 0.3}
+    memory = {"wait_until": kept.clock() + left}
     put_bytes(kept.account, json.dumps({"claudeOauthMemory": memory}).encode())
     assert any("another 1 s" in text for text in kept.service().status()["warnings"])
     with pytest.raises(claude_oauth.Unavailable, match="paused for 1 s"):
@@ -13940,15 +13985,17 @@ def pipe_with(data):
 
 
 class ChunkHandler(Handler):
-    """Reads a body that comes in chunks, as one without a known length does."""
+    """Reads a body that comes in chunks, as one without a known length does, too."""
 
     def do_POST(self):
+        if not self.headers["Transfer-Encoding"]:
+            return self.do_GET()
         size = iter(lambda: int(self.rfile.readline(), 16), 0)
         body = b"".join(self.rfile.read(number + 2)[:-2] for number in size)
         self.rfile.readline()
         request = Recorded(self.command, self.path, self.headers, body)
         self.server.requests.append(request)
-        self.server.answer(self, request)
+        return self.server.answer(self, request)
 
 
 @pytest.mark.parametrize(
@@ -13967,6 +14014,24 @@ def test_a_body_that_cannot_be_repeated_is_sent_once(
 
     assert answer.status_code == 401
     assert auth_server.counts["api"] == 1
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_the_request_after_a_body_that_cannot_be_repeated_has_a_new_token(
+    signed_in, auth_server, messages_url, accepted
+):
+    auth_server.expire_access_tokens()
+    auth_server.RequestHandlerClass = ChunkHandler
+    before = auth_server.counts["refresh_token"]
+    codes = []
+    for _ in range(4):
+        data = (part for part in [b"a", b"b"])
+        codes.append(post(messages_url, signed_in, data=data).status_code)
+        if not accepted:
+            auth_server.expire_access_tokens()
+
+    assert codes == [401, *[200 if accepted else 401] * 3]
+    assert auth_server.counts["refresh_token"] == before + 1
 
 
 def test_a_pipe_is_sent_with_a_live_token(signed_in, auth_server, messages_url):
@@ -14606,6 +14671,7 @@ def test_what_is_no_host_name_is_refused_where_it_is_given(account_service, host
     with pytest.raises(claude_oauth.ConfigError, match="not a host name") as caught:
         claude_oauth.BearerAuth(account_service, hosts=[host])
     assert "sesame" not in str(caught.value)
+    assert "no scheme, port, path or blank" in str(caught.value)
 
 
 @pytest.fixture
@@ -14945,18 +15011,11 @@ def test_httpx_repeats_a_request_after_a_401(
     assert first.headers["x-api-key"] is second.headers["x-api-key"] is None
 
 
-class EitherHandler(ChunkHandler):
-    """Reads a body that comes in chunks or with its length."""
-
-    def do_POST(self):
-        return super().do_POST() if self.headers["Transfer-Encoding"] else self.do_GET()
-
-
 def test_httpx_repeats_a_body_in_parts_whole(
     httpx, httpx_auth, signed_in, auth_server, messages_url
 ):
     auth_server.expire_access_tokens()
-    auth_server.RequestHandlerClass = EitherHandler
+    auth_server.RequestHandlerClass = ChunkHandler
     parts = (part for part in [b"a", b"b"])
     answer = httpx.post(messages_url, content=parts, auth=httpx_auth(signed_in))
 
