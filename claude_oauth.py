@@ -1484,7 +1484,7 @@ def _without_redirect(request: Any) -> Any:
 
 # A proxy's URL that every `requests` takes; the group is its host and port.
 _PROXY_URL: Final = (
-    r"(?i)\A(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?((?:"
+    rf"(?i)\A(?!{_NULL})(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?((?:"
     r"[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
 )
 _DROPPED: Final = "{route} dropped the connection; try again later"
@@ -3265,7 +3265,7 @@ class AccountFile:
     _NOTES: Final = "claudeOauthMemory"
 
     def __init__(self, path: str | None, config: OAuthConfig, clock: Clock) -> None:
-        self._path = path or ""  # "": in memory alone
+        self._path = absolute_path(path) if path else ""  # "": in memory alone
         self._config = config
         self._clock = clock
         # What could not be written, and the file's content then: newer content wins.

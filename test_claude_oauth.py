@@ -4309,6 +4309,8 @@ PROXIES = {
     "backslash-in-the-password": "http://user:ses\\ame@proxy:3128",
     "a-password-without-scheme": "user:sesame@proxy:3128",
     "not-latin-1": "http://user:%E2%82%AC@proxy:3128",
+    "none": "none",
+    "null": "Null",
 }
 
 
@@ -12381,6 +12383,16 @@ class FullStorage(claude_oauth.MemoryStorage):
     def fail_if(self, full):
         if full:
             raise claude_oauth.StorageError("the disk is full; make room")
+
+
+def test_the_account_file_of_an_own_storage_may_begin_with_a_tilde(
+    config, browser, home
+):
+    storage = claude_oauth.MemoryStorage()
+    storage.account_file = "~/logins/account.json"
+    sign_in(claude_oauth.OAuthService(config, storage), browser)
+
+    assert (home / "logins" / "account.json").exists()
 
 
 @pytest.fixture
