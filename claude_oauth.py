@@ -1367,13 +1367,10 @@ class OAuthClient:
 
         Without scopes the server keeps those granted.  Source: RFC 6749 section 6.
         """
-        if not credentials.refresh_token:
+        if not (token := credentials.refresh_token):
             raise NotLoggedIn("there is no refresh token; run `claude-oauth login`")
-        body = {
-            "grant_type": "refresh_token",
-            "refresh_token": credentials.refresh_token,
-            "client_id": self.client_id_for(credentials),
-        }
+        body = {"grant_type": "refresh_token", "refresh_token": token}
+        body["client_id"] = self.client_id_for(credentials)
         if scopes := tuple(scopes):
             body["scope"] = " ".join(scopes)
         return self._send(self.config.token_url, body, "access_token")
@@ -1716,7 +1713,8 @@ def read_private(
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {_reason(error)}") from None
+        text = f"cannot read {path}: {_reason(error)}; check its owner and mode"
+        raise StorageError(text) from None
     if len(data) > MAX_FILE_BYTES:
         raise StorageCorrupt(f"{path} is too large to be a credential; move it away")
     blank = (b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
@@ -3603,7 +3601,7 @@ class StoreView:
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
     """Call a function to its end, even if a signal tells the program to exit.
 
-    In the main thread signals come later, except SIGQUIT and an unhandled SIGUSR1 etc.
+    In the main thread signals come later, except an unhandled SIGQUIT, SIGUSR1 etc.
     In others the exit waits, LOCK_TIMEOUT at most; an unhandled SIGTERM does not wait.
     """
     import atexit
@@ -3648,7 +3646,8 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
     import signal
 
     # A default of these may be faulthandler's.
-    others = dict.fromkeys(["ABRT", "USR1", "USR2", "PROF", "VTALRM"], signal.SIG_DFL)
+    names = ("QUIT", "ABRT", "USR1", "USR2", "PROF", "VTALRM")
+    others = dict.fromkeys(names, signal.SIG_DFL)
     # Not asyncio's handler: its loop has the signal already, and would get it twice.
     idle = getattr(sys.modules.get("asyncio.unix_events"), "_sighandler_noop", None)
     # SIGINT first: what is restored last cannot interrupt the others.

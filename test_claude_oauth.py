@@ -10278,7 +10278,9 @@ except SoftTimeLimitExceeded:
 
 
 @needs_posix
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGABRT", "SIGPROF"])
+@pytest.mark.parametrize(
+    "name", ["SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGABRT", "SIGPROF"]
+)
 def test_a_handler_that_raises_costs_no_login(kept, auth_server, start_python, name):
     kept.clock.now = time.time()
     kept.save(-1)
