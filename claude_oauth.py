@@ -1333,14 +1333,9 @@ class OAuthClient:
         the answer is not usable, and the code may be spent.  Source: RFC 6749 section
         4.1.3; the service refuses a request without ``state``.
         """
-        body = {
-            "grant_type": "authorization_code",
-            "code": code,
-            "redirect_uri": redirect_uri,
-            "client_id": self.client_id_for(None),
-            "code_verifier": verifier,
-            "state": state,
-        }
+        body = {"grant_type": "authorization_code", "code": code, "state": state}
+        body.update(redirect_uri=redirect_uri, code_verifier=verifier)
+        body["client_id"] = self.client_id_for(None)
         answer = self._send(self.config.token_url, body, "access_token")
         # RFC 6749 section 5.1: an answer without scope grants what was asked for.
         base = Credentials("", scopes=self.config.scopes, client_id=body["client_id"])
@@ -1659,7 +1654,9 @@ def warn(message: str, *, once: bool = False) -> None:
     import logging
 
     if message not in _WARNED:
-        logging.getLogger("claude_oauth").warning(message)
+        # In a thread: error trackers may record the frames that a log call comes from.
+        log = logging.getLogger("claude_oauth").warning
+        call_with_limit(lambda: log(message), FLUSH_TIMEOUT)
     _WARNED.update([message] * once)
 
 
@@ -3647,15 +3644,16 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
 
     # A default of these may be faulthandler's.
     names = ("QUIT", "ABRT", "USR1", "USR2", "PROF", "VTALRM")
-    others = dict.fromkeys(names, signal.SIG_DFL)
-    # Not asyncio's handler: its loop has the signal already, and would get it twice.
-    idle = getattr(sys.modules.get("asyncio.unix_events"), "_sighandler_noop", None)
+    others: dict[str, Any] = dict.fromkeys(names, signal.SIG_DFL)
+    # Not asyncio's and uvloop's: their loops have the signal, and would get it twice.
+    loops = r"<(function _sighandler_noop|bound method Loop\.__sighandler) .*"
     # SIGINT first: what is restored last cannot interrupt the others.
     for name in ("INT", "TERM", "HUP", "ALRM", "BREAK", *others):
         number = getattr(signal, "SIG" + name, signal.SIGINT)
         found = signal.getsignal(number)
         # None is a handler that is not Python's; an ignored signal stays ignored.
-        if found not in (None, signal.SIG_IGN, handler, idle, others.get(name)):
+        is_none = found in (None, signal.SIG_IGN, handler, others.get(name))
+        if not any((is_none, _text(repr(found), loops))):
             previous[number] = found  # first: the next line may be interrupted
             with suppress(ValueError):  # a sub-interpreter: none arrives
                 signal.signal(number, handler)

@@ -10373,14 +10373,31 @@ asyncio.run(main())
 """
 
 
+LIKE_UVLOOP = """
+import signal, socket
+class Loop:
+    def __sighandler(self, number, frame):
+        pass
+    def watch(self):
+        signal.signal(signal.SIGINT, self.__sighandler)
+reading, writing = socket.socketpair()
+writing.setblocking(False)
+signal.set_wakeup_fd(writing.fileno())
+Loop().watch()
+service.access_token()
+print(*["ctrl-c"] * len(reading.recv(9)))
+"""
+
+
 @needs_posix
+@pytest.mark.parametrize("code", [ASYNCIO, LIKE_UVLOOP], ids=["asyncio", "uvloop"])
 def test_an_event_loop_gets_one_ctrl_c_during_a_refresh_once(
-    kept, auth_server, start_python
+    kept, auth_server, start_python, code
 ):
     kept.clock.now = time.time()
     kept.save(-1)
     with held(auth_server) as wait:
-        process = start_python(PROGRAM + ASYNCIO, auth_server.origin)
+        process = start_python(PROGRAM + code, auth_server.origin)
         assert wait()
         process.send_signal(signal.SIGINT)
         auth_server.gate.set()
@@ -12385,6 +12402,32 @@ class FullStorage(claude_oauth.MemoryStorage):
     def fail_if(self, full):
         if full:
             raise claude_oauth.StorageError("the disk is full; make room")
+
+
+class FrameRecorder(logging.Handler):
+    """Records the variables of the frames that a log call comes from."""
+
+    def emit(self, record):
+        frame, self.text, self.message = sys._getframe(), "", record.getMessage()
+        while frame:
+            if frame.f_code.co_filename == claude_oauth.__file__:
+                self.text += repr(frame.f_locals)
+            frame = frame.f_back
+
+
+def test_no_frame_of_ours_behind_a_warning_holds_a_token(full_service, browser):
+    sign_in(full_service, browser)
+    before, recorder = full_service.access_token(), FrameRecorder()
+    full_service.storage.full_for_save = True
+    logging.getLogger("claude_oauth").addHandler(recorder)
+    try:
+        renewed = full_service.refresh(rejected=before)
+    finally:
+        logging.getLogger("claude_oauth").removeHandler(recorder)
+
+    assert "could not be saved" in recorder.message
+    for secret in (before, renewed.access_token, renewed.refresh_token):
+        assert secret not in recorder.text
 
 
 def test_the_account_file_of_an_own_storage_may_begin_with_a_tilde(
