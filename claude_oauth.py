@@ -1918,16 +1918,17 @@ def _open_locked(path: str, patience: float) -> io.BufferedRandom | None:
 
             # Not lockf: closing any descriptor of the file loses it, and threads share.
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = os.name == "nt" or os.fstat(file.fileno()).st_nlink
     except OSError as error:
         if file:
-            file.close()
+            _quietly(file.close)
             # SMB mounts of Linux say EACCES for a lock that is held: wait a little.
             is_held = patience * (error.errno == errno.EACCES)
             if is_held or error.errno not in _LOCK_FAULTS:
                 return None
         text = f"cannot lock {path}: {_reason(error)}; choose another directory"
         raise StorageError(text) from None
-    if os.name == "nt" or os.fstat(file.fileno()).st_nlink:
+    if is_there:
         return file
     file.close()  # removed meanwhile: others lock another file of the name
     return None
@@ -1947,6 +1948,7 @@ def _release(file: Any, path: str, left: _AtomicFile | None) -> None:
 
         # A child forked meanwhile has the file open too: closing it would not unlock.
         _quietly(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
+    _quietly(file.close)  # a mount that is gone changes nothing any more
 
 
 @hides_locals

@@ -15,6 +15,7 @@ import base64
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import gc
 import gzip
 import hashlib
@@ -5372,6 +5373,52 @@ def steps_of(calls):
         name for call in calls for text, name in STEPS.items() if re.match(text, call)
     ]
     return [a for a, b in zip(found, [*found[1:], ""]) if a != b]
+
+
+class GoneMount(io.BufferedRandom):
+    """A file of a mount that is gone by the time that it is closed."""
+
+    def close(self):
+        was_open = not self.closed
+        super().close()
+        if was_open:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+
+@needs_posix
+def test_a_lock_whose_file_cannot_be_closed_is_over_all_the_same(saved, monkeypatch):
+    lock, fdopen = Path(saved.path).parent / "lock", os.fdopen
+
+    def open_gone(fd, *args):
+        is_lock = os.path.sameopenfile(fd, file.fileno())
+        return GoneMount(fdopen(fd, *args).detach()) if is_lock else fdopen(fd, *args)
+
+    with lock.open("a") as file:
+        monkeypatch.setattr(os, "fdopen", open_gone)
+        for _ in range(2):
+            with saved.lock(1):
+                saved.save(claude_oauth.Credentials("new"))
+    assert saved.load().access_token == "new"
+
+
+@needs_posix
+def test_a_lock_whose_folder_was_replaced_on_a_server_is_a_storage_error(
+    saved, monkeypatch
+):
+    import fcntl
+
+    flock, fstat, locked = fcntl.flock, os.fstat, []
+
+    def stale(fd):
+        if locked:
+            locked.clear()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fstat(fd)
+
+    monkeypatch.setattr(fcntl, "flock", lambda *a: (locked.append(1), flock(*a)))
+    monkeypatch.setattr(os, "fstat", stale)
+    with pytest.raises(claude_oauth.StorageError, match="cannot lock .*(?i:stale)"):
+        saved.lock(1).__enter__()
 
 
 def test_a_save_is_on_the_disk_before_anybody_is_told(traced, saved):
