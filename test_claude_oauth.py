@@ -8059,22 +8059,26 @@ def fetch_page(listener, sock):
     """Have the login finished; follow the redirect that `sock` gets to its page."""
     finishing = threading.Thread(target=listener.finish, args=(PAGES["success"],))
     finishing.start()
+    return follow(listener, sock), finishing.join
+
+
+def follow(listener, sock):
+    """The page that the redirect of `sock` leads to."""
     location = sock.recv(65536).decode().rpartition("Location: ")[2].strip()
-    page = tell(listener, head_for(listener, location)).decode()
-    return page, finishing.join
+    return tell(listener, head_for(listener, location)).decode()
 
 
 def test_a_second_callback_gets_the_same_page_and_does_not_change_the_code(listener):
-    first = bring_code(listener)
-    listener.wait(LIMIT)
-    with connect(listener) as second:
+    with connect(listener) as first, connect(listener) as second:
+        first.sendall(head_for(listener, f"/callback?{CALLBACK}"))
+        listener.wait(LIMIT)
         other = f"/callback?code={CODE[::-1]}&state={STATE}"
         second.sendall(head_for(listener, other))
         page, join = fetch_page(listener, second)
+        assert follow(listener, first) == page
         join(LIMIT)
 
     assert page.endswith(PAGES["success"])
-    assert first.result().text == PAGES["success"]
     assert listener.wait(0) == CODE
 
 
