@@ -3648,14 +3648,14 @@ def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> Non
     names = ("QUIT", "ABRT", "USR1", "USR2", "PROF", "VTALRM")
     others: dict[str, Any] = dict.fromkeys(names, signal.SIG_DFL)
     # Not asyncio's and uvloop's: their loops have the signal, and would get it twice.
-    loops = r"<(function _sighandler_noop|bound method Loop\.__sighandler) .*"
+    loops = ("_sighandler_noop", "Loop.__sighandler")
     # SIGINT first: what is restored last cannot interrupt the others.
     for name in ("INT", "TERM", "HUP", "ALRM", "BREAK", *others):
         number = getattr(signal, "SIG" + name, signal.SIGINT)
         found = signal.getsignal(number)
         # None is a handler that is not Python's; an ignored signal stays ignored.
-        is_none = found in (None, signal.SIG_IGN, handler, others.get(name))
-        if not any((is_none, _text(repr(found), loops))):
+        is_kept = found in (None, signal.SIG_IGN, handler, others.get(name))
+        if not any((is_kept, getattr(found, "__qualname__", "") in loops)):
             previous[number] = found  # first: the next line may be interrupted
             with suppress(ValueError):  # a sub-interpreter: none arrives
                 signal.signal(number, handler)
