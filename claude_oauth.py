@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import suppress as Suppress
-    from types import FrameType
     from typing import Any, ClassVar, ContextManager, Final, NoReturn, Protocol, TypeVar
 
     import requests
@@ -260,6 +259,19 @@ class StorageCorrupt(StorageError):
     """The stored record is unreadable; it is left as it was."""
 
 
+def outcome_of(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """Call a function; return its result and its exception, whatever that is."""
+    try:
+        return function(*args), None
+    except BaseException as error:
+        return None, error
+
+
+def raise_error(error: BaseException) -> None:
+    """Raise an exception: for where a function is needed."""
+    raise error
+
+
 def hides_locals(subject: _T) -> _T:
     """Keep secrets out of tracebacks: of a function, or a class's public methods.
 
@@ -306,21 +318,13 @@ def _clear_frames(error: BaseException) -> None:
     chain = [error]
     for failure in chain:  # grows in the loop
         step = failure.__traceback__
-        if step and failure is not error and not _clear_frame(step.tb_frame):
+        if step and failure is not error and outcome_of(step.tb_frame.clear)[1]:
             continue  # the caller is handling it: those frames are the caller's
         while step:
-            _clear_frame(step.tb_frame)
+            outcome_of(step.tb_frame.clear)  # a RuntimeError: it is still running
             step = step.tb_next
         others = (failure.__cause__, failure.__context__)
         chain += [other for other in filter(None, others) if other not in chain]
-
-
-def _clear_frame(frame: FrameType) -> bool:
-    try:
-        frame.clear()
-    except RuntimeError:  # still running
-        return False
-    return True
 
 
 # -- Values ----------------------------------------------------------------------------
@@ -485,20 +489,16 @@ class OAuthConfig(_Value):
             and 0 < timeout <= MAX_REQUEST_TIMEOUT,
             "user_agent must be printable ASCII": _text(agent, "[ -~]*") is not None,
         }
+        for name, known in _KNOWN_ENDPOINTS.items():
+            url, text = self.__dict__[name], f"{name} must be a URL like https://host/"
+            text += "path, with no password (plain http is for loopback alone)"
+            rules[text] = url in known or may_carry_token(_text(url, "[^@]+"))
         for rule, holds in rules.items():
             if not holds:
                 raise ConfigError(rule)
         words = agent.replace(USER_AGENT, "").split()
         self.__dict__["user_agent"] = " ".join((*words, USER_AGENT))
         self.__dict__["client_id"] = str(client_id).strip()
-        self._check_endpoints()
-
-    def _check_endpoints(self) -> None:
-        for name, known in _KNOWN_ENDPOINTS.items():
-            url = self.__dict__[name]
-            if url not in known and not may_carry_token(_text(url, "[^@]+")):
-                text = f"{name} must be a URL like https://host/path, with no password"
-                raise ConfigError(f"{text} (plain http is for loopback alone)")
 
 
 _NULL: Final = "(?i:null|nil|none|undefined)$"  # how programs print a missing value
@@ -1222,20 +1222,15 @@ class Deadline:
 def start_thread(
     name: str, function: Callable[..., object], *args: object
 ) -> threading.Thread | None:
-    """Run a function in a daemon thread; return None where no thread can be started."""
+    """Start a daemon thread, whose errors nobody handles; None if it cannot start."""
     import threading
 
-    def run() -> None:
-        # Nobody is there to handle an error of a caller's function, or of a notebook.
-        with suppress(BaseException):
-            function(*args)
-
-    try:  # a sub-interpreter may refuse even to make one
-        thread = threading.Thread(target=run, name=f"claude-oauth-{name}", daemon=True)
+    run: Any = {"target": outcome_of, "args": (function, *args), "daemon": True}
+    with suppress(RuntimeError):  # a sub-interpreter may refuse even to make one
+        thread = threading.Thread(name=f"claude-oauth-{name}", **run)
         thread.start()
-    except RuntimeError:
-        return None
-    return thread
+        return thread
+    return None
 
 
 def call_with_limit(
@@ -1245,19 +1240,29 @@ def call_with_limit(
 
     A late call goes on in a daemon thread.  If no thread can start, there is no limit.
     """
-    outcome: list[tuple[_T | None, BaseException | None]] = [(None, TimeoutError())]
+    import threading
+
+    outcome: list[tuple[Any, Any]] = [(None, TimeoutError())]
+    deadline = Deadline(seconds)
 
     def run() -> None:
-        try:
-            outcome.append((function(), None))
-        except BaseException as error:  # whatever it is, the caller gets it
-            outcome.append((None, error))
+        outcome.append(outcome_of(function))
 
     if thread := start_thread("call", run):
-        thread.join(seconds)
+        _, interrupt = outcome_of(thread.join, seconds)
+        if interrupt:
+            _INTERRUPTS.get(threading.get_ident(), raise_error)(interrupt)
+            # Not join: once interrupted, it may not return any more (bpo-45274).
+            while deadline.left() and not outcome[1:]:
+                outcome_of(time.sleep, 0.01)
     else:
         run()
     return outcome.pop()
+
+
+# By thread, in a refresh: what keeps an exception that is thrown into it, gevent's
+# Timeout or a task queue's time limit, until the new login is saved.
+_INTERRUPTS: Final[dict[int, Callable[[BaseException], object]]] = {}
 
 
 @hides_locals
@@ -1870,6 +1875,26 @@ def _quietly(function: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
+def thread_lock(mutexes: dict[int, Any], timeout: float) -> ContextManager[object]:
+    """Return a lock between this process's threads, held until its context ends."""
+    import threading
+    from contextlib import contextmanager
+
+    # By process id: in a forked child, nobody would release the parent's lock.
+    mutex = mutexes.setdefault(os.getpid(), threading.Lock())
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        if not mutex.acquire(timeout=timeout):
+            raise Unavailable("another thread is refreshing the login; try later")
+        try:
+            yield
+        finally:
+            mutex.release()
+
+    return hold()
+
+
 def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager[Any]:
     """Return a lock that processes and threads share, held until its context ends.
 
@@ -2121,7 +2146,6 @@ class MemoryStorage:
 
     def __init__(self, credentials: Credentials | None = None) -> None:
         self._stored = credentials
-        # By process id: in a forked child, nobody would release the parent's lock.
         self._mutexes: dict[int, threading.Lock] = {}
         self._changes = 0
 
@@ -2145,21 +2169,7 @@ class MemoryStorage:
 
     def lock(self, timeout: float) -> ContextManager[object]:
         """Return a lock between the threads of this process."""
-        import threading
-        from contextlib import contextmanager
-
-        mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
-
-        @contextmanager
-        def hold() -> Iterator[None]:
-            if not mutex.acquire(timeout=timeout):
-                raise Unavailable("another thread holds the lock; try again later")
-            try:
-                yield
-            finally:
-                mutex.release()
-
-        return hold()
+        return thread_lock(self._mutexes, timeout)
 
     def stamp(self) -> object:
         """Return how often the credential has changed."""
@@ -2960,10 +2970,9 @@ class _PastePrompt:
         """Tell whether to wait for a paste: in the background a read would stop us."""
         if sys.platform == "win32":
             return self.is_open
-        try:
+        with suppress(OSError):  # no terminal, or not ours, stops nobody
             return self.is_open and os.tcgetpgrp(self._source) == os.getpgrp()
-        except OSError:  # no terminal, or not ours, stops nobody
-            return True
+        return True
 
     def _request_line(self) -> None:
         """Have a thread read one line; if none can start, read it after asking."""
@@ -3598,7 +3607,7 @@ class StoreView:
 
 
 def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T:
-    """Call a function to its end, even if a signal tells the program to exit.
+    """Call a function to its end; signals, and errors thrown into the thread, wait.
 
     In the main thread signals come later, except an unhandled SIGQUIT, SIGUSR1 etc.
     In others the exit waits, LOCK_TIMEOUT at most; an unhandled SIGTERM does not wait.
@@ -3608,13 +3617,13 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
     import threading
     from contextlib import ExitStack
 
-    came: set[int] = set()
     previous: dict[int, Any] = {}
-    done, pid = threading.Event(), os.getpid()
+    done, pid, delivery = threading.Event(), os.getpid(), ExitStack()
+    thread_id = threading.get_ident()
 
-    def hold(number: int, _frame: FrameType | None) -> None:
+    def hold(number: int, _frame: object) -> None:
         if os.getpid() == pid:
-            came.add(number)
+            delivery.callback(signal.raise_signal, number)
         else:  # a forked child, where nobody delivers it
             signal.signal(number, previous[number])
             signal.raise_signal(number)
@@ -3628,16 +3637,16 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
             _hold_signals(hold, previous)
         else:
             atexit.register(wait)
+        _INTERRUPTS[thread_id] = lambda error: delivery.callback(raise_error, error)
         return function(*arguments)
     finally:
         done.set()
+        _INTERRUPTS.pop(thread_id, None)
         atexit.unregister(wait)
         for number in reversed(previous):
             if signal.getsignal(number) is hold:
                 signal.signal(number, previous[number])
-        with ExitStack() as delivery:  # each one, even if another raises
-            for number in came:
-                delivery.callback(signal.raise_signal, number)
+        delivery.close()  # each one, even if another raises
 
 
 def _hold_signals(handler: Callable[..., None], previous: dict[int, Any]) -> None:
@@ -3726,17 +3735,13 @@ class Refresher:
         self, timeout: float, min_validity: float, other_than: str | None = None
     ) -> tuple[Credentials, bool]:
         """Lock, and go through the steps from 3 on; or fail as a refresh just did."""
-        import threading
         from contextlib import ExitStack
 
         if self._view.is_read_only:
             return self._read_foreign(other_than)
         began, deadline = time.monotonic(), Deadline(timeout)
-        mutex = self._mutexes.setdefault(os.getpid(), threading.Lock())
         with ExitStack() as stack:  # made first: Ctrl-C may come at any moment
-            if not mutex.acquire(timeout=timeout):
-                raise Unavailable("another thread is refreshing the login; try later")
-            stack.callback(mutex.release)
+            stack.enter_context(thread_lock(self._mutexes, timeout))
             newest = require_login(self._view.look())  # a thread may have refreshed
             if self._suffices(newest, min_validity, other_than):
                 return newest, False
@@ -4408,9 +4413,11 @@ class BearerAuth:
 
     def _is_refusal(self, response: Any) -> bool:
         # A redirect may lead to another host, or (httpx) be followed without the token.
-        url, sent = str(response.url), response.request
+        url, sent, status = str(response.url), response.request, response.status_code
         is_ours = all((self._may_sign(url), not sent or _bearer_of(sent)))
-        return is_ours and is_token_refused(*_status_and_body(response))
+        is_read = all((is_ours, status == 403, hasattr(response, "raw")))
+        body = response.content if is_read else b""  # httpx may not have read it
+        return is_ours and is_token_refused(status, body)
 
     def _is_listed(self, origin: str) -> bool:
         from urllib.parse import urlsplit
@@ -4474,11 +4481,6 @@ class BearerAuth:
         return answer
 
 
-def _status_and_body(response: Any) -> tuple[int, bytes]:
-    is_read = response.status_code == 403 and hasattr(response, "raw")  # not httpx's
-    return response.status_code, bytes(response.content) if is_read else b""
-
-
 def _bearer_of(request: Any) -> str:
     return str(request.headers.get("Authorization", "")).partition("Bearer ")[2]
 
@@ -4490,12 +4492,11 @@ def _with_beta(asked_for: str | bytes) -> str:
 
 def _rewind(request: Any) -> bool:
     """Rewind a request's body to send it again; return False if that is impossible."""
-    try:
+    with suppress(OSError, ValueError):
         if not isinstance(request.body, (bytes, str, type(None))):
             import_requests().utils.rewind_body(request)
-    except (OSError, ValueError):
-        return False
-    return True
+        return True
+    return False
 
 
 # -- Sandbox ---------------------------------------------------------------------------

@@ -10330,7 +10330,7 @@ except SoftTimeLimitExceeded:
 
 @needs_posix
 @pytest.mark.parametrize(
-    "name", ["SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGABRT", "SIGPROF"]
+    "name", ["SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGABRT", "SIGPROF", "SIGXCPU"]
 )
 def test_a_handler_that_raises_costs_no_login(kept, auth_server, start_python, name):
     kept.clock.now = time.time()
@@ -10345,6 +10345,62 @@ def test_a_handler_that_raises_costs_no_login(kept, auth_server, start_python, n
         assert process.communicate(timeout=LIMIT)[0] == "ended\n"
     assert kept.storage.load().access_token != kept.token
     assert kept.is_alive()
+
+
+class TimeLimit(BaseException):
+    """What a task queue, or gevent.Timeout, ends a late worker with."""
+
+
+def throw_into(thread_id, error):
+    """Have CPython raise an error in another thread, at its next instruction."""
+    ctypes = pytest.importorskip("ctypes")
+    if not hasattr(ctypes, "pythonapi"):
+        pytest.skip("PyPy cannot do that")
+    number = ctypes.c_ulong(thread_id)
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(error))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_error_thrown_into_a_thread_that_refreshes_comes_later(
+    kept, auth_server, times
+):
+    kept.save(-1)
+    service, ids = kept.service(), queue.Queue()
+
+    def ask():
+        ids.put(threading.get_ident())
+        service.access_token()
+
+    with threads() as start, held(auth_server) as wait:
+        asked = start(ask)
+        assert wait()
+        thread_id = ids.get()
+        for _ in range(times):
+            throw_into(thread_id, TimeLimit)
+        auth_server.gate.set()
+        assert isinstance(asked.exception(LIMIT), TimeLimit)
+    assert kept.storage.load().access_token != kept.token
+    assert (kept.is_alive(), kept.requests) == (True, 1)
+
+
+def test_an_error_thrown_into_a_refresh_that_fails_is_the_one_that_leaves(
+    kept, auth_server
+):
+    kept.save(-1)
+    service, ids = kept.service(), queue.Queue()
+
+    def ask():
+        ids.put(threading.get_ident())
+        service.access_token()
+
+    with threads() as start, held(auth_server) as wait:
+        asked = start(ask)
+        assert wait()
+        auth_server.fail_next("token", 503)
+        throw_into(ids.get(), TimeLimit)
+        auth_server.gate.set()
+        assert isinstance(asked.exception(LIMIT), TimeLimit)
+    assert service.access_token() == kept.storage.load().access_token
 
 
 FORKED_AND_TOLD = """
