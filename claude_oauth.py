@@ -3610,9 +3610,8 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
     """Call a function to its end; signals, and errors thrown into the thread, wait.
 
     In the main thread signals come later, except an unhandled SIGQUIT, SIGUSR1 etc.
-    In others the exit waits, LOCK_TIMEOUT at most; an unhandled SIGTERM does not wait.
+    In others the exit waits, LOCK_TIMEOUT at most; unhandled SIGTERM and SIGHUP do not.
     """
-    import atexit
     import signal
     import threading
     from contextlib import ExitStack
@@ -3620,6 +3619,8 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
     previous: dict[int, Any] = {}
     done, pid, delivery = threading.Event(), os.getpid(), ExitStack()
     thread_id = threading.get_ident()
+    # The exit waits for it.  Not atexit: multiprocessing ends a child without that.
+    waiter = threading.Thread(target=done.wait, args=(LOCK_TIMEOUT,), daemon=False)
 
     def hold(number: int, _frame: object) -> None:
         if os.getpid() == pid:
@@ -3628,21 +3629,17 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
             signal.signal(number, previous[number])
             signal.raise_signal(number)
 
-    def wait() -> None:
-        if os.getpid() == pid:  # a forked child has not got this thread
-            done.wait(LOCK_TIMEOUT)
-
     try:
         if threading.current_thread() is threading.main_thread():
             _hold_signals(hold, previous)
         else:
-            atexit.register(wait)
+            with suppress(RuntimeError):  # no thread can be started
+                waiter.start()
         _INTERRUPTS[thread_id] = lambda error: delivery.callback(raise_error, error)
         return function(*arguments)
     finally:
         done.set()
         _INTERRUPTS.pop(thread_id, None)
-        atexit.unregister(wait)
         for number in reversed(previous):
             if signal.getsignal(number) is hold:
                 signal.signal(number, previous[number])

@@ -10612,6 +10612,50 @@ def test_a_program_that_ends_beside_a_refresh_waits_for_the_answer(
     assert kept.is_alive()
 
 
+WORKER = """
+import multiprocessing, threading
+def work(is_over):
+    threading.Thread(target=service.access_token, daemon=True).start()
+    is_over.wait()
+if __name__ == "__main__":
+    start = multiprocessing.get_context(sys.argv[2])
+    is_over = start.Event()
+    worker = start.Process(target=work, args=(is_over,))
+    worker.start()
+    sys.stdin.readline()
+    is_over.set()
+    worker.join(1)
+    print(worker.exitcode, flush=True)
+    worker.join()
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_a_child_of_multiprocessing_waits_for_the_answer_at_its_end(
+    kept, auth_server, tmp_path, method
+):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM + WORKER)
+    with held(auth_server) as wait:
+        process = subprocess.Popen(
+            [sys.executable, str(program), auth_server.origin, method],
+            env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        with process:
+            assert wait()
+            process.stdin.close()
+            assert process.stdout.readline() == "None\n"  # it still waits
+            auth_server.gate.set()
+    assert kept.storage.load().access_token != kept.token
+    assert kept.is_alive()
+
+
 def test_signals_are_the_programs_own_again_afterwards(kept):
     kept.save(-1)
     numbers = signal.SIGINT, signal.SIGTERM
