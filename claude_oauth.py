@@ -28,8 +28,7 @@ talks to a server.  Every section uses only the sections above it:
     Sandbox       a loopback authorization server, for demos and for tests
     Command line  main(argv=None) -> int
 
-Not affiliated with Anthropic.  There is no default client id: bring the one that your
-program was issued.
+Not affiliated with Anthropic.  There is no default client id: bring your program's.
 """
 
 from __future__ import annotations
@@ -501,7 +500,7 @@ class OAuthConfig(_Value):
         self.__dict__["client_id"] = str(client_id).strip()
 
 
-_NULL: Final = "(?i:null|nil|none|undefined)$"  # how programs print a missing value
+_NULL: Final = "(?i:null|nil|none|undefined|false)$"  # how programs print no value
 # A client id or a scope, without the syntax of a shell, a template or an env file.
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
@@ -915,7 +914,7 @@ _NO_TOKEN: Final = (
     r"|.*(\.{3}|\.(txt|json|env|key|pem)$)|/([a-z]{2,}|Users|Volumes)/|projects/"
     r"|(process\.)?(env|vars?|secrets?|inputs|github|steps|needs)[./]|[A-Z]+_[A-Z_]+$"
     r"|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
-    rf"|{_NULL}|(?i:true|false|bearer|todo|changeme|redacted|your-.*)$"
+    rf"|{_NULL}|(?i:true|bearer|todo|changeme|redacted|your-.*)$"
 )
 # Statuses and codes that say nothing about the grant; HTTP's own phrases (`Not Found`).
 _PASSING_CODES: Final = (
@@ -1248,20 +1247,20 @@ def call_with_limit(
     def run() -> None:
         outcome.append(outcome_of(function))
 
-    if thread := start_thread("call", run):
+    thread, interrupt = outcome_of(start_thread, "call", run)
+    if thread:
         _, interrupt = outcome_of(thread.join, seconds)
-        if interrupt:
-            _INTERRUPTS.get(threading.get_ident(), raise_error)(interrupt)
-            # Not join: once interrupted, it may not return any more (bpo-45274).
-            while deadline.left() and not outcome[1:]:
-                outcome_of(time.sleep, 0.01)
-    else:
+    elif not interrupt:
         run()
+    if interrupt:
+        _INTERRUPTS.get(threading.get_ident(), raise_error)(interrupt)
+        # Not join: once interrupted, it may not return any more (bpo-45274).
+        while deadline.left() and not outcome[1:]:
+            outcome_of(time.sleep, 0.01)
     return outcome.pop()
 
 
-# By thread, in a refresh: what keeps an exception that is thrown into it, gevent's
-# Timeout or a task queue's time limit, until the new login is saved.
+# By thread, in a refresh: keeps what is thrown into it until the login is saved.
 _INTERRUPTS: Final[dict[int, Callable[[BaseException], object]]] = {}
 
 
@@ -1642,7 +1641,7 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
         found = os.path.expanduser(found)
     if _text(found, f"(?s).*({no_path}).*") is not None:
         why = "empty, null, quoted, a variable, a URL, or no home directory is known"
-        cure = "give an absolute path (--dir, CLAUDE_OAUTH_DIR)"
+        cure = "give an absolute path (--dir, CLAUDE_OAUTH_DIR, CLAUDE_CONFIG_DIR)"
         raise ConfigError(f"{printable(found)!r} is no path ({why}); {cure}")
     return os.path.abspath(found)
 
@@ -1758,6 +1757,7 @@ class _AtomicFile:
         try:
             self._file = _open_private(self._temporary, os.O_EXCL)
             if reserve:
+                _check_owner_and_mode(self._file.fileno(), path, True, False)
                 self._file.write(b" " * (RESERVED_BYTES + self._size_if_replaceable()))
                 _sync(self._file, self._directory)
         except OSError as error:
@@ -1875,18 +1875,31 @@ def _quietly(function: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
+def poll(try_once: Callable[[], _T | None], timeout: float, problem: str) -> _T:
+    """Call a function until its result counts as true; Unavailable if that is late."""
+    deadline = Deadline(timeout)
+    while not (result := try_once()):
+        left = deadline.left()
+        if not left:
+            raise Unavailable(problem)
+        # Wait longer each time: hundreds of waiters would starve the lock's holder.
+        time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
+    return result
+
+
 def thread_lock(mutexes: dict[int, Any], timeout: float) -> ContextManager[object]:
     """Return a lock between this process's threads, held until its context ends."""
     import threading
     from contextlib import contextmanager
 
-    # By process id: in a forked child, nobody would release the parent's lock.
+    # In a forked child, nobody would release the parent's lock.
     mutex = mutexes.setdefault(os.getpid(), threading.Lock())
 
     @contextmanager
     def hold() -> Iterator[None]:
-        if not mutex.acquire(timeout=timeout):
-            raise Unavailable("another thread is refreshing the login; try later")
+        # What is thrown into a thread that waits in `acquire` would leave it locked.
+        problem = "another thread is refreshing the login; try later"
+        poll(lambda: mutex.acquire(False), timeout, problem)
         try:
             yield
         finally:
@@ -1907,15 +1920,9 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
 
     @contextmanager
     def hold() -> Iterator[None]:
-        deadline = Deadline(timeout)
         patience = Deadline(min(max(timeout / 2, 0.01), STORE_TIMEOUT))
-        # The kernel's lock has no time limit, so this polls; a signal arrives at once.
-        while (file := _open_locked(path, patience.left())) is None:
-            left = deadline.left()
-            if not left:
-                raise Unavailable(f"another process holds the lock {path}; try later")
-            # Wait longer each time: hundreds of waiters would starve the lock's holder.
-            time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
+        problem = f"another process holds the lock {path}; try later"
+        file = poll(lambda: _open_locked(path, patience.left()), timeout, problem)
         holder = threading.get_native_id()  # another one in a forked child
         with file:
             held[holder] = None
@@ -2904,7 +2911,7 @@ def open_in_browser(url: str) -> bool:
     import shlex
     import subprocess
 
-    environ = without(os.environ, ["TERM"])  # no text-mode browser runs without it
+    environ = without(os.environ, ["TERM", "BROWSER"])  # no text mode, no xdg-open loop
     quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
         # Source: PyInstaller's manual, "LD_LIBRARY_PATH"; an AppImage sets APPDIR.
@@ -4382,9 +4389,13 @@ class BearerAuth:
                 text = "is not a host name; give no scheme, port, path or blank"
                 raise ConfigError(f"{shown!r} {text}")
         api = urlsplit(service.config.profile_url).hostname
-        self._hosts = {*map(str.lower, names), api}
-        # A crawler asks about many origins; each is decided on once.
-        self._is_ours = functools.lru_cache(maxsize=100)(self._is_listed)
+        known = {*map(str.lower, names), api}
+
+        @functools.lru_cache(maxsize=100)  # a crawler asks about many origins
+        def is_ours(origin: str) -> bool:
+            return may_carry_token(origin) and urlsplit(origin).hostname in known
+
+        self._is_ours = is_ours
 
     def __call__(self, request: Any) -> Any:
         """Sign a request of `requests` or httpx, and return it."""
@@ -4416,17 +4427,15 @@ class BearerAuth:
         body = response.content if is_read else b""  # httpx may not have read it
         return is_ours and is_token_refused(status, body)
 
-    def _is_listed(self, origin: str) -> bool:
-        from urllib.parse import urlsplit
-
-        return may_carry_token(origin) and urlsplit(origin).hostname in self._hosts
-
     def _sign(self, request: Any) -> None:
         """Set the headers of a request, in place of any other credential."""
         headers = self._service.auth_headers()
         present = set(map(str.lower, request.headers))
         if "anthropic-beta" in present & headers.keys():
-            headers["anthropic-beta"] = _with_beta(request.headers["anthropic-beta"])
+            asked: Any = request.headers["anthropic-beta"]
+            asked = asked.decode("latin-1") if isinstance(asked, bytes) else asked
+            names = dict.fromkeys((*asked.split(","), OAUTH_BETA))
+            headers["anthropic-beta"] = ",".join(names)
         # The API takes a token or a key, and refuses both.
         for name in present & {"authorization", "x-api-key"}:
             del request.headers[name]
@@ -4480,11 +4489,6 @@ class BearerAuth:
 
 def _bearer_of(request: Any) -> str:
     return str(request.headers.get("Authorization", "")).partition("Bearer ")[2]
-
-
-def _with_beta(asked_for: str | bytes) -> str:
-    text = asked_for.decode("latin-1") if isinstance(asked_for, bytes) else asked_for
-    return ",".join(dict.fromkeys((*text.split(","), OAUTH_BETA)))
 
 
 def _rewind(request: Any) -> bool:
@@ -4598,9 +4602,9 @@ class Sandbox:
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
         self._failures[endpoint].extend([refusal] * times)
 
-    def _decide(self, url: str, decision: bytes) -> str:
+    def _decide(self, url: str, body: bytes) -> str:
         path = "/oauth/authorize?" + url.partition(f"{self.origin}/oauth/authorize?")[2]
-        request = types.SimpleNamespace(command="POST", path=path, body=decision)
+        request = types.SimpleNamespace(command="POST", path=path, body=body, token="")
         try:
             location = str(self._answer(request))
         except _SandboxRefusal as refusal:
@@ -4650,8 +4654,7 @@ class Sandbox:
             self.counts[name] += 1
             if self._failures[name]:
                 raise self._failures[name].pop(0)
-            if scope:
-                self._check_access(request.token, scope)
+            self._check_access(request.token, scope)
             return getattr(self, "_do_" + name)(asked, request)
 
     def _do_authorize(self, asked: Any, request: Any) -> str:
@@ -4724,9 +4727,9 @@ class Sandbox:
 
     def _check_access(self, token: str, scope: str) -> None:
         login, end = self._access.get(token, (_NO_LOGIN, 0.0))
-        if not login.is_alive or end <= time.monotonic():
+        if scope and (not login.is_alive or end <= time.monotonic()):
             raise _SandboxRefusal(401, "authentication_error", "the token is dead")
-        if scope not in login.scopes:
+        if scope and scope not in login.scopes:
             raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
 
     def _do_callback(self, asked: Any, request: Any) -> str:

@@ -1630,6 +1630,7 @@ BAD_CLIENT_IDS = {
     "null": "null",
     "undefined": "undefined",
     "none": "None",
+    "false": "false",
     "comment-without-a-blank": "my-id #demo",
     "parameter": "client_id=my-id",
     "assignment-of-nothing": "CLIENT_ID=",
@@ -4312,6 +4313,7 @@ PROXIES = {
     "not-latin-1": "http://user:%E2%82%AC@proxy:3128",
     "none": "none",
     "null": "Null",
+    "false": "false",
 }
 
 
@@ -4763,9 +4765,10 @@ def test_what_is_no_path_is_refused_wherever_one_is_given(path, home, monkeypatc
     assert not list(home.iterdir())
 
 
-def test_the_error_of_a_directory_says_where_to_give_another(monkeypatch):
-    monkeypatch.setenv("CLAUDE_OAUTH_DIR", "$HOME/logins")
-    with pytest.raises(claude_oauth.ConfigError, match="--dir, CLAUDE_OAUTH_DIR"):
+@pytest.mark.parametrize("variable", ["CLAUDE_OAUTH_DIR", "CLAUDE_CONFIG_DIR"])
+def test_the_error_of_a_directory_says_where_to_give_another(monkeypatch, variable):
+    monkeypatch.setenv(variable, "$HOME/logins")
+    with pytest.raises(claude_oauth.ConfigError, match=f"--dir, .*{variable}"):
         claude_oauth.make_storage("file")
 
 
@@ -4863,6 +4866,34 @@ def test_a_file_that_others_can_read_is_closed_with_one_warning(saved, caplog):
     assert saved.load() == saved.load() == OLD_LOGIN
     assert mode_of(saved.path) == 0o600
     assert [record.message.count(saved.path) for record in caplog.records] == [1]
+
+
+MAPPED = """
+import ctypes, sys, claude_oauth as c
+def check(path):
+    storage = c.FileStorage(path)
+    try:
+        with storage.lock(0):
+            storage.check()
+    except c.StorageError as error:
+        print(error)
+check("private/c.json")  # imports all that it takes, while that can be read
+ctypes.CDLL(None).setfsuid(65534)  # what a share does that maps all users to one
+check(sys.argv[1])
+"""
+
+
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has setfsuid")
+def test_a_share_that_makes_files_another_users_is_told_before_a_sign_in(
+    nobodys_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = run_python(MAPPED, nobodys_folder.path)
+    assert done.stdout == (
+        f"{nobodys_folder.path} is another user's; use a directory of your own\n"
+    ), done.stderr
+    assert os.listdir(os.path.dirname(nobodys_folder.path)) == ["lock"]
 
 
 def own_by_nobody(path):
@@ -8750,6 +8781,16 @@ def test_a_browser_that_fails_never_leads_to_one_that_takes_the_terminal(
     assert [call.split()[0] for call in world.calls] == ["browser"]
 
 
+def test_a_browser_command_that_asks_for_the_browser_is_not_told_its_own_name(
+    world, listener
+):
+    """xdg-open, which some systems call `open`, would start itself for ever."""
+    visited = visit(f"{listener.redirect_uri}?{CALLBACK}")
+    world.setenv("BROWSER", world.add("open", f'[ -n "$BROWSER" ] || {visited}'))
+
+    assert race(listener, open_browser=True).code == CODE
+
+
 def raise_an_error(url):
     raise RuntimeError("no browser today")
 
@@ -10401,6 +10442,29 @@ def test_an_error_thrown_into_a_refresh_that_fails_is_the_one_that_leaves(
         auth_server.gate.set()
         assert isinstance(asked.exception(LIMIT), TimeLimit)
     assert service.access_token() == kept.storage.load().access_token
+
+
+def test_an_error_thrown_into_a_thread_that_waits_leaves_nothing_locked(
+    kept, auth_server
+):
+    kept.save(-1)
+    service, ids = kept.service(), queue.Queue()
+
+    def ask():
+        ids.put(threading.get_ident())
+        return service.access_token()
+
+    with threads(2) as start, held(auth_server) as wait:
+        asked = start(ask)
+        assert wait()
+        ids.get()
+        waiting = start(ask)
+        throw_into(ids.get(), TimeLimit)
+        assert isinstance(waiting.exception(LIMIT), TimeLimit)
+        auth_server.gate.set()
+        assert asked.result(LIMIT) == kept.storage.load().access_token
+    assert service.refresh().access_token == kept.storage.load().access_token
+    assert kept.requests == 2
 
 
 FORKED_AND_TOLD = """
