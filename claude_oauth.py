@@ -789,7 +789,7 @@ def parse_json_object(data: bytes, *, lenient: bool = False) -> dict[str, Any] |
     try:  # a JSONDecodeError carries the whole text, tokens included
         encoding = json.detect_encoding(data)
         text = data.decode(encoding, "replace" if lenient else "surrogatepass")
-        found = json.loads(text, strict=not lenient)
+        found = json.loads(text.rstrip("\0"), strict=not lenient)  # after a crash
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -5083,13 +5083,17 @@ def test_a_record_without_tokens_is_a_logout(folder, data):
     assert storage.load() is None
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_record_is_read_in_any_encoding_of_json(folder, encoding):
     storage = claude_oauth.FileStorage()
     storage.save(NEW_LOGIN)
-    path = Path(storage.path)
-    put_bytes(path, (path.read_text() + "\n").encode(encoding))
-    assert storage.load() == NEW_LOGIN
+    path, text = Path(storage.path), Path(storage.path).read_text()
+    for end in ("\n", "\0" * 512):  # a crash may leave NULs behind
+        put_bytes(path, (text + end).encode(encoding))
+        assert storage.load() == NEW_LOGIN
 
 
 TOKEN_FIELDS = (
