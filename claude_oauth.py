@@ -267,8 +267,8 @@ def outcome_of(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
 
 
 def raise_error(error: BaseException) -> None:
-    """Raise an exception: for where a function is needed."""
-    raise error
+    """Raise an exception, without the frames that it has come through so far."""
+    raise error.with_traceback(None)
 
 
 def hides_locals(subject: _T) -> _T:
@@ -1253,10 +1253,11 @@ def call_with_limit(
     elif not interrupt:
         run()
     if interrupt:
-        _INTERRUPTS.get(threading.get_ident(), raise_error)(interrupt)
+        keep = _INTERRUPTS.get(threading.get_ident(), raise_error)
         # Not join: once interrupted, it may not return any more (bpo-45274).
-        while deadline.left() and not outcome[1:]:
-            outcome_of(time.sleep, 0.01)
+        while all((keep is not raise_error, deadline.left(), not outcome[1:])):
+            interrupt = outcome_of(time.sleep, 0.01)[1] or interrupt
+        keep(interrupt)
     return outcome.pop()
 
 
@@ -1898,7 +1899,7 @@ def thread_lock(mutexes: dict[int, Any], timeout: float) -> ContextManager[objec
     @contextmanager
     def hold() -> Iterator[None]:
         # What is thrown into a thread that waits in `acquire` would leave it locked.
-        problem = "another thread is refreshing the login; try later"
+        problem = "another thread holds the login's lock; try later"
         poll(lambda: mutex.acquire(False), timeout, problem)
         try:
             yield
@@ -3639,14 +3640,14 @@ def with_signals_deferred(function: Callable[..., _T], *arguments: object) -> _T
     try:
         if threading.current_thread() is threading.main_thread():
             _hold_signals(hold, previous)
-        else:
+        elif threading.main_thread().is_alive():  # else the exit might never end
             with suppress(RuntimeError):  # no thread can be started
                 waiter.start()
         _INTERRUPTS[thread_id] = lambda error: delivery.callback(raise_error, error)
         return function(*arguments)
     finally:
-        done.set()
         _INTERRUPTS.pop(thread_id, None)
+        done.set()
         for number in reversed(previous):
             if signal.getsignal(number) is hold:
                 signal.signal(number, previous[number])
@@ -4868,10 +4869,8 @@ def _report(error: BaseException) -> int:
     text = str(error)
     if isinstance(error, OSError):
         text = _reason(error)
-        try:
-            sys.stdout.flush()
-        except OSError:
-            # What is still in the buffer must not fail once more at Python's end.
+        # What is still in the buffer must not fail once more at Python's end.
+        if not _quietly(sys.stdout.flush):
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):  # nobody is left to read the answer

@@ -10423,9 +10423,17 @@ def test_an_error_thrown_into_a_thread_that_refreshes_comes_later(
         for _ in range(times):
             throw_into(thread_id, TimeLimit)
         auth_server.gate.set()
-        assert isinstance(asked.exception(LIMIT), TimeLimit)
+        error = asked.exception(LIMIT)
+    assert isinstance(error, TimeLimit)
     assert kept.storage.load().access_token != kept.token
     assert (kept.is_alive(), kept.requests) == (True, 1)
+    frames, step = [], error.__traceback__
+    while step:
+        frames.append(step.tb_frame)
+        step = step.tb_next
+    for frame in frames:  # grows in the loop
+        frames += [frame.f_back] if frame.f_back else []
+        assert "sk-ant-" not in repr(frame.f_locals), frame
 
 
 def test_an_error_thrown_into_a_refresh_that_fails_is_the_one_that_leaves(
@@ -10469,6 +10477,64 @@ def test_an_error_thrown_into_a_thread_that_waits_leaves_nothing_locked(
         assert asked.result(LIMIT) == kept.storage.load().access_token
     assert service.refresh().access_token == kept.storage.load().access_token
     assert kept.requests == 2
+
+
+TWO_LIMITS = """
+import signal, threading
+class Limit(BaseException): pass
+def end(number, frame):
+    # When this is printed, the program waits again.
+    threading.Timer(0.3, print, (number,), {"flush": True}).start()
+    raise Limit(number)
+for number in (signal.SIGXCPU, signal.SIGXFSZ):
+    signal.signal(number, end)
+try:
+    service.access_token()
+except Limit as error:
+    print("ended by", *error.args, flush=True)
+"""
+
+
+@needs_posix
+def test_of_two_errors_thrown_into_a_refresh_the_later_one_leaves(
+    kept, auth_server, start_python
+):
+    kept.clock.now = time.time()
+    kept.save(-1)
+    with held(auth_server) as wait:
+        process = start_python(PROGRAM + TWO_LIMITS, auth_server.origin)
+        assert wait()
+        for number in (signal.SIGXCPU, signal.SIGXFSZ):
+            process.send_signal(number)
+            assert process.stdout.readline() == f"{int(number)}\n"
+        auth_server.gate.set()
+        told = process.communicate(timeout=LIMIT)[0]
+    assert told == f"ended by {int(signal.SIGXFSZ)}\n"
+    assert kept.storage.load().access_token != kept.token
+    assert kept.is_alive()
+
+
+BUSY = """
+import threading
+def refresh_on(service, begun):
+    while True:
+        service.refresh()
+        begun.set()
+for path in sys.argv[2:]:
+    begun, service = threading.Event(), c.OAuthService(config, c.FileStorage(path))
+    threading.Thread(target=refresh_on, args=(service, begun), daemon=True).start()
+    begun.wait()
+"""
+
+
+def test_threads_that_refresh_without_end_do_not_hold_up_the_end(
+    kept, start_python, tmp_path
+):
+    paths = [tmp_path / str(number) / "credentials.json" for number in range(16)]
+    for path in paths:
+        claude_oauth.FileStorage(path).save(kept.issue(600))
+    process = start_python(PROGRAM + BUSY, kept.server.origin, *paths)
+    assert process.wait(LIMIT) == 0
 
 
 FORKED_AND_TOLD = """
