@@ -1247,12 +1247,13 @@ def call_with_limit(
     def run() -> None:
         outcome.append(outcome_of(function))
 
-    thread, interrupt = outcome_of(start_thread, "call", run)
-    if thread:
-        _, interrupt = outcome_of(thread.join, seconds)
-    elif not interrupt:
-        run()
-    if interrupt:
+    def wait() -> None:
+        if thread := start_thread("call", run):
+            thread.join(seconds)
+        else:
+            run()
+
+    if interrupt := outcome_of(wait)[1]:
         keep = _INTERRUPTS.get(threading.get_ident(), raise_error)
         # Not join: once interrupted, it may not return any more (bpo-45274).
         while all((keep is not raise_error, deadline.left(), not outcome[1:])):
