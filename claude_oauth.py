@@ -489,9 +489,9 @@ class OAuthConfig(_Value):
             "user_agent must be printable ASCII": _text(agent, "[ -~]*") is not None,
         }
         for name, known in _KNOWN_ENDPOINTS.items():
-            url, text = self.__dict__[name], f"{name} must be a URL like https://host/"
-            text += "path, with no password (plain http is for loopback alone)"
-            rules[text] = url in known or may_carry_token(_text(url, "[^@]+"))
+            url, rule = vars(self)[name], f"{name} must be a URL like https://host/path"
+            rule += ", with no password (plain http is for loopback alone)"
+            rules[rule] = url in known or may_carry_token(_text(url, "[^@]+"))
         for rule, holds in rules.items():
             if not holds:
                 raise ConfigError(rule)
@@ -789,7 +789,7 @@ def parse_json_object(data: bytes, *, lenient: bool = False) -> dict[str, Any] |
     try:  # a JSONDecodeError carries the whole text, tokens included
         encoding = json.detect_encoding(data)
         text = data.decode(encoding, "replace" if lenient else "surrogatepass")
-        found = json.loads(text.rstrip("\0"), strict=not lenient)  # after a crash
+        found = json.loads(text.rstrip("\0"), strict=not lenient)  # a crash adds NULs
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -1254,11 +1254,11 @@ def call_with_limit(
             run()
 
     if interrupt := outcome_of(wait)[1]:
-        keep = _INTERRUPTS.get(threading.get_ident(), raise_error)
+        keep = _INTERRUPTS.get(threading.get_ident())  # None outside a refresh
         # Not join: once interrupted, it may not return any more (bpo-45274).
-        while all((keep is not raise_error, deadline.left(), not outcome[1:])):
+        while all((keep, deadline.left(), not outcome[1:])):
             interrupt = outcome_of(time.sleep, 0.01)[1] or interrupt
-        keep(interrupt)
+        (keep or raise_error)(interrupt)
     return outcome.pop()
 
 

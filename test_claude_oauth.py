@@ -10405,21 +10405,26 @@ def throw_into(thread_id, error):
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(error))
 
 
+def start_asking(start, service):
+    """Ask for a token in a thread: its future, and its id."""
+    ids = queue.Queue()
+
+    def ask():
+        ids.put(threading.get_ident())
+        return service.access_token()
+
+    return start(ask), ids.get(timeout=LIMIT)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_error_thrown_into_a_thread_that_refreshes_comes_later(
     kept, auth_server, times
 ):
     kept.save(-1)
-    service, ids = kept.service(), queue.Queue()
-
-    def ask():
-        ids.put(threading.get_ident())
-        service.access_token()
-
+    service = kept.service()
     with threads() as start, held(auth_server) as wait:
-        asked = start(ask)
+        asked, thread_id = start_asking(start, service)
         assert wait()
-        thread_id = ids.get()
         for _ in range(times):
             throw_into(thread_id, TimeLimit)
         auth_server.gate.set()
@@ -10440,17 +10445,12 @@ def test_an_error_thrown_into_a_refresh_that_fails_is_the_one_that_leaves(
     kept, auth_server
 ):
     kept.save(-1)
-    service, ids = kept.service(), queue.Queue()
-
-    def ask():
-        ids.put(threading.get_ident())
-        service.access_token()
-
+    service = kept.service()
     with threads() as start, held(auth_server) as wait:
-        asked = start(ask)
+        asked, thread_id = start_asking(start, service)
         assert wait()
         auth_server.fail_next("token", 503)
-        throw_into(ids.get(), TimeLimit)
+        throw_into(thread_id, TimeLimit)
         auth_server.gate.set()
         assert isinstance(asked.exception(LIMIT), TimeLimit)
     assert service.access_token() == kept.storage.load().access_token
@@ -10460,18 +10460,12 @@ def test_an_error_thrown_into_a_thread_that_waits_leaves_nothing_locked(
     kept, auth_server
 ):
     storage = claude_oauth.MemoryStorage(kept.issue(-1))  # no file is left open
-    service, ids = kept.service(storage=storage), queue.Queue()
-
-    def ask():
-        ids.put(threading.get_ident())
-        return service.access_token()
-
+    service = kept.service(storage=storage)
     with threads(2) as start, held(auth_server) as wait:
-        asked = start(ask)
+        asked, _ = start_asking(start, service)
         assert wait()
-        ids.get()
-        waiting = start(ask)
-        throw_into(ids.get(), TimeLimit)
+        waiting, thread_id = start_asking(start, service)
+        throw_into(thread_id, TimeLimit)
         assert isinstance(waiting.exception(LIMIT), TimeLimit)
         auth_server.gate.set()
         assert asked.result(LIMIT) == storage.load().access_token
@@ -10751,7 +10745,7 @@ import multiprocessing, threading
 def work(is_over):
     threading.Thread(target=service.access_token, daemon=True).start()
     is_over.wait()
-if __name__ == "__main__":
+def main():
     start = multiprocessing.get_context(sys.argv[2])
     is_over = start.Event()
     worker = start.Process(target=work, args=(is_over,))
@@ -10767,25 +10761,19 @@ if __name__ == "__main__":
 @needs_posix
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_a_child_of_multiprocessing_waits_for_the_answer_at_its_end(
-    kept, auth_server, tmp_path, method
+    kept, auth_server, start_python, tmp_path, method
 ):
     kept.clock.now = time.time()
     kept.save(-1)
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM + WORKER)
+    (tmp_path / "program.py").write_text(PROGRAM + WORKER)  # spawn imports it
+    code = "import sys; sys.path.insert(0, sys.argv[3]); import program; program.main()"
     with held(auth_server) as wait:
-        process = subprocess.Popen(
-            [sys.executable, str(program), auth_server.origin, method],
-            env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        with process:
-            assert wait()
-            process.stdin.close()
-            assert process.stdout.readline() == "None\n"  # it still waits
-            auth_server.gate.set()
+        process = start_python(code, auth_server.origin, method, tmp_path)
+        assert wait()
+        process.stdin.close()
+        assert process.stdout.readline() == "None\n"  # it still waits
+        auth_server.gate.set()
+        assert process.wait(LIMIT) == 0
     assert kept.storage.load().access_token != kept.token
     assert kept.is_alive()
 
