@@ -1877,35 +1877,26 @@ def _quietly(function: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
-def poll(try_once: Callable[[], _T | None], timeout: float, problem: str) -> _T:
-    """Call a function until its result counts as true; Unavailable if that is late."""
-    deadline = Deadline(timeout)
-    while not (result := try_once()):
-        left = deadline.left()
-        if not left:
-            raise Unavailable(problem)
-        # Wait longer each time: hundreds of waiters would starve the lock's holder.
-        time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
-    return result
-
-
 def thread_lock(mutexes: dict[int, Any], timeout: float) -> ContextManager[object]:
     """Return a lock between this process's threads, held until its context ends."""
     import threading
     from contextlib import contextmanager
 
-    # In a forked child, nobody would release the parent's lock.
-    mutex = mutexes.setdefault(os.getpid(), threading.Lock())
+    # By process id: in a forked child, nobody would release the parent's lock.
+    mutex = mutexes.setdefault(os.getpid(), threading.RLock())
 
     @contextmanager
     def hold() -> Iterator[None]:
-        # What is thrown into a thread that waits in `acquire` would leave it locked.
         problem = "another thread holds the login's lock; try later"
-        poll(lambda: mutex.acquire(False), timeout, problem)
-        try:
+        if mutex._is_owned():  # by this very thread
+            raise Unavailable(problem)
+        try:  # an exception thrown into the wait may come with the lock, or without
+            if not mutex.acquire(timeout=timeout):
+                raise Unavailable(problem)
             yield
         finally:
-            mutex.release()
+            with suppress(RuntimeError):  # this thread has not got it
+                mutex.release()
 
     return hold()
 
@@ -1922,9 +1913,15 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
 
     @contextmanager
     def hold() -> Iterator[None]:
+        deadline = Deadline(timeout)
         patience = Deadline(min(max(timeout / 2, 0.01), STORE_TIMEOUT))
-        problem = f"another process holds the lock {path}; try later"
-        file = poll(lambda: _open_locked(path, patience.left()), timeout, problem)
+        # The kernel's lock has no time limit, so this polls; a signal arrives at once.
+        while (file := _open_locked(path, patience.left())) is None:
+            left = deadline.left()
+            if not left:
+                raise Unavailable(f"another process holds the lock {path}; try later")
+            # Wait longer each time: hundreds of waiters would starve the lock's holder.
+            time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
         holder = threading.get_native_id()  # another one in a forked child
         with file:
             held[holder] = None
@@ -4434,10 +4431,7 @@ class BearerAuth:
         headers = self._service.auth_headers()
         present = set(map(str.lower, request.headers))
         if "anthropic-beta" in present & headers.keys():
-            asked: Any = request.headers["anthropic-beta"]
-            asked = asked.decode("latin-1") if isinstance(asked, bytes) else asked
-            names = dict.fromkeys((*asked.split(","), OAUTH_BETA))
-            headers["anthropic-beta"] = ",".join(names)
+            headers["anthropic-beta"] = _with_beta(request.headers["anthropic-beta"])
         # The API takes a token or a key, and refuses both.
         for name in present & {"authorization", "x-api-key"}:
             del request.headers[name]
@@ -4491,6 +4485,11 @@ class BearerAuth:
 
 def _bearer_of(request: Any) -> str:
     return str(request.headers.get("Authorization", "")).partition("Bearer ")[2]
+
+
+def _with_beta(asked_for: str | bytes) -> str:
+    text = asked_for.decode("latin-1") if isinstance(asked_for, bytes) else asked_for
+    return ",".join(dict.fromkeys((*text.split(","), OAUTH_BETA)))
 
 
 def _rewind(request: Any) -> bool:
@@ -4604,9 +4603,9 @@ class Sandbox:
         refusal = _SandboxRefusal(status, code, "as fail_next asked", retry_after)
         self._failures[endpoint].extend([refusal] * times)
 
-    def _decide(self, url: str, body: bytes) -> str:
+    def _decide(self, url: str, decision: bytes) -> str:
         path = "/oauth/authorize?" + url.partition(f"{self.origin}/oauth/authorize?")[2]
-        request = types.SimpleNamespace(command="POST", path=path, body=body, token="")
+        request = types.SimpleNamespace(command="POST", path=path, body=decision)
         try:
             location = str(self._answer(request))
         except _SandboxRefusal as refusal:
@@ -4656,7 +4655,8 @@ class Sandbox:
             self.counts[name] += 1
             if self._failures[name]:
                 raise self._failures[name].pop(0)
-            self._check_access(request.token, scope)
+            if scope:
+                self._check_access(request.token, scope)
             return getattr(self, "_do_" + name)(asked, request)
 
     def _do_authorize(self, asked: Any, request: Any) -> str:
@@ -4729,9 +4729,9 @@ class Sandbox:
 
     def _check_access(self, token: str, scope: str) -> None:
         login, end = self._access.get(token, (_NO_LOGIN, 0.0))
-        if scope and (not login.is_alive or end <= time.monotonic()):
+        if not login.is_alive or end <= time.monotonic():
             raise _SandboxRefusal(401, "authentication_error", "the token is dead")
-        if scope and scope not in login.scopes:
+        if scope not in login.scopes:
             raise _SandboxRefusal(403, "permission_error", f"{scope} was not granted")
 
     def _do_callback(self, asked: Any, request: Any) -> str:

@@ -10466,8 +10466,8 @@ def test_an_error_thrown_into_a_thread_that_waits_leaves_nothing_locked(
         assert wait()
         waiting, thread_id = start_asking(start, service)
         throw_into(thread_id, TimeLimit)
-        assert isinstance(waiting.exception(LIMIT), TimeLimit)
         auth_server.gate.set()
+        assert isinstance(waiting.exception(LIMIT), TimeLimit)
         assert asked.result(LIMIT) == storage.load().access_token
     assert service.refresh().access_token == storage.load().access_token
     assert kept.requests == 2
