@@ -2555,8 +2555,7 @@ MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
 MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corrects them
 # Characters that a terminal takes in one line; the rest is lost.  Source: tty(4).
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
-# epoll refuses files, poll refuses terminals on macOS, select descriptors over 1023.
-# eventlet removes poll as well.
+# epoll refuses files, macOS's poll terminals, select many files; eventlet has no poll.
 SELECTOR: Final = ("Poll", "Select")[sys.platform in ("darwin", "win32")] + "Selector"
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
@@ -2952,8 +2951,8 @@ class _PastePrompt:
         self._wake_up.setblocking(False)
         # Where a thread has to read, its lines come through a socket.
         self._lines, self._writer = socket.socketpair()
-        self._source, self._size = self._lines.fileno(), 65536
-        self._receive: Callable[[int], bytes] = self._lines.recv
+        self._source: Any = self._lines.makefile("rb", 0)
+        self._size = 65536
         self._needs_thread = self._is_idle = is_open  # no thread reads yet
         self._is_terminal = self._is_shown = False
         self._held = b""  # the bytes of a paste that may go on
@@ -2963,29 +2962,31 @@ class _PastePrompt:
         self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
         with suppress(Exception):  # no stdin, or an object that is no file
             descriptor = sys.stdin.fileno()
-            os.fstat(descriptor)
             self._is_terminal = os.isatty(descriptor)
             # In PyCharm's and Thonny's console, the descriptor is not what stdin reads.
             is_usual = type(sys.stdin).__name__ not in ("StdIn", "FakeInputStream")
-            if all((is_usual, os.name == "posix", not self._is_notebook)):
+            if sys.platform != "win32" and all((is_usual, not self._is_notebook)):
+                self._source = os.fdopen(descriptor, "rb", 0, closefd=False)
                 self._needs_thread = self._is_idle = False
-                self._source, self._receive = descriptor, partial(os.read, descriptor)
                 self._size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
+                # Its own, so that no read waits where others read the line first.
+                terminal = os.open(os.ttyname(descriptor), os.O_NONBLOCK | os.O_NOCTTY)
+                self._source = os.fdopen(terminal, "rb", 0)
 
     def is_readable(self) -> bool:
         """Tell whether to wait for a paste: in the background a read would stop us."""
-        if sys.platform == "win32":
-            return self.is_open
-        with suppress(OSError):  # no terminal, or not ours, stops nobody
-            return self.is_open and os.tcgetpgrp(self._source) == os.getpgrp()
-        return True
+        if sys.platform != "win32":
+            with suppress(OSError):  # no terminal, or not ours, stops nobody
+                if os.tcgetpgrp(self._source.fileno()) != os.getpgrp():
+                    return False
+        return self.is_open
 
     def _request_line(self) -> None:
         """Have a thread read one line; if none can start, read it after asking."""
         mark = (b"\n", self._state.encode())[self._is_terminal]  # a console splits it
         if self._is_idle and mark not in self._held:
             self._is_idle = not start_thread("paste", self._read_line)
-            if self._is_shown and self._is_idle and not self._held:
+            if all((self._is_shown, self._is_idle, not self._held)):
                 self._read_line()
 
     def _read_line(self) -> None:
@@ -3029,13 +3030,13 @@ class _PastePrompt:
         """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
         chunk, self._is_idle = b"", self._needs_thread
         with suppress(OSError):  # it was closed, or the terminal is gone
-            chunk = self._receive(self._size)
+            chunk = self._source.read(self._size)
         self._is_whole = not chunk
         if chunk:
             self._held += chunk
         elif self._held:
             self._held += b"\n"
-        else:
+        elif chunk is not None:  # None: another thread or program has read it
             self._stop()
 
     def show(self, seconds_left: float) -> None:
@@ -3106,6 +3107,7 @@ class _PastePrompt:
         self._waker.close()
         self._writer.close()  # before the other end: a write to that is a SIGPIPE
         self._wake_up.close()
+        self._source.close()
         self._lines.close()
 
 
@@ -3113,8 +3115,7 @@ class _Browser:
     """Opens an address in a thread: that may fail, hang or never return."""
 
     def __init__(self, opener: Any, wake: Callable[[], object]) -> None:
-        self._opener, self.is_open = opener, bool(opener)
-        self._wake = wake
+        self._opener, self._wake, self.is_open = opener, wake, bool(opener)
         if opener is True:
             self._opener, self.is_open = open_in_browser, bool(find_browsers())
 
@@ -3898,9 +3899,8 @@ class OAuthService:
     def auth_headers(self) -> dict[str, str]:
         """Return the headers that authenticate a request to the API.
 
-        A Bearer token with the API's OAuth beta header, or ``x-api-key`` on the Console
-        path, where a key is made if none is stored.  Raises what ``access_token`` and
-        ``create_api_key`` raise.
+        A Bearer token and beta header; for a Console login ``x-api-key``, made if there
+        is none.  Raises what ``access_token`` and ``create_api_key`` raise.
         """
         served, now = self._view.served, self._clock()
         if served.is_current(now, served.headers_expire_at - now, REFRESH_BUFFER):

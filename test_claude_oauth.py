@@ -9427,8 +9427,14 @@ def test_with_neither_port_nor_stdin_it_is_cancelled_before_anything_is_shown(ca
 
 
 HOST_PROGRAM = """
-import os, signal, sys, termios
+import os, select, signal, sys, termios
 import claude_oauth as c
+def read_first(frame, event, called):
+    is_read = event == "c_call" and called.__name__ == "read"
+    if is_read and select.select([0], [], [], 0)[0]:
+        print("another reader has", os.read(0, 99))
+if "READ_FIRST" in os.environ:
+    sys.setprofile(read_first)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # for tests in the background
 before = termios.tcgetattr(0)
 code, state, manual_uri, timeout = sys.argv[1:]
@@ -9490,6 +9496,14 @@ def test_in_a_terminal_a_wrong_paste_is_explained_and_the_right_one_taken(host_p
     child.sendline(f"{CODE}#{STATE}")
     child.expect_exact(f"granted True {MANUAL_URI}")
     finish(child)
+
+
+def test_in_a_terminal_that_another_reads_as_well_no_read_waits(host_program):
+    child = host_program(READ_FIRST="1")
+    child.sendline("x")
+    child.expect_exact("another reader has b'x\\n'")
+    requests.get(f"{child.redirect_uri}?{CALLBACK}", timeout=LIMIT)
+    child.expect_exact(f"granted True {child.redirect_uri}")
 
 
 LONG = LONG_CODES["url-safe"]
