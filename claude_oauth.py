@@ -1452,8 +1452,8 @@ class OAuthClient:
                 except requests.HTTPError as error:  # of a hook in the session
                     response = error.response
                 answers.append(stack.enter_context(response))
-                # Byte by byte for a refresh: urllib3 2 drops an incomplete chunk.
-                for piece in response.iter_content((4096, 1)[is_refresh]):
+                # Byte by byte: urllib3 2 drops the last piece if it is incomplete.
+                for piece in response.iter_content(1):
                     content.extend(piece)
                     if len(content) >= MAX_ANSWER_BYTES:
                         break

@@ -4160,14 +4160,23 @@ def test_an_escape_in_a_token_of_a_damaged_answer_is_read(scripted_server):
     assert CALLS["refresh"](client_for(scripted_server)).refresh_token == "a+b"
 
 
+@pytest.mark.parametrize("call", GRANTS)
 @pytest.mark.parametrize("padding", range(17))
 def test_no_byte_of_an_answer_is_lost_that_is_shorter_than_it_says(
-    scripted_server, padding
+    scripted_server, padding, call
 ):
     tokens = {"access_token": "new", "refresh_token": "next"}
     scripted_server.add(200, {"n": "x" * padding, **tokens}, fault="short")
-    found = CALLS["refresh"](client_for(scripted_server))
+    found = CALLS[call](client_for(scripted_server))
     assert (found.access_token, found.refresh_token) == ("new", "next")
+
+
+def test_a_key_and_a_profile_are_taken_from_an_answer_that_ends_early(scripted_server):
+    client = client_for(scripted_server)
+    scripted_server.add(200, {"raw_key": "sk-ant-api03-new"}, fault="short")
+    scripted_server.add(200, {"account": {"uuid": "a"}}, fault="short")
+    assert CALLS["api_key"](client) == "sk-ant-api03-new"
+    assert CALLS["profile"](client).account_uuid == "a"
 
 
 def test_a_session_that_raises_for_a_status_changes_no_error(scripted_server):
