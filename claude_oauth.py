@@ -500,7 +500,7 @@ class OAuthConfig(_Value):
         self.__dict__["client_id"] = str(client_id).strip()
 
 
-_NULL: Final = "(?i:null|nil|none|undefined|false)$"  # how programs print no value
+_NULL: Final = r"(?i:null|nil|none|undefined|false|%\w+%)$"  # how no value is printed
 # A client id or a scope, without the syntax of a shell, a template or an env file.
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
@@ -1401,8 +1401,7 @@ class OAuthClient:
     ) -> dict[str, object]:
         """Send a request; return the answer's JSON object, {} without a field."""
         sent = {"bearer": token, **(body or {})}
-        is_refresh = "refresh_token" in sent
-        status, headers, content = self._fetch(url, body, token, is_refresh=is_refresh)
+        status, headers, content = self._fetch(url, body, token)
         names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
         secrets = [sent.get(name, "") for name in names]
         if not 200 <= status < 300:
@@ -1414,7 +1413,7 @@ class OAuthClient:
         return read_answer(status, content, field=field, secrets=secrets)
 
     def _fetch(
-        self, url: str, body: Mapping[str, str] | None, token: str, *, is_refresh: bool
+        self, url: str, body: Mapping[str, str] | None, token: str
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Send a request; return status, headers and content of any answer."""
         from contextlib import ExitStack
@@ -1461,7 +1460,7 @@ class OAuthClient:
         # `requests` limits the wait for each packet, not a resolver or slow headers.
         deadline, error = Deadline(3 * self.config.timeout), None
         # Retry a dropped connection: a later call would send the same token anyway.
-        for _ in range(1 + (body is None or is_refresh)):
+        for _ in range(1 + (body is None or "refresh_token" in body)):
             _nothing, failure = call_with_limit(request, deadline.left())
             error = _error_of_failure(failure, route)
             # Once an answer has begun, the token is spent.
@@ -1568,17 +1567,19 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
 
 def _check_tls_files(bundle: Any, cert: Any) -> None:
     ssl = import_package("ssl", "this Python has no TLS: install OpenSSL for it")
-    name, path = "SSLKEYLOGFILE", os.environ.get("SSLKEYLOGFILE", "")
+    name, path = "OPENSSL_CONF", os.environ.get("OPENSSL_CONF", "openssl.cnf")
     try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        name, path = "SSLKEYLOGFILE", os.environ.get("SSLKEYLOGFILE", "")
         if path:
             open(os.path.expandvars(path), "ab").close()
         if bundle is True:
             name, path = "the package `requests`", import_requests().certs.where()
-            open(path, "rb").close()
+            context.load_verify_locations(path)
         elif isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
             variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
             name = _variable_or("the session's verify", path, variables)
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+            context.load_verify_locations(path)
         name, path = "the session's cert", "a file"  # not its name, which may be a key
         for each in [cert] if isinstance(cert, str) else cert or ():
             open(each, "rb").close()  # to load it may ask for a passphrase
@@ -3471,8 +3472,7 @@ class ServedToken:
         elif needs_key(credentials):
             self.headers_expire_at = 0.0  # the API does not take this login's token
         # Two clocks: one can be set, and the other stands still while a machine sleeps.
-        self.since = now
-        self.until = now + LOOK_INTERVAL
+        self.since, self.until = now, now + LOOK_INTERVAL
         self.look_again = time.monotonic() + LOOK_INTERVAL
 
     def is_current(self, now: float, left: float, min_validity: float) -> bool:

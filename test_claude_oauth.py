@@ -1638,6 +1638,7 @@ BAD_CLIENT_IDS = {
     "double-quotes": '"my-id"',
     "single-quotes": "'my-id'",
     "variable": "${CLIENT_ID}",
+    "variable-of-windows": "%CLIENT_ID%",
     "command": "$(cat id)",
     "assignment": "CLAUDE_OAUTH_CLIENT_ID=my-id",
     "placeholder": "<your-client-id>",
@@ -4497,6 +4498,10 @@ WITHOUT = {
         "requests.adapters.DEFAULT_CA_BUNDLE_PATH = '/nowhere/cacert.pem'",
         "/nowhere/cacert.pem",
     ),
+    "any-certificate": (
+        "import os, requests; requests.certs.where = lambda: os.devnull",
+        "the package `requests` names",
+    ),
 }
 
 
@@ -4507,6 +4512,28 @@ def test_a_python_that_lacks_something_is_told_before_anything_is_shown(damage, 
     assert (done.returncode, done.stdout) == (2, "")
     assert named in done.stderr and "Traceback" not in done.stderr
     assert "open this address" not in done.stderr
+
+
+OPENSSL_CONF = """\
+openssl_conf = all
+[all]
+providers = providers
+[providers]
+legacy = legacy
+[legacy]
+activate = 1
+"""
+
+
+def test_a_configuration_of_openssl_without_ciphers_is_to_fix(home, monkeypatch):
+    (home / "openssl.cnf").write_text(OPENSSL_CONF)
+    monkeypatch.setenv("OPENSSL_CONF", str(home / "openssl.cnf"))
+    if not run_python("import ssl; ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)").returncode:
+        pytest.skip("this OpenSSL has no providers")
+    done = run_python(
+        "import claude_oauth as c\nc.OAuthClient(c.OAuthConfig('id')).check()"
+    )
+    assert "ConfigError: OPENSSL_CONF names" in done.stderr
 
 
 def test_what_a_certificate_of_a_session_holds_is_not_shown(outside):
