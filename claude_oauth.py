@@ -2967,12 +2967,12 @@ class _PastePrompt:
             # In PyCharm's and Thonny's console, the descriptor is not what stdin reads.
             is_usual = type(sys.stdin).__name__ not in ("StdIn", "FakeInputStream")
             if sys.platform != "win32" and all((is_usual, not self._is_notebook)):
-                self._source = os.fdopen(descriptor, "rb", 0, closefd=False)
+                self._source = io.FileIO(descriptor, closefd=False)
                 self._needs_thread = self._is_idle = False
                 self._size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
                 # Its own, so that no read waits where others read the line first.
                 terminal = os.open(os.ttyname(descriptor), os.O_NONBLOCK | os.O_NOCTTY)
-                self._source = os.fdopen(terminal, "rb", 0)
+                self._source = io.FileIO(terminal)
 
     def is_readable(self) -> bool:
         """Tell whether to wait for a paste: in the background a read would stop us."""
