@@ -1281,8 +1281,7 @@ class OAuthClient:
         clock: Clock = time.time,
     ) -> None:
         self.config = config
-        self._session = session
-        self._clock = clock
+        self._session, self._clock = session, clock
 
     def check(self) -> None:
         """Raise ConfigError if no request could be sent, without sending one."""
@@ -1524,7 +1523,11 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
 
 def import_requests() -> Any:
     """Return the package `requests`; raises ConfigError if it is missing or broken."""
-    import_package("requests.sessions")  # a stray requests.py has none
+    try:
+        import_package("requests.sessions")  # a stray requests.py has none
+    except ConfigError:
+        _check_tls_files(False, None)  # `requests` 2.32.3 uses TLS at its import
+        raise
     return sys.modules["requests"]
 
 
@@ -1606,7 +1609,7 @@ class Storage(Protocol):
     """Where a credential waits between runs.  Safe to share between threads.
 
     Optional: ``read_only`` (True: another program owns the credential, so its refresh
-    token is never spent), ``account_file`` (where the account is cached; None: memory).
+    token is never spent), ``account_file`` (account and shared notes; None: memory).
     """
 
     def load(self) -> Credentials | None:
@@ -2049,8 +2052,7 @@ class FileStorage(_RecordStorage):
         read_only: bool = False,
     ) -> None:
         self.path = self._watched = absolute_path(path, "credentials.json")
-        self.read_only = read_only
-        self._cipher = cipher
+        self.read_only, self._cipher = read_only, cipher
         self._reserved: dict[int, _AtomicFile | None] = {}  # by thread, for its save
 
     @property
@@ -2700,8 +2702,7 @@ class AuthCodeListener:
 
         if not 0 <= port <= 65535:
             raise ConfigError("the port must be from 0 to 65535; 0 takes a free one")
-        self.port = port
-        self.redirect_uri = ""
+        self.port, self.redirect_uri = port, ""
         self.arrived = threading.Event()  # the code, or the server's refusal
         self._is_over = threading.Event()  # there is a page, or there will be none
         self.on_arrival: Callable[[], object] = lambda: None
@@ -2952,7 +2953,8 @@ class _PastePrompt:
         self._wake_up.setblocking(False)
         # Where a thread has to read, its lines come through a socket.
         self._lines, self._writer = socket.socketpair()
-        self._source: Any = self._lines.makefile("rb", 0)
+        pasted = self._lines.makefile("rb", 0)
+        self._source: Any = pasted
         self._size = 65536
         self._needs_thread = self._is_idle = is_open  # no thread reads yet
         self._is_terminal = self._is_shown = False
@@ -2968,6 +2970,7 @@ class _PastePrompt:
             is_usual = type(sys.stdin).__name__ not in ("StdIn", "FakeInputStream")
             if sys.platform != "win32" and all((is_usual, not self._is_notebook)):
                 self._source = io.FileIO(descriptor, closefd=False)
+                pasted.close()
                 self._needs_thread = self._is_idle = False
                 self._size = MAX_TERMINAL_LINE + 1 if self._is_terminal else 1
                 # Its own, so that no read waits where others read the line first.
@@ -3062,7 +3065,7 @@ class _PastePrompt:
         try:
             found = self._find_code(text)
         except ValueError as reason:
-            if self._is_whole or not self._is_terminal:
+            if any((self._is_whole, not self._is_terminal)):
                 self._refuse(text, reason)
             return None
         behind = "".join((self._earlier + text).split()).partition(found.code)[2]
@@ -3092,7 +3095,7 @@ class _PastePrompt:
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         self._refusals += 1
         is_long = len(text) > 2 * MAX_PASTE_CHARS
-        if (is_long or self._refusals >= MAX_PIPED_REFUSALS) and not self._is_terminal:
+        if not self._is_terminal and (is_long or self._refusals >= MAX_PIPED_REFUSALS):
             self._stop()
         self._held, self._is_shown = b"", False
 
@@ -3108,8 +3111,8 @@ class _PastePrompt:
         self._waker.close()
         self._writer.close()  # before the other end: a write to that is a SIGPIPE
         self._wake_up.close()
-        self._source.close()
         self._lines.close()
+        self._source.close()
 
 
 class _Browser:
@@ -3117,6 +3120,7 @@ class _Browser:
 
     def __init__(self, opener: Any, wake: Callable[[], object]) -> None:
         self._opener, self._wake, self.is_open = opener, wake, bool(opener)
+        self.problem = "no browser was opened"
         if opener is True:
             self._opener, self.is_open = open_in_browser, bool(find_browsers())
 
@@ -3125,13 +3129,12 @@ class _Browser:
             self.is_open = False
 
     def _open(self, url: str) -> None:
-        result: object = False
-        try:
-            result = self._opener(url)
-        finally:
-            if result is False:
-                self.is_open = False
-                self._wake()
+        result, error = outcome_of(self._opener, url)
+        if error:  # its text may hold the address
+            result, self.problem = False, f"{self.problem} ({type(error).__name__})"
+        if result is False:
+            self.is_open = False
+            self._wake()
 
 
 def _announce(automatic_url: str, manual_url: str, port: int, can_paste: bool) -> None:
@@ -3166,8 +3169,7 @@ def obtain_code(
 
     Raises LoginDenied, LoginTimeout, or LoginCancelled if no way to answer is left.
     """
-    deadline = Deadline(timeout)
-    manual_url = url_for(manual_redirect_uri)
+    deadline, manual_url = Deadline(timeout), url_for(manual_redirect_uri)
     automatic_url = url_for(listener.redirect_uri or manual_redirect_uri)
     port *= bool(listener.redirect_uri)
     prompt = _PastePrompt(state, manual_redirect_uri, is_open=paste)
@@ -3177,7 +3179,7 @@ def obtain_code(
         if not deadline.left():
             raise LoginTimeout(TOO_LATE)
         if not (prompt.is_open or port or (browser.is_open and listener.redirect_uri)):
-            why = problem or "no browser was opened"
+            why = problem or browser.problem
             cure = "log in from a terminal, or give a port that your browser reaches"
             raise LoginCancelled(f"{why} and nothing can be pasted here; {cure}")
 
@@ -3267,7 +3269,8 @@ class AccountFile:
         refused     the fingerprint of a dead refresh token, valid until refused_until
         spent       that of a refresh token whose successor could not be saved
         suspect     that of a new token that the API may refuse, until suspect_until
-        rejected    that of a new token that the API refused
+        rejected    that of a new token that the API refused; until rejected_until, any
+                    that another worker makes counts as well
         account_of  the fingerprints of the login that the cached account belongs to
         key_owner   the fingerprint of the stored API key and its organization together
 
@@ -3280,8 +3283,7 @@ class AccountFile:
 
     def __init__(self, path: str | None, config: OAuthConfig, clock: Clock) -> None:
         self._path = absolute_path(path) if path else ""  # "": in memory alone
-        self._config = config
-        self._clock = clock
+        self._config, self._clock = config, clock
         # What could not be written, and the file's content then: newer content wins.
         self._unwritten: tuple[object, dict[str, object]] = (None, {})
 
@@ -3690,10 +3692,8 @@ class Refresher:
     """
 
     def __init__(self, client: OAuthClient, view: StoreView, clock: Clock) -> None:
-        self._client = client
-        self._view = view
-        self._account_file = view.account_file
-        self._clock = clock
+        self._client, self._clock = client, clock
+        self._view, self._account_file = view, view.account_file
         self._mutexes: dict[int, threading.Lock] = {}  # by process id; for a refresh
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed = _NOT_FAILED
@@ -3862,8 +3862,7 @@ class OAuthService:
         self.config = OAuthConfig.from_env() if config is None else config
         self.storage: Storage = default_storage() if storage is None else storage
         self._session = session
-        self._flush_telemetry = flush_telemetry
-        self._clock = clock
+        self._flush_telemetry, self._clock = flush_telemetry, clock
         path: str | None = getattr(self.storage, "account_file", None)
         if account_file is not None:
             path = absolute_path(account_file)
@@ -3971,6 +3970,7 @@ class OAuthService:
         file, stored = self._account_file, self._view.look() or Credentials("")
         names = ("rejected", "suspect")[: 1 + (file.seconds_left("suspect_until") > 0)]
         is_noted = fingerprint(token) in map(file.notes().get, names)
+        is_noted |= file.seconds_left("rejected_until") > 0
         is_alive = time_left(stored.expires_at, self._clock()) > 0
         return all((is_noted, is_alive, stored.access_token == token))
 
@@ -3981,7 +3981,8 @@ class OAuthService:
         with suppress(ClaudeOAuthError), self.storage.lock(SHORT_WAIT):
             changes: dict[str, object] = {"suspect": noted, "suspect_until": until}
             if not is_new:  # not for a token that another program refreshed long ago
-                changes = {"rejected": noted} if self.is_rejected(token) else {}
+                refusal = {"rejected": noted, "rejected_until": until}
+                changes = refusal if self.is_rejected(token) else {}
             self._account_file.note(**(changes if token else {"suspect": None}))
 
     def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
@@ -4536,8 +4537,7 @@ class Sandbox:
     ) -> None:
         import threading
 
-        self.origin = ""
-        self.lifetime = lifetime
+        self.origin, self.lifetime = "", lifetime
         self.scopes = tuple(scopes)
         self.counts = {name: 0 for name, _ in _SANDBOX_ENDPOINTS.values()}
         self._port = port

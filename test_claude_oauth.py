@@ -4514,6 +4514,19 @@ def test_a_python_that_lacks_something_is_told_before_anything_is_shown(damage, 
     assert "open this address" not in done.stderr
 
 
+def test_a_package_that_needs_tls_at_its_import_is_not_called_broken(home, monkeypatch):
+    """As `requests` 2.32.3 does."""
+    (home / "requests").mkdir()
+    program = "import ssl; ssl.create_default_context()"
+    (home / "requests" / "__init__.py").write_text(program)
+    monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/keys.log")
+    done = run_python(
+        f"import sys; sys.path.insert(0, {str(home)!r})\n"
+        "import claude_oauth as c\nc.OAuthClient(c.OAuthConfig('id')).check()"
+    )
+    assert "ConfigError: SSLKEYLOGFILE names '/nowhere/keys.log'" in done.stderr
+
+
 OPENSSL_CONF = """\
 openssl_conf = all
 [all]
@@ -8852,6 +8865,12 @@ def test_a_browser_that_fails_and_no_paste_is_a_cancelled_login(listener, opener
         race(listener, open_browser=opener)
 
 
+def test_the_kind_of_a_browsers_error_is_told(listener):
+    with pytest.raises(claude_oauth.LoginCancelled) as error:
+        race(listener, open_browser=raise_an_error)
+    assert str(error.value).startswith("no browser was opened (RuntimeError) and")
+
+
 NO_PYTHONS = {
     "frozen": ("frozen", True),
     "no-executable": ("executable", ""),
@@ -9109,6 +9128,15 @@ def test_a_line_of_a_pipe_is_a_paste_and_the_next_lines_are_the_programs(stdin_p
 
     assert race(paste=True) == claude_oauth.GrantedCode(CODE, MANUAL_URI)
     assert [sys.stdin.readline(), sys.stdin.readline()] == ["mine\n", "mine too\n"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
+def test_a_prompt_leaves_no_descriptor_open(stdin_pipe):
+    stdin_pipe.write(f"{CODE}#{STATE}\n".encode() * 2)
+    race(paste=True)
+    before = open_descriptors()
+    race(paste=True)
+    assert open_descriptors() == before
 
 
 def test_a_last_line_without_its_end_is_a_paste(stdin_pipe):
@@ -14913,6 +14941,25 @@ def test_an_api_that_answers_401_to_everything_costs_one_refresh(
 
     assert answers == [401] * 20
     assert auth_server.counts["refresh_token"] == 1
+
+
+class SharedStore(claude_oauth.FileStorage):
+    """A store that workers share on several machines: their notes are apart."""
+
+    account_file = None
+
+
+def test_an_api_that_answers_401_to_everything_costs_each_worker_one_refresh(
+    signed_in, auth_server, messages_url
+):
+    for _ in range(60):
+        auth_server.fail_next("api", 401, failure("authentication_error", "no"))
+    stores = [SharedStore(signed_in.storage.path) for _ in range(2)]
+    services = [claude_oauth.OAuthService(signed_in.config, store) for store in stores]
+    answers = [post(messages_url, services[n % 2]).status_code for n in range(20)]
+
+    assert answers == [401] * 20
+    assert auth_server.counts["refresh_token"] == 2
 
 
 @pytest.mark.parametrize("times", [1, 40])
