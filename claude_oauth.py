@@ -1570,7 +1570,7 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
 
 def _check_tls_files(bundle: Any, cert: Any) -> None:
     ssl = import_package("ssl", "this Python has no TLS: install OpenSSL for it")
-    name, path = "OPENSSL_CONF", os.environ.get("OPENSSL_CONF", "openssl.cnf")
+    name, path = "OpenSSL (OPENSSL_CONF)", os.environ.get("OPENSSL_CONF", "openssl.cnf")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         name, path = "SSLKEYLOGFILE", os.environ.get("SSLKEYLOGFILE", "")
@@ -3338,7 +3338,7 @@ class AccountFile:
         """Note a successful refresh; the cached account stays with the login."""
         now = self._clock()
         settled = ("wait_until", "failures", "refused", "suspect", "rejected")
-        notes: dict[str, object] = {**dict.fromkeys(settled)}
+        notes: dict[str, object] = {**dict.fromkeys(settled), "rejected_until": None}
         if renewed.access_token != before.access_token:
             lifetime = time_left(renewed.expires_at, now)
             notes["lifetime"] = round(min(lifetime, MAX_LIFETIME))
@@ -3970,7 +3970,7 @@ class OAuthService:
         file, stored = self._account_file, self._view.look() or Credentials("")
         names = ("rejected", "suspect")[: 1 + (file.seconds_left("suspect_until") > 0)]
         is_noted = fingerprint(token) in map(file.notes().get, names)
-        is_noted |= file.seconds_left("rejected_until") > 0
+        is_noted |= file.seconds_left("rejected_until", REFRESH_BUFFER) > 0
         is_alive = time_left(stored.expires_at, self._clock()) > 0
         return all((is_noted, is_alive, stored.access_token == token))
 
