@@ -1280,8 +1280,7 @@ class OAuthClient:
         session: requests.Session | None = None,
         clock: Clock = time.time,
     ) -> None:
-        self.config = config
-        self._session, self._clock = session, clock
+        self.config, self._session, self._clock = config, session, clock
 
     def check(self) -> None:
         """Raise ConfigError if no request could be sent, without sending one."""
@@ -1355,8 +1354,7 @@ class OAuthClient:
         NotLoggedIn if there is none to send; TokenRefused if it is dead, or a scope is
         not allowed; Unavailable if no answer is usable: it may be spent all the same.
         """
-        answer = self.request_refresh(credentials, scopes or ())
-        now = self._clock()
+        answer, now = self.request_refresh(credentials, scopes or ()), self._clock()
         renewed = Credentials.from_answer(answer, received_at=now, previous=credentials)
         return renewed.replace(client_id=self.client_id_for(credentials))
 
@@ -2154,9 +2152,8 @@ class MemoryStorage:
     account_file: str | None = None
 
     def __init__(self, credentials: Credentials | None = None) -> None:
-        self._stored = credentials
+        self._stored, self._changes = credentials, 0
         self._mutexes: dict[int, threading.Lock] = {}
-        self._changes = 0
 
     def load(self) -> Credentials | None:
         """Return the credential, or None."""
@@ -2946,8 +2943,7 @@ class _PastePrompt:
         import socket
         from functools import partial
 
-        self.is_open = is_open
-        self._state = state
+        self.is_open, self._state = is_open, state
         self._parse = partial(parse_paste, state=state, manual_redirect_uri=manual_uri)
         self._wake_up, self._waker = socket.socketpair()
         self._wake_up.setblocking(False)
@@ -2996,7 +2992,7 @@ class _PastePrompt:
     def _read_line(self) -> None:
         import builtins
 
-        data = b""
+        data, _kept = b"", sys.__stdin__  # freed before, it would abort Python's end
         try:
             with suppress(Exception):  # closed, no front end, no text
                 # Python's own input() in a daemon thread can abort the process.
@@ -3496,16 +3492,13 @@ class StoreView:
     """
 
     def __init__(self, storage: Storage, account_file: AccountFile) -> None:
-        self.storage = storage
+        self.storage, self.account_file, self._pid = storage, account_file, os.getpid()
         self.is_read_only = bool(getattr(storage, "read_only", False))
         self.pending: PendingSave | None = None
-        self.account_file = account_file
-        self._pid = os.getpid()
         # Replaced whole, never changed, so reading them needs no lock.
         self._last: tuple[object, Credentials | None] = (None, None)
         self._failure: ClaudeOAuthError | None = None
-        self._failed_until = Deadline(0)
-        self.served = _NOTHING_SERVED
+        self._failed_until, self.served = Deadline(0), _NOTHING_SERVED
 
     def look(self) -> Credentials | None:
         """Return the login in force; read the store only if it may have changed.
@@ -3571,8 +3564,7 @@ class StoreView:
 
     def remember(self, credentials: Credentials | None) -> None:
         """Use this as the store's content until the next look."""
-        self._last = (None, credentials)
-        self.served = _NOTHING_SERVED
+        self._last, self.served = (None, credentials), _NOTHING_SERVED
 
     def serve(self, credentials: Credentials, now: float) -> ServedToken:
         """Return a login to hand out, now and for LOOK_INTERVAL; or StorageCorrupt."""
@@ -3593,8 +3585,7 @@ class StoreView:
         try:
             if self._failure and self._failed_until.left():
                 raise _copy_of(self._failure)
-            found = self.storage.load()
-            self._failure = None
+            found, self._failure = self.storage.load(), None
             return stamp, found
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
@@ -3696,8 +3687,7 @@ class Refresher:
         self._view, self._account_file = view, view.account_file
         self._mutexes: dict[int, threading.Lock] = {}  # by process id; for a refresh
         # The last failed refresh and when it failed, for the threads that waited.
-        self._failed = _NOT_FAILED
-        self._not_before = 0.0
+        self._failed, self._not_before = _NOT_FAILED, 0.0
 
     def is_due(self, credentials: Credentials, min_validity: float) -> bool:
         """Tell whether a refresh should be tried now."""
@@ -3706,7 +3696,7 @@ class Refresher:
         return time_left(credentials.expires_at, self._clock()) <= limit
 
     def refresh(
-        self, present: Credentials, min_validity: float, other_than: str | None = None
+        self, present: Credentials, min_validity: float, other_than: object = None
     ) -> tuple[Credentials, bool]:
         """Return a valid login, and whether this call has refreshed it.
 
@@ -3726,7 +3716,7 @@ class Refresher:
                 warn(f"{error} (the present token is used until it expires)")
             return present, False
 
-    def _read_foreign(self, other_than: str | None) -> tuple[Credentials, bool]:
+    def _read_foreign(self, other_than: object) -> tuple[Credentials, bool]:
         """Return the login that another program refreshes; never refresh it here."""
         newest = require_login(self._view.read()[1])
         if self._suffices(newest, 0, other_than):
@@ -3736,7 +3726,7 @@ class Refresher:
         raise Unavailable(f"the token in {where} has to be refreshed by {owner}")
 
     def _refresh_alone(
-        self, timeout: float, min_validity: float, other_than: str | None = None
+        self, timeout: float, min_validity: float, other_than: object = None
     ) -> tuple[Credentials, bool]:
         """Lock, and go through the steps from 3 on; or fail as a refresh just did."""
         from contextlib import ExitStack
@@ -3766,7 +3756,7 @@ class Refresher:
             return with_signals_deferred(run_locked)
 
     def _refresh_if_needed(
-        self, min_validity: float, other_than: str | None, *, is_last: bool = False
+        self, min_validity: float, other_than: object, *, is_last: bool = False
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
         stored, found = self._view.read()
@@ -3793,27 +3783,29 @@ class Refresher:
         return self._refresh_if_needed(min_validity, other_than, is_last=True)
 
     def _suffices(
-        self, newest: Credentials, min_validity: float, other_than: str | None
+        self, newest: Credentials, min_validity: float, other_than: object
     ) -> bool:
         lifetime = self._account_file.number("lifetime")
         if 0 < lifetime <= min_validity:
             min_validity = lifetime / 2  # a new one would not live long enough either
         left = time_left(newest.expires_at, self._clock())
-        return left > min_validity and newest.access_token != other_than
+        other = getattr(other_than, "access_token", None)
+        return left > min_validity and newest.access_token != other
 
     def _spend(
         self, newest: Credentials, stored: Credentials | None, scopes: Iterable[str]
     ) -> Credentials:
         """Spend the refresh token; keep a successor even beside a bad access token."""
-        answer = self._client.request_refresh(newest, scopes)
-        now = self._clock()
-        try:
-            renewed = Credentials.from_answer(answer, received_at=now, previous=newest)
-        except BadAnswer:
-            if successor := _text(answer.get("refresh_token")):
-                self._keep(newest.replace(refresh_token=successor), newest, stored)
-            raise
-        return self._keep(renewed, newest, stored)
+        answer, now = self._client.request_refresh(newest, scopes), self._clock()
+        read = Credentials.from_answer
+        new, error = outcome_of(lambda: read(answer, received_at=now, previous=newest))
+        successor = newest.replace(refresh_token=_text(answer.get("refresh_token")))
+        answer.clear()  # error trackers record this frame, if a store logs an error
+        if not error:
+            return self._keep(new, newest, stored)
+        if successor.refresh_token:
+            self._keep(successor, newest, stored)
+        raise error
 
     def _keep(
         self, renewed: Credentials, before: Credentials, stored: Credentials | None
@@ -3861,8 +3853,8 @@ class OAuthService:
     ) -> None:
         self.config = OAuthConfig.from_env() if config is None else config
         self.storage: Storage = default_storage() if storage is None else storage
-        self._session = session
-        self._flush_telemetry, self._clock = flush_telemetry, clock
+        self._session, self._clock = session, clock
+        self._flush_telemetry = flush_telemetry
         path: str | None = getattr(self.storage, "account_file", None)
         if account_file is not None:
             path = absolute_path(account_file)
@@ -3927,16 +3919,19 @@ class OAuthService:
                 answered 401 to it, so that a refresh would not help.
             ClaudeOAuthError: What ``access_token`` raises.
         """
+        return self.refresh_rejected(Credentials(rejected) if rejected else None)
+
+    def refresh_rejected(self, rejected: Credentials | None) -> Credentials:
+        """Refresh as above, with no token in a frame: error trackers may record it."""
         if environment_token():
             raise ConfigError("CLAUDE_OAUTH_TOKEN cannot be refreshed; unset it")
         present = require_login(self._view.look())
-        token = present.access_token
-        if rejected != token:  # none was, or the store has a newer one
-            return self._refresh(present, 0, rejected or token)
-        if self.is_rejected(token):
+        if not rejected or rejected.access_token != present.access_token:
+            return self._refresh(present, 0, rejected or present)
+        if self.is_rejected(present):
             raise TokenRefused("invalid_token", "the API refuses new tokens too", 401)
-        renewed = self._refresh(present, 0, token)
-        self.note_rejected(renewed.access_token, is_new=True)
+        renewed = self._refresh(present, 0, present)
+        self.note_rejected(renewed, is_new=True)
         return renewed
 
     @hides_locals
@@ -3952,44 +3947,49 @@ class OAuthService:
         """Return what the API takes: a key where it needs one, else an access token."""
         credentials = require_login(self.credentials())
         if needs_key(credentials):
-            credentials, _ = self._with_token(lambda _: self._make_key(force=False))
+            credentials, _ = self._with_token(self._make_key, force=False)
         if console_key(credentials):  # it never expires
             return self._view.serve(credentials, self._clock())
         served = self._serve(min_validity)  # by now it may be another login
         return served if served.headers_expire_at else self._serve_api(min_validity)
 
     def _refresh(
-        self, present: Credentials, min_validity: float, other_than: str | None = None
+        self, present: Credentials, min_validity: float, other_than: object = None
     ) -> Credentials:
         credentials, is_new = self._refresher.refresh(present, min_validity, other_than)
         # The token is saved (else nothing is asked): a slow profile costs only time.
         return self._complete_account(credentials) if is_new else credentials
 
-    def is_rejected(self, token: str) -> bool:
+    def is_rejected(self, login: Credentials) -> bool:
         """Tell whether the API has refused, or not yet accepted, this new token."""
         file, stored = self._account_file, self._view.look() or Credentials("")
         names = ("rejected", "suspect")[: 1 + (file.seconds_left("suspect_until") > 0)]
-        is_noted = fingerprint(token) in map(file.notes().get, names)
+        is_noted = fingerprint(login.access_token) in map(file.notes().get, names)
         is_noted |= file.seconds_left("rejected_until", REFRESH_BUFFER) > 0
         is_alive = time_left(stored.expires_at, self._clock()) > 0
-        return all((is_noted, is_alive, stored.access_token == token))
+        return all((is_noted, is_alive, stored.access_token == login.access_token))
 
-    def note_rejected(self, token: str, *, is_new: bool = False) -> None:
+    def note_rejected(self, login: Credentials, *, is_new: bool = False) -> None:
         """Note the refusal of a suspected token, or suspect a new one; "" ends that."""
-        noted, until = fingerprint(token), self._clock() + REFRESH_BUFFER
+        noted, until = fingerprint(login.access_token), self._clock() + REFRESH_BUFFER
         # After an error the next 401 notes it.
         with suppress(ClaudeOAuthError), self.storage.lock(SHORT_WAIT):
-            changes: dict[str, object] = {"suspect": noted, "suspect_until": until}
-            if not is_new:  # not for a token that another program refreshed long ago
-                refusal = {"rejected": noted, "rejected_until": until}
-                changes = refusal if self.is_rejected(token) else {}
-            self._account_file.note(**(changes if token else {"suspect": None}))
+            changes: dict[str, object] = {}
+            if not login.access_token:
+                changes = {"suspect": None}
+            elif is_new:
+                changes = {"suspect": noted, "suspect_until": until}
+            elif self.is_rejected(login):  # not one that is new to this program alone
+                changes = {"rejected": noted, "rejected_until": until}
+            self._account_file.note(**changes)
 
-    def _with_token(self, ask: Callable[[str], _T]) -> tuple[_T, str]:
+    def _with_token(
+        self, ask: Callable[..., _T], **options: bool
+    ) -> tuple[_T, Credentials]:
         """Call with an access token; after a 401, once more with a new one."""
-        token = self.access_token()
+        login = Credentials(self.access_token())
         try:
-            return ask(token), token
+            return ask(login.access_token, **options), login
         except (TokenRefused, Unavailable) as error:
             if error.status != 401:
                 raise
@@ -3998,11 +3998,11 @@ class OAuthService:
                     raise
                 cure = "replace or unset CLAUDE_OAUTH_TOKEN"
                 raise TokenRefused("invalid_token", cure, 401) from None
-        token, refused = self.refresh(rejected=token).access_token, ""
+        login, refused = self.refresh_rejected(login), Credentials("")
         try:
-            return ask(token), token
+            return ask(login.access_token, **options), login
         except (TokenRefused, Unavailable) as error:
-            refused = token * (error.status == 401)
+            refused = (refused, login)[error.status == 401]
             raise
         finally:
             self.note_rejected(refused)
@@ -4034,9 +4034,9 @@ class OAuthService:
         cached = Profile.from_record(self._account_file.account(login), login)
         if cached and not force:
             return cached
-        profile, token = self._with_token(self._client.fetch_profile)
+        profile, login = self._with_token(self._client.fetch_profile)
         try:
-            self._keep_profile(profile, Credentials(token))
+            self._keep_profile(profile, login)
         except (StorageError, Unavailable) as error:
             warn(f"the profile could not be kept: {error}")
         return profile
@@ -4049,16 +4049,16 @@ class OAuthService:
         may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
         if all(needs) or not may_ask or self._view.pending:
             return renewed
-        if profile := self._try_profile(renewed.access_token):
+        if profile := self._try_profile(renewed):
             with suppress(ClaudeOAuthError):
                 return self._keep_profile(profile, renewed)
         return renewed
 
-    def _try_profile(self, access_token: str) -> Profile | None:
+    def _try_profile(self, login: Credentials) -> Profile | None:
         """Return the profile; None if it cannot be had, or takes too long."""
         # A token without user:profile gets a 403 here, and works all the same.
-        fetch = self._client.fetch_profile
-        return call_with_limit(lambda: fetch(access_token), self.config.timeout)[0]
+        fetch, limit = self._client.fetch_profile, self.config.timeout
+        return call_with_limit(lambda: fetch(login.access_token), limit)[0]
 
     def _keep_profile(self, profile: Profile, login: Credentials) -> Credentials:
         """Store the profile of a login if it is still stored; return it completed."""
@@ -4090,10 +4090,11 @@ class OAuthService:
         """
         if environment_token():
             return self._with_token(self._client.create_api_key)[0]
-        return str(self._with_token(lambda _: self._make_key(force=True))[0].api_key)
+        return str(self._with_token(self._make_key, force=True)[0].api_key)
 
-    def _make_key(self, *, force: bool) -> Credentials:
+    def _make_key(self, token: str, *, force: bool) -> Credentials:
         """Make an API key, with *force* even beside another; store it and its owner."""
+        del token  # that of the store counts
         file = self._account_file
         with self.storage.lock(LOCK_TIMEOUT):
             stored, found = self._view.read()
@@ -4103,17 +4104,17 @@ class OAuthService:
             self.storage.check()  # a permanent key must not be lost once it is made
             file.raise_known_failure(newest.replace(refresh_token=None))  # if paused
             try:
-                key = self._client.create_api_key(newest.access_token)
+                create = self._client.create_api_key
+                with_key = newest.replace(api_key=create(newest.access_token))
             except Unavailable as error:
                 if not force:  # else a refresh would wait as well
                     file.note_failure(error, newest, ())
                 raise
-            with_key = newest.replace(api_key=key)
             try:
                 self._view.save(with_key, stored)
             except ClaudeOAuthError as error:
                 warn(f"the new API key is kept in memory: {error}")
-            file.note(key_owner=key_owner_of(key, file.account(newest)))
+            file.note(key_owner=key_owner_of(with_key.api_key, file.account(newest)))
             return with_key
 
     # Login, logout, status
@@ -4200,7 +4201,7 @@ class OAuthService:
             sent = {**vars(granted), "verifier": verifier, "state": state}
             credentials = self._client.exchange_code(**sent)
             account: Record = {}
-            if profile := self._try_profile(credentials.access_token):
+            if profile := self._try_profile(credentials):
                 account = profile.to_record()
                 credentials = _with_plan(credentials, profile)
             credentials = self._with_key(credentials, stored, account)
@@ -4442,17 +4443,17 @@ class BearerAuth:
     @hides_locals
     def _renew(self, request: Any) -> bool:
         """Refresh after a 401 and sign again; return False where that cannot help."""
-        token = _bearer_of(request)
-        if token in ("", environment_token()) or self._service.is_rejected(token):
+        service, old = self._service, Credentials(_bearer_of(request))
+        if old.access_token in ("", environment_token()) or service.is_rejected(old):
             return False
-        self._service.refresh(rejected=token)
+        service.refresh_rejected(old)
         self._sign(request)
         return True
 
     @hides_locals
     def _note_answer(self, request: Any, answer: Any) -> None:
         is_refused = answer is not None and self._is_refusal(answer)
-        self._service.note_rejected(_bearer_of(request) if is_refused else "")
+        self._service.note_rejected(Credentials(_bearer_of(request) * is_refused))
 
     @hides_locals
     def repeat(self, response: requests.Response, **options: Any) -> Any:
@@ -4537,8 +4538,7 @@ class Sandbox:
     ) -> None:
         import threading
 
-        self.origin, self.lifetime = "", lifetime
-        self.scopes = tuple(scopes)
+        self.origin, self.lifetime, self.scopes = "", lifetime, tuple(scopes)
         self.counts = {name: 0 for name, _ in _SANDBOX_ENDPOINTS.values()}
         self._port = port
         # Guards counts and all below, while a request is answered.

@@ -9650,6 +9650,22 @@ def test_a_paste_that_the_terminal_has_cut_is_said_to_be(host_program):
     finish(child)
 
 
+WRAPPED_STDIN = """
+import io, sys, claude_oauth as c
+class StdIn(io.TextIOWrapper):
+    "A console that a thread has to read."
+sys.stdin = StdIn(sys.stdin.buffer)
+with c.Sandbox() as sandbox:
+    service = c.OAuthService(sandbox.config, c.MemoryStorage())
+    service.login(open_browser=sandbox.approve)
+"""
+
+
+def test_a_program_that_has_wrapped_its_stdin_ends_well_after_a_login(start_python):
+    process = start_python(WRAPPED_STDIN)
+    assert process.wait(LIMIT) == 0
+
+
 def test_when_the_browser_wins_the_next_line_is_the_programs(host_program):
     child = host_program()
     page = requests.get(f"{child.redirect_uri}?{CALLBACK}", timeout=LIMIT)
@@ -10301,10 +10317,11 @@ def test_a_token_that_was_found_in_the_store_is_no_new_one(kept):
 def test_a_suspected_token_that_has_expired_is_refreshed(kept):
     kept.save()
     service = kept.service()
-    second = service.refresh(rejected=service.access_token()).access_token
+    second = service.refresh(rejected=service.access_token())
     service.note_rejected(second)  # the API has refused it as well
     kept.clock.now += 3 * 86400
-    assert service.refresh(rejected=second).access_token != second
+    third = service.refresh(rejected=second.access_token)
+    assert third.access_token != second.access_token
     assert kept.requests == 2
 
 
@@ -10321,36 +10338,36 @@ def test_a_refusal_by_a_clock_that_was_ahead_is_one_of_that_token_alone(kept):
     kept.save(86400)
     service = kept.service()
     kept.clock.now += 7 * 3600
-    service.note_rejected(service.refresh(rejected=service.access_token()).access_token)
-    assert service.is_rejected(kept.save(86400).access_token)  # another worker's
+    service.note_rejected(service.refresh(rejected=service.access_token()))
+    assert service.is_rejected(kept.save(86400))  # another worker's
     kept.clock.now -= 7 * 3600
-    assert not service.is_rejected(kept.save(86400).access_token)
+    assert not service.is_rejected(kept.save(86400))
 
 
 def test_after_a_refresh_that_was_asked_for_a_new_token_may_be_refreshed(kept):
     kept.save()
     service = kept.service()
-    service.note_rejected(service.refresh(rejected=service.access_token()).access_token)
-    assert not service.is_rejected(service.refresh().access_token)
+    service.note_rejected(service.refresh(rejected=service.access_token()))
+    assert not service.is_rejected(service.refresh())
 
 
 def test_a_success_takes_a_suspicion_back_and_no_refusal(kept):
     kept.save()
     service = kept.service()
-    second = service.refresh(rejected=service.access_token()).access_token
-    service.note_rejected("")
+    second = service.refresh(rejected=service.access_token())
+    service.note_rejected(claude_oauth.Credentials(""))
     assert not service.is_rejected(second)
-    third = service.refresh(rejected=second).access_token
+    third = service.refresh(rejected=second.access_token)
     service.note_rejected(third)
-    service.note_rejected("")  # another endpoint has taken it
+    service.note_rejected(claude_oauth.Credentials(""))  # another endpoint has taken it
     kept.clock.now += 2 * claude_oauth.REFRESH_BUFFER
     assert service.is_rejected(third)
 
 
 def test_the_late_refusal_of_an_older_token_changes_nothing(kept):
-    first = kept.save().access_token
+    first = kept.save()
     service = kept.service()
-    second = service.refresh(rejected=first).access_token
+    second = service.refresh(rejected=first.access_token)
     service.note_rejected(second)
     service.note_rejected(first)
     assert service.is_rejected(second) and not service.is_rejected(first)
@@ -10359,7 +10376,7 @@ def test_the_late_refusal_of_an_older_token_changes_nothing(kept):
 def test_an_answer_that_comes_after_a_logout_leaves_no_file(signed_in):
     folder = os.path.dirname(signed_in.storage.path)
     signed_in.logout()
-    signed_in.note_rejected("")
+    signed_in.note_rejected(claude_oauth.Credentials(""))
     assert os.listdir(folder) == ["lock"]
 
 
@@ -12800,6 +12817,58 @@ def test_no_frame_of_ours_behind_a_warning_holds_a_token(full_service, browser):
 
     assert "could not be saved" in recorder.message
     for secret in (before, renewed.access_token, renewed.refresh_token):
+        assert secret not in recorder.text
+
+
+class LoggingStore(claude_oauth.MemoryStorage):
+    """A team's store that logs what its database says."""
+
+    failing = None
+
+    def fail_if(self, step):
+        if step == self.failing:
+            logging.getLogger("a.store").error("the database is down")
+            raise claude_oauth.StorageError("the database is down; try again")
+
+    def lock(self, timeout):
+        self.fail_if("lock")
+        return super().lock(timeout)
+
+    def check(self):
+        self.fail_if("check")
+
+    def save(self, credentials):
+        self.fail_if("save")
+        super().save(credentials)
+
+
+CALLS_THAT_REFRESH = {
+    "refresh": lambda service, url: service.refresh(),
+    "profile": lambda service, url: service.profile(force=True),
+    "request": lambda service, url: post(url, service),
+}
+
+
+@pytest.mark.parametrize("step", ["lock", "check", "save"])
+@pytest.mark.parametrize("call", CALLS_THAT_REFRESH.values(), ids=CALLS_THAT_REFRESH)
+def test_no_frame_of_ours_behind_a_stores_own_log_holds_a_token(
+    config, browser, auth_server, messages_url, call, step
+):
+    storage, recorder = LoggingStore(), FrameRecorder()
+    service = claude_oauth.OAuthService(config, storage)
+    before = sign_in(service, browser)
+    auth_server.access_tokens.pop(before.access_token)
+    storage.failing = step
+    logging.getLogger("a.store").addHandler(recorder)
+    try:
+        with contextlib.suppress(claude_oauth.StorageError):
+            call(service, messages_url)
+    finally:
+        logging.getLogger("a.store").removeHandler(recorder)
+
+    assert recorder.message == "the database is down"
+    known = [before, service.credentials()]
+    for secret in [t for c in known for t in (c.access_token, c.refresh_token)]:
         assert secret not in recorder.text
 
 
@@ -18060,7 +18129,7 @@ def test_the_tables_name_each_public_name_once():
     assert sorted(told) == sorted(claude_oauth.__all__)
 
 
-FOR_BEARER_AUTH = {"is_rejected", "note_rejected"}
+FOR_BEARER_AUTH = {"is_rejected", "note_rejected", "refresh_rejected"}
 
 
 def test_the_table_of_names_has_the_methods_of_a_service():
