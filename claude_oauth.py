@@ -3979,7 +3979,7 @@ class OAuthService:
                 changes = {"suspect": None}
             elif is_new:
                 changes = {"suspect": noted, "suspect_until": until}
-            elif self.is_rejected(login):  # not one that is new to this program alone
+            elif self.is_rejected(login):  # not one that another program got long ago
                 changes = {"rejected": noted, "rejected_until": until}
             self._account_file.note(**changes)
 
