@@ -17408,6 +17408,7 @@ def test_ctrl_c_during_a_refresh_ends_with_130_and_keeps_the_answer(
         child = spawn_cli("refresh")
         assert wait()
         child.sendintr()
+        child.expect_exact("^C")  # the terminal echoes it after sending the signal
         auth_server.gate.set()
         rest, code = end_of(child)
 
