@@ -2992,7 +2992,7 @@ class _PastePrompt:
     def _read_line(self) -> None:
         import builtins
 
-        data, _kept = b"", sys.__stdin__  # freed before, it would abort Python's end
+        data, _kept = b"", sys.__stdin__  # if freed first, Python aborts at its exit
         try:
             with suppress(Exception):  # closed, no front end, no text
                 # Python's own input() in a daemon thread can abort the process.
@@ -3696,16 +3696,16 @@ class Refresher:
         return time_left(credentials.expires_at, self._clock()) <= limit
 
     def refresh(
-        self, present: Credentials, min_validity: float, other_than: object = None
+        self, present: Credentials, min_validity: float, old: Credentials | None = None
     ) -> tuple[Credentials, bool]:
         """Return a valid login, and whether this call has refreshed it.
 
         While the present token is valid, this returns it instead of waiting or failing.
-        With *other_than*, only a different token will do, however valid that one is.
+        With *old*, only a different token will do, however valid that one is.
         """
-        if time_left(present.expires_at, self._clock()) <= 0 or other_than is not None:
+        if time_left(present.expires_at, self._clock()) <= 0 or old is not None:
             limit = max(LOCK_TIMEOUT, 3 * self._client.config.timeout)
-            return self._refresh_alone(limit, min_validity, other_than)
+            return self._refresh_alone(limit, min_validity, old)
         try:
             return self._refresh_alone(0.0, min_validity)
         except NotLoggedIn:
@@ -3716,28 +3716,28 @@ class Refresher:
                 warn(f"{error} (the present token is used until it expires)")
             return present, False
 
-    def _read_foreign(self, other_than: object) -> tuple[Credentials, bool]:
+    def _read_foreign(self, old: Credentials | None) -> tuple[Credentials, bool]:
         """Return the login that another program refreshes; never refresh it here."""
         newest = require_login(self._view.read()[1])
-        if self._suffices(newest, 0, other_than):
+        if self._suffices(newest, 0, old):
             return newest, False
         owner = "the program that owns it; run that program, then try again"
         where = self._view.storage.describe()
         raise Unavailable(f"the token in {where} has to be refreshed by {owner}")
 
     def _refresh_alone(
-        self, timeout: float, min_validity: float, other_than: object = None
+        self, timeout: float, min_validity: float, old: Credentials | None = None
     ) -> tuple[Credentials, bool]:
         """Lock, and go through the steps from 3 on; or fail as a refresh just did."""
         from contextlib import ExitStack
 
         if self._view.is_read_only:
-            return self._read_foreign(other_than)
+            return self._read_foreign(old)
         began, deadline = time.monotonic(), Deadline(timeout)
         with ExitStack() as stack:  # made first: Ctrl-C may come at any moment
             stack.enter_context(thread_lock(self._mutexes, timeout))
             newest = require_login(self._view.look())  # a thread may have refreshed
-            if self._suffices(newest, min_validity, other_than):
+            if self._suffices(newest, min_validity, old):
                 return newest, False
             when, failure = self._failed
             if when > began:
@@ -3748,7 +3748,7 @@ class Refresher:
             def run_locked() -> tuple[Credentials, bool]:
                 with stack:  # unlocks before the signals are delivered
                     try:
-                        return self._refresh_if_needed(min_validity, other_than)
+                        return self._refresh_if_needed(min_validity, old)
                     except ClaudeOAuthError as error:
                         self._failed = (time.monotonic(), _copy_of(error))
                         raise
@@ -3756,12 +3756,12 @@ class Refresher:
             return with_signals_deferred(run_locked)
 
     def _refresh_if_needed(
-        self, min_validity: float, other_than: object, *, is_last: bool = False
+        self, min_validity: float, old: Credentials | None, *, is_last: bool = False
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
         stored, found = self._view.read()
         newest = require_login(found)
-        if self._suffices(newest, min_validity, other_than):
+        if self._suffices(newest, min_validity, old):
             return newest, False
         scopes: tuple[str, ...] = ()  # the server keeps those granted
         if not is_last:
@@ -3780,17 +3780,17 @@ class Refresher:
             if is_last or pause is None:
                 raise
         time.sleep(pause)
-        return self._refresh_if_needed(min_validity, other_than, is_last=True)
+        return self._refresh_if_needed(min_validity, old, is_last=True)
 
     def _suffices(
-        self, newest: Credentials, min_validity: float, other_than: object
+        self, newest: Credentials, min_validity: float, old: Credentials | None
     ) -> bool:
         lifetime = self._account_file.number("lifetime")
         if 0 < lifetime <= min_validity:
             min_validity = lifetime / 2  # a new one would not live long enough either
         left = time_left(newest.expires_at, self._clock())
-        other = getattr(other_than, "access_token", None)
-        return left > min_validity and newest.access_token != other
+        is_other = not old or newest.access_token != old.access_token
+        return left > min_validity and is_other
 
     def _spend(
         self, newest: Credentials, stored: Credentials | None, scopes: Iterable[str]
@@ -3922,7 +3922,7 @@ class OAuthService:
         return self.refresh_rejected(Credentials(rejected) if rejected else None)
 
     def refresh_rejected(self, rejected: Credentials | None) -> Credentials:
-        """Refresh as above, with no token in a frame: error trackers may record it."""
+        """Do what `refresh` does; a token in a frame would reach an error tracker."""
         if environment_token():
             raise ConfigError("CLAUDE_OAUTH_TOKEN cannot be refreshed; unset it")
         present = require_login(self._view.look())
@@ -3954,14 +3954,14 @@ class OAuthService:
         return served if served.headers_expire_at else self._serve_api(min_validity)
 
     def _refresh(
-        self, present: Credentials, min_validity: float, other_than: object = None
+        self, present: Credentials, min_validity: float, old: Credentials | None = None
     ) -> Credentials:
-        credentials, is_new = self._refresher.refresh(present, min_validity, other_than)
+        credentials, is_new = self._refresher.refresh(present, min_validity, old)
         # The token is saved (else nothing is asked): a slow profile costs only time.
         return self._complete_account(credentials) if is_new else credentials
 
     def is_rejected(self, login: Credentials) -> bool:
-        """Tell whether the API has refused, or not yet accepted, this new token."""
+        """Tell whether the API refuses new tokens, or has yet to accept this one."""
         file, stored = self._account_file, self._view.look() or Credentials("")
         names = ("rejected", "suspect")[: 1 + (file.seconds_left("suspect_until") > 0)]
         is_noted = fingerprint(login.access_token) in map(file.notes().get, names)
@@ -4198,8 +4198,8 @@ class OAuthService:
         """Turn a code into a stored credential; return it with its account."""
         with self.storage.lock(LOCK_TIMEOUT):
             stored = self.storage.load()  # before the code is spent: this may fail
-            sent = {**vars(granted), "verifier": verifier, "state": state}
-            credentials = self._client.exchange_code(**sent)
+            exchange = self._client.exchange_code
+            credentials = exchange(**vars(granted), verifier=verifier, state=state)
             account: Record = {}
             if profile := self._try_profile(credentials):
                 account = profile.to_record()
