@@ -500,7 +500,7 @@ class OAuthConfig(_Value):
         self.__dict__["client_id"] = str(client_id).strip()
 
 
-_NULL: Final = r"(?i:null|nil|none|undefined|false|%\w+%)$"  # how no value is printed
+_NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # how no value looks
 # A client id or a scope, without the syntax of a shell, a template or an env file.
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
@@ -519,11 +519,8 @@ def may_carry_token(url: str | None) -> bool:
     """Tell whether a token may go to a URL: https, or plain http on this machine."""
     from urllib.parse import urlsplit
 
-    whole = _text(url, _URL)
-    if whole is None:
-        return False
     try:
-        parts = urlsplit(whole)
+        parts = urlsplit(str(_text(url, _URL)))  # "None" has no scheme and no host
         is_safe = parts.scheme == "https" or is_loopback(parts.hostname or "")
         return is_safe and parts.port != 0
     except ValueError:  # a port that is no number, brackets that do not match
@@ -1478,8 +1475,9 @@ def _without_redirect(request: Any) -> Any:
 
 # A proxy's URL that every `requests` takes; the group is its host and port.
 _PROXY_URL: Final = (
-    rf"(?i)\A(?!{_NULL})(?:(?:https?|socks(?:4a?|5h?))://(?:[^\s/?#\\\[\]]*@)?)?((?:"
-    r"[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
+    rf"(?i)\A(?!{_NULL}|(?:0|direct)\Z)(?:(?:https?|socks(?:4a?|5h?))://"
+    r"(?:[^\s/?#\\\[\]]*@)?)?((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])"
+    r"(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
 )
 _DROPPED: Final = "{route} dropped the connection; try again later"
 
@@ -2697,8 +2695,8 @@ class AuthCodeListener:
         import threading
         from weakref import WeakSet
 
-        if not 0 <= port <= 65535:
-            raise ConfigError("the port must be from 0 to 65535; 0 takes a free one")
+        if not all((state, 0 <= port <= 65535)):
+            raise ConfigError("the port must be 0 (any) to 65535, the state not empty")
         self.port, self.redirect_uri = port, ""
         self.arrived = threading.Event()  # the code, or the server's refusal
         self._is_over = threading.Event()  # there is a page, or there will be none
@@ -3222,13 +3220,6 @@ def wait_left(until: float, now: float, longest: float) -> float:
     return until - now if now < until <= now + longest else 0.0
 
 
-def require_login(credentials: Credentials | None) -> Credentials:
-    """Return the credential, or raise NotLoggedIn if there is none."""
-    if credentials is None:
-        raise NotLoggedIn
-    return credentials
-
-
 def _tokens(credentials: Credentials | None) -> object:
     return credentials and (credentials.access_token, credentials.refresh_token)
 
@@ -3500,6 +3491,15 @@ class StoreView:
         self._failure: ClaudeOAuthError | None = None
         self._failed_until, self.served = Deadline(0), _NOTHING_SERVED
 
+    def require(self, login: Credentials | None) -> Credentials:
+        """Return the login, or raise NotLoggedIn if there is none."""
+        if login is not None:
+            return login
+        if not self.is_read_only:
+            raise NotLoggedIn
+        where = f"no login is in {self.storage.describe()}"
+        raise NotLoggedIn(f"{where}; sign in with the program that owns it")
+
     def look(self) -> Credentials | None:
         """Return the login in force; read the store only if it may have changed.
 
@@ -3718,7 +3718,7 @@ class Refresher:
 
     def _read_foreign(self, old: Credentials | None) -> tuple[Credentials, bool]:
         """Return the login that another program refreshes; never refresh it here."""
-        newest = require_login(self._view.read()[1])
+        newest = self._view.require(self._view.read()[1])
         if self._suffices(newest, 0, old):
             return newest, False
         owner = "the program that owns it; run that program, then try again"
@@ -3736,7 +3736,7 @@ class Refresher:
         began, deadline = time.monotonic(), Deadline(timeout)
         with ExitStack() as stack:  # made first: Ctrl-C may come at any moment
             stack.enter_context(thread_lock(self._mutexes, timeout))
-            newest = require_login(self._view.look())  # a thread may have refreshed
+            newest = self._view.require(self._view.look())  # maybe refreshed by now
             if self._suffices(newest, min_validity, old):
                 return newest, False
             when, failure = self._failed
@@ -3760,7 +3760,7 @@ class Refresher:
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
         stored, found = self._view.read()
-        newest = require_login(found)
+        newest = self._view.require(found)
         if self._suffices(newest, min_validity, old):
             return newest, False
         scopes: tuple[str, ...] = ()  # the server keeps those granted
@@ -3774,7 +3774,7 @@ class Refresher:
             pause = self._account_file.note_failure(error, newest, scopes)
             # Another program may have refreshed meanwhile; else the failure counts.
             with suppress(StorageError, NotLoggedIn):
-                latest = require_login(self._view.read()[1])
+                latest = self._view.require(self._view.read()[1])
                 if latest.refresh_token != newest.refresh_token:
                     pause = 0.0
             if is_last or pause is None:
@@ -3925,7 +3925,7 @@ class OAuthService:
         """Do what `refresh` does; a token in a frame would reach an error tracker."""
         if environment_token():
             raise ConfigError("CLAUDE_OAUTH_TOKEN cannot be refreshed; unset it")
-        present = require_login(self._view.look())
+        present = self._view.require(self._view.look())
         if not rejected or rejected.access_token != present.access_token:
             return self._refresh(present, 0, rejected or present)
         if self.is_rejected(present):
@@ -3937,7 +3937,7 @@ class OAuthService:
     @hides_locals
     def _serve(self, min_validity: float) -> ServedToken:
         """Return a token to hand out, refreshed if that is due."""
-        credentials = require_login(self.credentials())
+        credentials = self._view.require(self.credentials())
         if self._refresher.is_due(credentials, min_validity):
             credentials = self._refresh(credentials, min_validity)
         return self._view.serve(credentials, self._clock())
@@ -3945,7 +3945,7 @@ class OAuthService:
     @hides_locals
     def _serve_api(self, min_validity: float) -> ServedToken:
         """Return what the API takes: a key where it needs one, else an access token."""
-        credentials = require_login(self.credentials())
+        credentials = self._view.require(self.credentials())
         if needs_key(credentials):
             credentials, _ = self._with_token(self._make_key, force=False)
         if console_key(credentials):  # it never expires
@@ -3996,7 +3996,7 @@ class OAuthService:
             if environment_token():
                 if isinstance(error, Unavailable):  # it says nothing of the token
                     raise
-                cure = "replace or unset CLAUDE_OAUTH_TOKEN"
+                cure = "replace the token, or unset CLAUDE_OAUTH_TOKEN first"
                 raise TokenRefused("invalid_token", cure, 401) from None
         login, refused = self.refresh_rejected(login), Credentials("")
         try:
@@ -4028,7 +4028,7 @@ class OAuthService:
             TokenRefused: The token may not ask (403: it lacks user:profile).
             And what ``access_token`` raises.
         """
-        login = require_login(self.credentials())
+        login = self._view.require(self.credentials())
         if environment_token():
             return self._with_token(self._client.fetch_profile)[0]
         cached = Profile.from_record(self._account_file.account(login), login)
@@ -4098,7 +4098,7 @@ class OAuthService:
         file = self._account_file
         with self.storage.lock(LOCK_TIMEOUT):
             stored, found = self._view.read()
-            newest = require_login(found)
+            newest = self._view.require(found)
             if not force and not needs_key(newest):
                 return newest
             self.storage.check()  # a permanent key must not be lost once it is made

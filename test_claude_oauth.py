@@ -1631,6 +1631,7 @@ BAD_CLIENT_IDS = {
     "undefined": "undefined",
     "none": "None",
     "false": "false",
+    "off": "Off",
     "comment-without-a-blank": "my-id #demo",
     "parameter": "client_id=my-id",
     "assignment-of-nothing": "CLIENT_ID=",
@@ -4324,6 +4325,10 @@ PROXIES = {
     "none": "none",
     "null": "Null",
     "false": "false",
+    "off": "off",
+    "no": "NO",
+    "zero": "0",
+    "direct": "DIRECT",
 }
 
 
@@ -8495,6 +8500,11 @@ def test_a_chosen_port_can_be_chosen_again_at_once():
 def test_a_port_that_is_none_is_a_config_error(port):
     with pytest.raises(claude_oauth.ConfigError, match="port must be"):
         claude_oauth.AuthCodeListener(STATE, port=port)
+
+
+def test_a_listener_without_a_state_would_take_any_callback():
+    with pytest.raises(claude_oauth.ConfigError, match="the state not empty"):
+        claude_oauth.AuthCodeListener("")
 
 
 def open_descriptors():
@@ -12692,7 +12702,8 @@ def test_a_dead_token_of_the_environment_is_not_cured_by_a_login(
     account_service, monkeypatch
 ):
     monkeypatch.setenv("CLAUDE_OAUTH_TOKEN", "sk-ant-oat01-dead")
-    with pytest.raises(claude_oauth.TokenRefused, match="unset CLAUDE_OAUTH_TOKEN"):
+    cure = "unset CLAUDE_OAUTH_TOKEN first.*; log in again$"
+    with pytest.raises(claude_oauth.TokenRefused, match=cure):
         account_service.profile()
 
 
@@ -13500,6 +13511,20 @@ def test_who_is_not_logged_in_is_told_how(account_service, auth_server, ask):
         getattr(account_service, ask)()
 
     assert not auth_server.requests
+
+
+@pytest.mark.parametrize("ask", NEED_A_CREDENTIAL)
+@pytest.mark.parametrize("change", [Path.unlink, Path.touch], ids=["none", "emptied"])
+def test_who_borrows_no_login_is_told_whose_it_is(config, tmp_path, ask, change):
+    path = tmp_path / "borrowed.json"
+    path.touch()
+    change(path)
+    borrowed = claude_oauth.FileStorage(path, read_only=True)
+    with pytest.raises(claude_oauth.NotLoggedIn, match="the program that") as caught:
+        getattr(claude_oauth.OAuthService(config, borrowed), ask)()
+
+    assert str(path) in str(caught.value)
+    assert "claude-oauth login" not in str(caught.value)
 
 
 # -- Service: two paths ----------------------------------------------------------------
