@@ -1527,8 +1527,8 @@ def import_requests() -> Any:
     return sys.modules["requests"]
 
 
-def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str]]:
-    """Return a text that names the host and its proxy, and the proxies to use.
+def check_route(url: str, session: requests.Session) -> tuple[str, Any]:
+    """Return a text that names the host and its proxy, and the proxies to ask for.
 
     Raises ConfigError if the proxy's URL, or a file that TLS needs, is unusable.  The
     URL is not shown: a password may be in it.
@@ -1537,21 +1537,20 @@ def check_route(url: str, session: requests.Session) -> tuple[str, dict[str, str
     from urllib.parse import urlsplit
 
     requests, parts = import_requests(), urlsplit(url)
-    # Plain http stays on this machine: the key with the host outranks any HTTP_PROXY.
-    proxies = {f"http://{parts.hostname}": ""}
     merge = getattr(session, "merge_environment_settings", None)
     if parts.scheme == "http" or not merge:  # not a session of `requests`
-        return parts.netloc, proxies
-    settings = merge(url, proxies, True, None, None)
+        # It stays on this machine: the key with the host outranks any HTTP_PROXY.
+        return parts.netloc, {f"http://{parts.hostname}": ""}
+    settings = merge(url, {}, True, None, None)
     _check_tls_files(settings["verify"], settings["cert"])
     proxy = requests.utils.select_proxy(url, settings["proxies"])
     if not proxy:
-        return parts.netloc, proxies
+        return parts.netloc, None  # a session that chooses its proxy waits for that
     try:
         [host] = re.findall(_PROXY_URL, proxy)  # else a ValueError
         proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
         requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
-        return f"{parts.netloc} through the proxy {host}", proxies
+        return f"{parts.netloc} through the proxy {host}", None
     except (ValueError, AssertionError, AttributeError) as error:
         kind = type(error).__name__
     problem = (
@@ -4935,8 +4934,8 @@ def _check(service: OAuthService) -> str:
     try:
         OAuthClient(service.config).fetch_profile(service.access_token())
     except (NotLoggedIn, TokenRefused) as error:
-        # A token is good if it is only too narrow for the profile (code, status).
-        if error.args[::2] != ("permission_error", 403):
+        # A token is good if only too narrow for the profile; not if OAuth is forbidden.
+        if not _text(repr(error.args), r"\('permission_error'(?!.*not allowed).*403\)"):
             login = service.credentials()
             if login and console_key(login):
                 return "unknown: the API key in force cannot ask for the profile"

@@ -3719,6 +3719,21 @@ def test_a_proxy_of_the_environment_is_used(tls_server, trusted, proxy, monkeypa
     assert CALLS["refresh"](client_for(tls_server)).access_token == "sk-ant-oat01-new"
 
 
+def test_a_session_that_chooses_its_own_proxy_may_do_so(tls_server, trusted):
+    class Session(requests.Session):
+        """One of a package for automatic proxy configuration."""
+
+        def request(self, *args, proxies=None, **options):
+            if proxies is None:
+                proxies = {"https": "http://127.0.0.1:9"}
+            return super().request(*args, proxies=proxies, **options)
+
+    error = failure_of("refresh", client_for(tls_server, session=Session()))
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert "the proxy refused or did not answer" in str(error)
+    assert not tls_server.requests
+
+
 def test_a_proxy_that_refuses_is_named_without_its_password(
     tls_server, trusted, proxy, monkeypatch
 ):
@@ -17038,6 +17053,11 @@ def forbid_all(member, server, monkeypatch):
     server.fail_next("profile", 403, failure("forbidden", "Request not allowed"))
 
 
+def forbid_oauth(member, server, monkeypatch):
+    told = "OAuth authentication is currently not allowed for this organization."
+    server.fail_next("profile", 403, failure("permission_error", told))
+
+
 def say_that_the_token_is_dead(member, server, monkeypatch):
     server.fail_next("profile", 403, REVOKED)
 
@@ -17093,6 +17113,7 @@ CHECKS = {
     "token-ended": (expire_the_token, "refused", 3),
     "token-revoked": (say_that_the_token_is_dead, "refused", 3),
     "not-allowed": (forbid_all, "refused", 3),
+    "no-oauth-here": (forbid_oauth, "refused", 3),
     "login-ended": (end_the_login_that_is_due, "refused", 3),
     "dead-from-outside": (set_a_dead_token, "refused", 3),
     "nobody": (log_out, "refused", 3),
