@@ -1530,8 +1530,7 @@ def import_requests() -> Any:
 def check_route(url: str, session: requests.Session) -> tuple[str, Any]:
     """Return a text that names the host and its proxy, and the proxies to ask for.
 
-    Raises ConfigError if the proxy's URL, or a file that TLS needs, is unusable.  The
-    URL is not shown: a password may be in it.
+    Raises ConfigError, without a URL, if that or a file that TLS needs is unusable.
     """
     import re
     from urllib.parse import urlsplit
@@ -2230,10 +2229,7 @@ class _SecretStorage(_RecordStorage):
         return found
 
     def check(self) -> None:
-        """Raise StorageError if a trial record of the same size cannot be saved now.
-
-        A store that can be read may be full, or refuse writes.
-        """
+        """Raise StorageError if a trial record of the same size cannot be saved now."""
         beside = f"{self._service} check"
         # As many quotes, which `security` needs escaped, plus what a refresh may add.
         record = dump_json(self._read_record()) + '"x' * 128
@@ -2578,10 +2574,7 @@ def make_server(
     handle: Callable[[Any], None],
     open_head: Callable[[Any], Any] = lambda request: request.rfile,
 ) -> Any:
-    """Return a bound, quiet `http.server`; `handle` takes each of its requests.
-
-    `open_head` returns the file that `http.server` reads a request's head from.
-    """
+    """Return a bound `http.server`: `open_head` reads each head, `handle` answers."""
     import socket
     import socketserver
     from http.server import BaseHTTPRequestHandler
@@ -2805,8 +2798,7 @@ class AuthCodeListener:
             return
         self._drop_all_but(MAX_CONNECTIONS - 1)
         self._unread[sock] = None
-        thread = start_thread("client", self._serve_client, server, sock, address)
-        if thread:
+        if thread := start_thread("client", self._serve_client, server, sock, address):
             self._threads.add(thread)
         else:
             self._serve_client(server, sock, address)
@@ -2953,8 +2945,7 @@ class _PastePrompt:
         self._is_terminal = self._is_shown = False
         self._held = b""  # the bytes of a paste that may go on
         self._is_whole = False  # no more bytes followed: after a pause, or at the end
-        self._earlier = ""  # the line refused before: a paste may come as two lines
-        self._refusals = 0
+        self._refusals, self._earlier = 0, ""  # the line refused before may go on
         self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
         with suppress(Exception):  # no stdin, or an object that is no file
             descriptor = sys.stdin.fileno()
@@ -3009,19 +3000,35 @@ class _PastePrompt:
     def wait(self, seconds: float) -> None:
         """Wait for news, or that much silence; read what is pasted."""
         import selectors
+        from contextlib import ExitStack
 
         self._request_line()
-        with getattr(selectors, SELECTOR, selectors.SelectSelector)() as waiting:
+        with ExitStack() as stack:
+            selector = getattr(selectors, SELECTOR, selectors.SelectSelector)
+            waiting = stack.enter_context(selector())
             waiting.register(self._wake_up, selectors.EVENT_READ)
             if self.is_readable():
                 waiting.register(self._source, selectors.EVENT_READ)
             waiting.select(seconds)
+            self._show_unfinished_line(stack)
             # Asked again: `fg` and `bg` come between, and what is typed is the shell's.
             ready = [key.fileobj for key, _ in waiting.select(0)]
-        _quietly(self._wake_up.recv, 4096)
-        self._is_whole = True
-        if self._source in ready and self.is_readable():
-            self._read()
+            _quietly(self._wake_up.recv, 4096)
+            self._is_whole = True
+            if self._source in ready and self.is_readable():
+                self._read()
+
+    def _show_unfinished_line(self, stack: Any) -> None:
+        """Behind a whole line, have the terminal show one before its Enter."""
+        if sys.platform != "win32" and all((self.has_line(), self.is_readable())):
+            import termios
+
+            with suppress(OSError, termios.error):  # no terminal, or it is gone
+                fd, now = self._source.fileno(), termios.TCSANOW
+                mode = termios.tcgetattr(fd)
+                stack.callback(outcome_of, termios.tcsetattr, fd, now, mode[:])
+                mode[3] &= ~termios.ICANON
+                termios.tcsetattr(fd, now, mode)
 
     def _read(self) -> None:
         """Take what is there: a line of a terminal, a byte of a pipe, or the end."""
@@ -3157,7 +3164,6 @@ def obtain_code(
 
     Args:
         listener: Without a redirect_uri it does not listen; `problem` says why.
-        url_for: Returns the authorize URL for a redirect_uri.
         port: The port that was asked for, 0 if none: a browser elsewhere may reach it.
 
     Raises LoginDenied, LoginTimeout, or LoginCancelled if no way to answer is left.
@@ -3255,8 +3261,7 @@ class AccountFile:
         refused     the fingerprint of a dead refresh token, valid until refused_until
         spent       that of a refresh token whose successor could not be saved
         suspect     that of a new token that the API may refuse, until suspect_until
-        rejected    that of a new token that the API refused; until rejected_until, any
-                    that another worker makes counts as well
+        rejected    that of one the API refused; until rejected_until, any other counts
         account_of  the fingerprints of the login that the cached account belongs to
         key_owner   the fingerprint of the stored API key and its organization together
 
@@ -4009,9 +4014,7 @@ class OAuthService:
     # The account, and the API key of the Console path
 
     def credentials(self) -> Credentials | None:
-        """Return the credential in force, or None; no network is used.
-
-        CLAUDE_OAUTH_TOKEN outranks the storage.
+        """Return CLAUDE_OAUTH_TOKEN's or else the stored credential, or None; offline.
 
         Raises:
             StorageError: It cannot be read, and nothing was read before.
@@ -4572,8 +4575,7 @@ class Sandbox:
         """Approve what an authorize URL asks for, as a person with a browser would.
 
         Fits as ``open_browser=``: a loopback callback is visited, in a thread.  Returns
-        the address that the browser is sent to, which can be pasted as well.  A
-        ValueError says which parameter of the URL is not valid.
+        the callback's address, fit to paste; a ValueError names a wrong parameter.
         """
         return self._decide(url, b"decision=approve")
 
@@ -4936,8 +4938,7 @@ def _check(service: OAuthService) -> str:
     except (NotLoggedIn, TokenRefused) as error:
         # A token is good if only too narrow for the profile; not if OAuth is forbidden.
         if not _text(repr(error.args), r"\('permission_error'(?!.*not allowed).*403\)"):
-            login = service.credentials()
-            if login and console_key(login):
+            if console_key(service.credentials() or Credentials("")):
                 return "unknown: the API key in force cannot ask for the profile"
             return f"refused: {error}"
     except (Unavailable, BadAnswer) as error:

@@ -9641,6 +9641,23 @@ def test_in_a_terminal_one_write_is_one_paste(host_program, typed):
     finish(child)
 
 
+ENTERED_LATER = {
+    "code": f"{CODE[:20]}\n{CODE[20:]}#{STATE}",
+    "code-and-carriage-return": f"{CODE[:20]}\r{CODE[20:]}#{STATE}",
+    "bare-code": f"{CODE[:20]}\n{CODE[20:]}",
+}
+
+
+@pytest.mark.parametrize("text", ENTERED_LATER.values(), ids=ENTERED_LATER)
+def test_in_a_terminal_a_paste_ends_with_the_persons_enter(host_program, text):
+    pexpect, child = pytest.importorskip("pexpect"), host_program()
+    child.send(text)
+    assert child.expect(["granted", pexpect.TIMEOUT], timeout=1) == 1
+    child.sendline()
+    child.expect_exact(f"granted True {MANUAL_URI}")
+    finish(child)
+
+
 def test_what_follows_a_code_with_its_state_is_the_programs(host_program):
     child = host_program()
     child.send(f"{CODE}#{STATE}\nmine\n")
@@ -9664,6 +9681,14 @@ def test_a_paste_that_is_too_long_is_refused_whole(host_program, text):
     child.sendline(f"{CODE}#{STATE}")
     child.expect_exact(f"granted True {MANUAL_URI}")
     finish(child)
+
+
+def test_two_long_lines_are_one_paste_before_enter_is_pressed(host_program):
+    pexpect, child = pytest.importorskip("pexpect"), host_program()
+    child.send(LONG_PASTES["two-lines"])
+    assert child.expect(["granted", pexpect.TIMEOUT], timeout=1) == 1
+    child.sendline()
+    child.expect("Not taken: that is longer")
 
 
 def test_a_paste_that_the_terminal_has_cut_is_said_to_be(host_program):
