@@ -2223,9 +2223,9 @@ class _SecretStorage(_RecordStorage):
     def delete(self) -> bool:
         """Remove the record, readable or not; return whether there was one."""
         found = self._call("delete", self._service) is not None
+        _quietly(write_private, self._watched, b"")
         if self._call("get", self._service) is not None:
             raise StorageError("the deleted login is still there; try again")
-        _quietly(write_private, self._watched, b"")
         return found
 
     def check(self) -> None:
@@ -2249,8 +2249,10 @@ class _SecretStorage(_RecordStorage):
         return self._parse(self._call("get", self._service))
 
     def _write_record(self, record: dict[str, object]) -> None:
-        self._put(self._service, dump_json(record).encode("ascii"))
-        _quietly(write_private, self._watched, b"")
+        try:
+            self._put(self._service, dump_json(record).encode("ascii"))
+        finally:  # after an error it may be stored all the same
+            _quietly(write_private, self._watched, b"")
 
     def _put(self, service: str, data: bytes) -> None:
         # Read it back: "success" may be false, and a failure may come after the change.
@@ -5005,8 +5007,7 @@ def _api_key(options: Any) -> None:
 def _logout(options: Any) -> None:
     """Revoke the login where the server can, and delete it here."""
     service = _service(options)
-    found = service.logout()
-    text = {True: "Logged out of", False: "There was no login in"}[found]
+    text = {True: "Logged out of", False: "There was no login in"}[service.logout()]
     say(f"{text} {service.storage.describe()}.")
     for name in filter(setting, LOGIN_VARIABLES):
         say(f"{name} is set, and may still sign programs in.")
@@ -5019,9 +5020,8 @@ def _sandbox(options: Any) -> None:
     sandbox = Sandbox(port=options.port, lifetime=options.lifetime)
     with suppress(KeyboardInterrupt), _temporary_directory() as directory, sandbox:
         print(f"export CLAUDE_OAUTH_SERVER={sandbox.origin}")
-        print("export CLAUDE_OAUTH_CLIENT_ID=sandbox")
-        print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}")
-        print("export CLAUDE_OAUTH_STORE=file", flush=True)
+        print("export CLAUDE_OAUTH_CLIENT_ID=sandbox\nexport CLAUDE_OAUTH_STORE=file")
+        print(f"export CLAUDE_OAUTH_DIR={shlex.quote(directory)}", flush=True)
         say("Paste these lines into another terminal; Ctrl-C ends this one.")
         while True:
             time.sleep(3600)  # Windows: Ctrl-C ends a sleep, but not an Event.wait

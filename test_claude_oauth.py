@@ -7173,6 +7173,29 @@ def test_other_processes_notice_a_save_without_starting_one(keychain, keychain_s
     assert other.stamp() != after
 
 
+# The change, the read that fails behind it, and whether there is a login then.
+NOT_READ_BACK = {
+    "save": (lambda store: store.save(credentials_of_size(300, NEW)), "@1", True),
+    "delete": (lambda store: store.delete(), "@0", False),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "read", "kept"), NOT_READ_BACK.values(), ids=NOT_READ_BACK
+)
+def test_other_processes_notice_a_change_that_cannot_be_read_back(
+    keychain, keychain_store, change, read, kept
+):
+    before = new_store().stamp()
+    keychain.fail(f"find-w:status:-25308{read}")
+    with pytest.raises(claude_oauth.StorageLocked, match="unlock-keychain"):
+        change(keychain_store)
+
+    keychain.fail("")
+    assert bool(new_store().load()) is kept
+    assert new_store().stamp() != before
+
+
 def test_before_anything_is_stored_there_is_nothing_to_notice(keychain):
     store = new_store()
     before = store.stamp()
