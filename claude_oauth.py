@@ -2695,12 +2695,11 @@ class AuthCodeListener:
         self.arrived = threading.Event()  # the code, or the server's refusal
         self._is_over = threading.Event()  # there is a page, or there will be none
         self.on_arrival: Callable[[], object] = lambda: None
-        self._state = state
+        self._state, self._is_closed = state, False
         self._changed = threading.Condition()  # guards the next three; held for moments
         self._query = ""  # of the callback that counts
         self._page = ""
         self._pages_owed = 0  # callbacks that have not got the page yet
-        self._is_closed = False
         self._unread: dict[socket.socket, None] = {}  # droppable, the oldest first
         self._threads: WeakSet[threading.Thread] = WeakSet()  # one for each connection
         # The page names the account: nobody else on this machine may find it.
@@ -3012,17 +3011,18 @@ class _PastePrompt:
             if self.is_readable():
                 waiting.register(self._source, selectors.EVENT_READ)
             waiting.select(seconds)
-            self._show_unfinished_line(stack)
+            _quietly(self._wake_up.recv, 4096)
+            self._show_unfinished_line(waiting, stack)
             # Asked again: `fg` and `bg` come between, and what is typed is the shell's.
             ready = [key.fileobj for key, _ in waiting.select(0)]
-            _quietly(self._wake_up.recv, 4096)
             self._is_whole = True
             if self._source in ready and self.is_readable():
                 self._read()
 
-    def _show_unfinished_line(self, stack: Any) -> None:
-        """Behind a whole line, have the terminal show one before its Enter."""
-        if sys.platform != "win32" and all((self.has_line(), self.is_readable())):
+    def _show_unfinished_line(self, waiting: Any, stack: Any) -> None:
+        """If no line follows another, have the terminal show one before its Enter."""
+        is_last = all((self.has_line(), self.is_readable(), not waiting.select(0)))
+        if sys.platform != "win32" and is_last:
             import termios
 
             with suppress(OSError, termios.error):  # no terminal, or it is gone
@@ -3056,7 +3056,7 @@ class _PastePrompt:
 
     def has_line(self) -> bool:
         """Tell whether a line is complete, or longer than any code."""
-        is_line = self._held.endswith((b"\n", b"\r"))
+        is_line = self._held.rstrip(b" \t").endswith((b"\n", b"\r"))
         return is_line or len(self._held) > 2 * MAX_PASTE_CHARS
 
     def take(self) -> GrantedCode | None:

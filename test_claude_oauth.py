@@ -9653,6 +9653,10 @@ TERMINAL_PASTES = {
     "bare-and-broken-in-one-write": f"{CODE[:20]}\n{CODE[20:]}\n",
     "corrected": f"help\x15{CODE}#{STATE}\r",
     "ended-without-a-line-end": f"{CODE}#{STATE}\x04\x04",
+    "broken-and-ended-without-a-line-end": f"{CODE[:20]}\n{CODE[20:]}#{STATE}\x04\x04",
+    "bare-and-ended": f"{CODE}\n\x04",
+    "bare-with-blanks-behind": f"{CODE}\n \t ",
+    "bare-and-broken-and-ended": f"{CODE[:20]}\n{CODE[20:]}\n\x04",
 }
 
 
@@ -9681,9 +9685,21 @@ def test_in_a_terminal_a_paste_ends_with_the_persons_enter(host_program, text):
     finish(child)
 
 
-def test_what_follows_a_code_with_its_state_is_the_programs(host_program):
+PASTES_BEFORE_A_LINE = {
+    "alone": f"{CODE}#{STATE}\n",
+    "after-an-empty-line": f"\n{CODE}#{STATE}\n",
+    "after-a-wrong-line": f"help\n{CODE}#{STATE}\n",
+    "broken": f"{CODE[:20]}\n{CODE[20:]}#{STATE}\n",
+    "broken-in-its-state": f"{CODE}#{STATE[:20]}\n{STATE[20:]}\n",
+}
+
+
+@pytest.mark.parametrize(
+    "typed", PASTES_BEFORE_A_LINE.values(), ids=PASTES_BEFORE_A_LINE
+)
+def test_what_follows_a_code_with_its_state_is_the_programs(host_program, typed):
     child = host_program()
-    child.send(f"{CODE}#{STATE}\nmine\n")
+    child.send(f"{typed}mine\n")
     child.expect_exact(f"granted True {MANUAL_URI}")
     child.expect_exact("next line 'mine'")
 
