@@ -388,8 +388,7 @@ class _Value:
     _secret: ClassVar[tuple[str, ...]] = ()  # the fields that repr does not show
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        cls = type(self)
-        names = cls.__annotations__
+        cls, names = type(self), type(self).__annotations__
         given = {**dict(zip(names, values)), **named}
         fields = {**vars(cls), **given}
         is_whole = given.keys() <= names.keys() <= fields.keys()
@@ -1473,11 +1472,11 @@ def _without_redirect(request: Any) -> Any:
     return request
 
 
-# A proxy's URL that every `requests` takes; the group is its host and port.
+# A proxy's URL that every `requests` takes; the groups are `https://`, host and port.
 _PROXY_URL: Final = (
-    rf"(?i)\A(?!{_NULL}|(?:0|direct)\Z)(?:(?:https?|socks(?:4a?|5h?))://"
-    r"(?:[^\s/?#\\\[\]]*@)?)?((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])"
-    r"(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
+    rf"(?i)\A(?!{_NULL}|(?:\d+|yes|on|true|direct)\Z)"
+    r"(?:(?:(https://)|(?:http|socks(?:4a?|5h?))://)(?:[^\s/?#\\\[\]]*@)?)?"
+    r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
 )
 _DROPPED: Final = "{route} dropped the connection; try again later"
 
@@ -1506,7 +1505,8 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
         causes += getattr(cause, "args", ())
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     kind = type(error).__name__
-    if "only use HTTP" in str(error):
+    http = "only use HTTP|proxy https:.*(wrong version|check_hostname)"  # old urllib3
+    if _text(f"{route} {error}", f"(?is).*({http}).*"):
         kinds, kind = {"ValueError"}, "HTTPS_PROXY and ALL_PROXY take http:// alone"
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
@@ -1546,10 +1546,10 @@ def check_route(url: str, session: requests.Session) -> tuple[str, Any]:
     if not proxy:
         return parts.netloc, None  # a session that chooses its proxy waits for that
     try:
-        [host] = re.findall(_PROXY_URL, proxy)  # else a ValueError
+        [found] = re.findall(_PROXY_URL, proxy)  # else a ValueError
         proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
         requests.adapters.HTTPAdapter().proxy_manager_for(proxy_url)
-        return f"{parts.netloc} through the proxy {host}", None
+        return f"{parts.netloc} through the proxy {''.join(found)}", None
     except (ValueError, AssertionError, AttributeError) as error:
         kind = type(error).__name__
     problem = (

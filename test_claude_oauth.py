@@ -3781,6 +3781,40 @@ def test_a_proxy_that_takes_http_alone_is_a_setting_to_fix(outside, monkeypatch)
     assert "sesame" not in chain_text(error)
 
 
+# What urllib3 before 1.26.12 says of a proxy that takes http alone.
+OLD_PROXY_FAULTS = {
+    "version": requests.exceptions.SSLError("[SSL] wrong version number (_ssl.c:997)"),
+    "address": ValueError("check_hostname requires server_hostname"),
+}
+
+
+@pytest.mark.parametrize("fault", OLD_PROXY_FAULTS.values(), ids=OLD_PROXY_FAULTS)
+@pytest.mark.parametrize("scheme", ["https", "HTTPS"])
+def test_a_proxy_that_takes_http_alone_is_told_by_an_old_urllib3(
+    outside, monkeypatch, fault, scheme
+):
+    class Session(requests.Session):
+        def request(self, *args, **options):
+            raise fault
+
+    monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://me:opensesame@proxy:3128")
+    client = claude_oauth.OAuthClient(outside.config, session=Session())
+    error = failure_of("refresh", client)
+    assert isinstance(error, claude_oauth.ConfigError)
+    assert "HTTPS_PROXY and ALL_PROXY take http:// alone" in str(error)
+    assert "sesame" not in chain_text(error)
+
+
+def test_a_portal_behind_a_proxy_that_takes_http_passes(outside, monkeypatch):
+    class Session(requests.Session):
+        def request(self, *args, **options):
+            raise OLD_PROXY_FAULTS["version"]
+
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:opensesame@proxy:3128")
+    client = claude_oauth.OAuthClient(outside.config, session=Session())
+    assert isinstance(failure_of("refresh", client), claude_oauth.Unavailable)
+
+
 @pytest.mark.parametrize("written", ["http://me:sesame@127.0.0.1:1", "127.0.0.1:1"])
 def test_a_proxy_that_is_not_there_is_named(monkeypatch, written):
     monkeypatch.setenv("HTTPS_PROXY", written)
@@ -4343,6 +4377,8 @@ PROXIES = {
     "off": "off",
     "no": "NO",
     "zero": "0",
+    "yes": "yes",
+    "port-alone": "3128",
     "direct": "DIRECT",
 }
 
