@@ -4151,12 +4151,12 @@ class OAuthService:
             StorageError: The credential cannot be stored.
         """
         self._check_before_login()
-        verifier, state = generate_code_verifier(), generate_state()
+        verifier, state = [generate_code_verifier()], generate_state()
 
         def url_for(redirect_uri: str) -> str:
             return self._client.authorize_url(
                 redirect_uri=redirect_uri,
-                challenge=code_challenge(verifier),
+                challenge=code_challenge(verifier[0]),
                 state=state,
                 console=console,
                 extra={"login_hint": email} if email else None,
@@ -4197,13 +4197,13 @@ class OAuthService:
             self.storage.load()
 
     def _exchange(
-        self, granted: GrantedCode, verifier: str, state: str
+        self, granted: GrantedCode, verifier: list[str], state: str
     ) -> tuple[Credentials, Record]:
-        """Turn a code into a stored credential; return it with its account."""
+        """Turn a code into a stored credential; take the verifier out of its list."""
         with self.storage.lock(LOCK_TIMEOUT):
             stored = self.storage.load()  # before the code is spent: this may fail
-            exchange = self._client.exchange_code
-            credentials = exchange(**vars(granted), verifier=verifier, state=state)
+            exchange, secret = self._client.exchange_code, verifier.pop
+            credentials = exchange(**vars(granted), verifier=secret(), state=state)
             account: Record = {}
             if profile := self._try_profile(credentials):
                 account = profile.to_record()

@@ -12998,6 +12998,25 @@ def test_no_frame_of_ours_behind_a_stores_own_log_holds_a_token(
         assert secret not in recorder.text
 
 
+def test_no_frame_of_ours_behind_a_stores_own_log_holds_the_logins_secrets(
+    config, browser, auth_server
+):
+    storage, recorder = LoggingStore(), FrameRecorder()
+    storage.failing = "save"
+    logging.getLogger("a.store").addHandler(recorder)
+    try:
+        with pytest.raises(claude_oauth.StorageError, match="database is down"):
+            sign_in(claude_oauth.OAuthService(config, storage), browser)
+    finally:
+        logging.getLogger("a.store").removeHandler(recorder)
+
+    exchange = [r for r in auth_server.requests if r.path == "/v1/oauth/token"][0].json
+    assert recorder.message == "the database is down"
+    for secret in (exchange["code"], exchange["code_verifier"]):
+        assert secret not in recorder.text
+    assert "sk-ant-" not in recorder.text
+
+
 def test_the_account_file_of_an_own_storage_may_begin_with_a_tilde(
     config, browser, home
 ):
