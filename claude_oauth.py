@@ -499,7 +499,7 @@ class OAuthConfig(_Value):
         self.__dict__["client_id"] = str(client_id).strip()
 
 
-_NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # how no value looks
+_NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # None, as printed
 # A client id or a scope, without the syntax of a shell, a template or an env file.
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
@@ -736,8 +736,7 @@ class Profile(_Value):
 
     def to_record(self) -> dict[str, object]:
         """Return the part for account.json; plan and tier stay with the credential."""
-        fields = _PROFILE_FIELDS.items()
-        return {key: getattr(self, name) for name, (_, key) in fields if key}
+        return {k: getattr(self, n) for n, (_, k) in _PROFILE_FIELDS.items() if k}
 
     @classmethod
     def from_record(
@@ -995,10 +994,13 @@ _CODE_WITH_STATE: Final = (
     rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
     rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
 )
-# A code that cannot be guessed is longer.  Source: RFC 6749 section 10.10.
+# A code that cannot be guessed is longer, and no UUID, SHA-1, JWT or token of others.
+# Source: RFC 6749 section 10.10.
+_NAMES: Final = _WORD.replace("[-/.~+=]", "[-/.~+=_]")  # of functions and files
+_OTHER: Final = rf"{_NAMES}|[\da-fA-F-]{{36,40}}\Z|gh._|github_|glpat-|npm_|eyJ"
 _BARE_CODE: Final = (
     rf"(?s:.*(?i:code):?\s(?:.*{_NO_PIECE}\s)?)?"
-    rf"((?!{_WORD})[^#&?/:@$%,\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@$%,\s]+){{0,2}})"
+    rf"((?!{_OTHER})[^#&?/:@$%,\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@$%,\s]+){{0,2}})"
 )
 
 
@@ -1472,7 +1474,7 @@ def _without_redirect(request: Any) -> Any:
     return request
 
 
-# A proxy's URL that every `requests` takes; the groups are `https://`, host and port.
+# A proxy's URL that every `requests` takes; groups: `https://`, and the host and port.
 _PROXY_URL: Final = (
     rf"(?i)\A(?!{_NULL}|(?:\d+|yes|on|true|direct)\Z)"
     r"(?:(?:(https://)|(?:http|socks(?:4a?|5h?))://)(?:[^\s/?#\\\[\]]*@)?)?"
@@ -1505,8 +1507,9 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
         causes += getattr(cause, "args", ())
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     kind = type(error).__name__
-    http = "only use HTTP|proxy https:.*(wrong version|check_hostname)"  # old urllib3
-    if _text(f"{route} {error}", f"(?is).*({http}).*"):
+    version = getattr(sys.modules.get("urllib3"), "__version__", "")
+    old = r"1\.26\.[0-7] .*proxy https:.*(wrong version|check_hostname)"  # says less
+    if _text(f"{version} {route} {error}", f"(?is)({old}|.*only use HTTP).*"):
         kinds, kind = {"ValueError"}, "HTTPS_PROXY and ALL_PROXY take http:// alone"
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
@@ -1530,7 +1533,7 @@ def import_requests() -> Any:
 def check_route(url: str, session: requests.Session) -> tuple[str, Any]:
     """Return a text that names the host and its proxy, and the proxies to ask for.
 
-    Raises ConfigError, without a URL, if that or a file that TLS needs is unusable.
+    Raises ConfigError if the proxy's URL (which is not shown) or a TLS file is wrong.
     """
     import re
     from urllib.parse import urlsplit
@@ -1544,7 +1547,7 @@ def check_route(url: str, session: requests.Session) -> tuple[str, Any]:
     _check_tls_files(settings["verify"], settings["cert"])
     proxy = requests.utils.select_proxy(url, settings["proxies"])
     if not proxy:
-        return parts.netloc, None  # a session that chooses its proxy waits for that
+        return parts.netloc, None  # None: a session may choose its own
     try:
         [found] = re.findall(_PROXY_URL, proxy)  # else a ValueError
         proxy_url = requests.utils.prepend_scheme_if_needed(proxy, "http")
@@ -1714,7 +1717,7 @@ def read_private(
     except FileNotFoundError:
         return None
     except OSError as error:
-        text = f"cannot read {path}: {_reason(error)}; check its owner and mode"
+        text = f"cannot read {path}: {_reason(error)}; {_cure_of(error)}"
         raise StorageError(text) from None
     if len(data) > MAX_FILE_BYTES:
         raise StorageCorrupt(f"{path} is too large to be a credential; move it away")
@@ -1736,9 +1739,9 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
         warn(f"others could read {path}; it is set to 0600 now")
 
 
-def write_private(path: str, data: bytes, *, is_cache: bool = False) -> None:
-    """Replace a private file whole, synced but for caches.  Hold the lock."""
-    _AtomicFile(path).commit(data, sync=not is_cache)
+def _cure_of(error: OSError) -> str:
+    is_denied = isinstance(error, PermissionError)
+    return "check its owner and mode, or " * is_denied + "choose another directory"
 
 
 class _AtomicFile:
@@ -1955,7 +1958,7 @@ def _open_locked(path: str, patience: float) -> io.BufferedRandom | None:
             is_held = patience * (error.errno == errno.EACCES)
             if is_held or error.errno not in _LOCK_FAULTS:
                 return None
-        text = f"cannot lock {path}: {_reason(error)}; choose another directory"
+        text = f"cannot lock {path}: {_reason(error)}; {_cure_of(error)}"
         raise StorageError(text) from None
     if is_there:
         return file
@@ -2068,7 +2071,7 @@ class FileStorage(_RecordStorage):
         real = os.path.realpath(self.path)
         # A mount of its own cannot be removed, only emptied.
         if kept or not _quietly(_try_for_a_while, os.unlink, real):
-            write_private(real, dump_json(kept).encode("ascii"))
+            _AtomicFile(real).commit(dump_json(kept).encode("ascii"))
         _quietly(_sync_directory, os.path.dirname(real))
         return True
 
@@ -2223,7 +2226,7 @@ class _SecretStorage(_RecordStorage):
     def delete(self) -> bool:
         """Remove the record, readable or not; return whether there was one."""
         found = self._call("delete", self._service) is not None
-        _quietly(write_private, self._watched, b"")
+        _quietly(lambda: _AtomicFile(self._watched).commit(b""))
         if self._call("get", self._service) is not None:
             raise StorageError("the deleted login is still there; try again")
         return found
@@ -2252,7 +2255,7 @@ class _SecretStorage(_RecordStorage):
         try:
             self._put(self._service, dump_json(record).encode("ascii"))
         finally:  # after an error it may be stored all the same
-            _quietly(write_private, self._watched, b"")
+            _quietly(lambda: _AtomicFile(self._watched).commit(b""))
 
     def _put(self, service: str, data: bytes) -> None:
         # Read it back: "success" may be false, and a failure may come after the change.
@@ -2556,9 +2559,8 @@ SELECTOR: Final = ("Poll", "Select")[sys.platform in ("darwin", "win32")] + "Sel
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 # Commands that are blank, or that would take the terminal for themselves.
 TEXT_BROWSERS: Final = (
-    r"^\s*$|(?<![\w-])"
-    r"(?:www-browser|lynx|links2?|elinks|w3m|browsh|carbonyl|edbrowse|netrik|cha)"
-    r"(?=[\s\"']|$)"
+    r"^\s*$|(?<![\w-])(?:www-browser|lynx|links2?|elinks|w3m|browsh|carbonyl|edbrowse"
+    r"|netrik|cha)(?=[\s\"']|$)"
 )
 # What opens an address, in this order.  Source: `webbrowser`, wslu's manual.
 _RUNDLL: Final = "rundll32.exe url.dll,FileProtocolHandler"
@@ -2690,7 +2692,7 @@ class AuthCodeListener:
         from weakref import WeakSet
 
         if not all((state, 0 <= port <= 65535)):
-            raise ConfigError("the port must be 0 (any) to 65535, the state not empty")
+            raise ConfigError("the port must be 0 to 65535, and the state not empty")
         self.port, self.redirect_uri = port, ""
         self.arrived = threading.Event()  # the code, or the server's refusal
         self._is_over = threading.Event()  # there is a page, or there will be none
@@ -3239,10 +3241,9 @@ def console_key(credentials: Credentials) -> str | None:
     return None if credentials.is_claude_ai else credentials.api_key
 
 
-def needs_key(credentials: Credentials) -> bool:
+def needs_key(login: Credentials) -> bool:
     """Tell whether the API needs a key for this login, and none is stored."""
-    is_console = bool(credentials.scopes) and not credentials.is_claude_ai
-    return is_console and not credentials.api_key
+    return bool(login.scopes) and not (login.is_claude_ai or login.api_key)
 
 
 def _copy_of(error: _Error) -> _Error:
@@ -3263,7 +3264,7 @@ class AccountFile:
         refused     the fingerprint of a dead refresh token, valid until refused_until
         spent       that of a refresh token whose successor could not be saved
         suspect     that of a new token that the API may refuse, until suspect_until
-        rejected    that of one the API refused; until rejected_until, any other counts
+        rejected    that of one the API refused; any is, until rejected_until
         account_of  the fingerprints of the login that the cached account belongs to
         key_owner   the fingerprint of the stored API key and its organization together
 
@@ -3312,7 +3313,7 @@ class AccountFile:
         self._unwritten = (found, record)
         if found is not None:
             with suppress(StorageError):
-                write_private(self._path, dump_json(record).encode(), is_cache=True)
+                _AtomicFile(self._path).commit(dump_json(record).encode(), sync=False)
                 self._unwritten = (None, {})
 
     def note(self, **changes: object) -> None:
@@ -3727,9 +3728,8 @@ class Refresher:
         newest = self._view.require(self._view.read()[1])
         if self._suffices(newest, 0, old):
             return newest, False
-        owner = "the program that owns it; run that program, then try again"
-        where = self._view.storage.describe()
-        raise Unavailable(f"the token in {where} has to be refreshed by {owner}")
+        text = f"the token in {self._view.storage.describe()} has to be refreshed by"
+        raise Unavailable(f"{text} the program that owns it; run that, then try again")
 
     def _refresh_alone(
         self, timeout: float, min_validity: float, old: Credentials | None = None

@@ -2789,6 +2789,16 @@ def test_a_manual_redirect_on_loopback_is_known_as_well():
 BAD_PASTES = {
     "nothing": ("", "nothing"),
     "another-services-key": ("sk-proj-" + "x" * 40, "token or an API key"),
+    "github-token": ("ghp_16C7e42F292c6912E7710c838347Ae178B4a", "not a code"),
+    "github-token-with-a-date": (f"github_pat_11ABCDEFG0_{STATE}", "not a code"),
+    "gitlab-token": ("glpat-Xy7Rq2mNvB81kzTcWd4e", "not a code"),
+    "npm-token": ("npm_8fKq2LrTz91mXcVbNw34EdRtYu", "not a code"),
+    "jwt": ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.h4x0r-Zq81", "not a code"),
+    "client-id": ("9d1c250a-e61b-44d9-88ed-5944d1962f5e", "not a code"),
+    "commit": ("3f786850e387550fdab836ed7e6dc881de23001b", "not a code"),
+    "function-name": ("my_function_name_that_is_long", "not a code"),
+    "file-name": ("test_claude_oauth.py", "not a code"),
+    "name-of-a-variable": ("CLAUDE_OAUTH_CLIENT_ID", "not a code"),
     "end-of-a-marked-paste": (f"{CODE[20:]}{CODE}\x1b[201~\r", "not a code"),
     "blanks": (" \t\r\n", "nothing"),
     "quotes-alone": ('""', "nothing"),
@@ -3781,7 +3791,7 @@ def test_a_proxy_that_takes_http_alone_is_a_setting_to_fix(outside, monkeypatch)
     assert "sesame" not in chain_text(error)
 
 
-# What urllib3 before 1.26.12 says of a proxy that takes http alone.
+# What urllib3 1.26.5 says of a proxy that takes http alone.
 OLD_PROXY_FAULTS = {
     "version": requests.exceptions.SSLError("[SSL] wrong version number (_ssl.c:997)"),
     "address": ValueError("check_hostname requires server_hostname"),
@@ -3797,6 +3807,7 @@ def test_a_proxy_that_takes_http_alone_is_told_by_an_old_urllib3(
         def request(self, *args, **options):
             raise fault
 
+    monkeypatch.setattr(urllib3, "__version__", "1.26.5")
     monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://me:opensesame@proxy:3128")
     client = claude_oauth.OAuthClient(outside.config, session=Session())
     error = failure_of("refresh", client)
@@ -3805,12 +3816,16 @@ def test_a_proxy_that_takes_http_alone_is_told_by_an_old_urllib3(
     assert "sesame" not in chain_text(error)
 
 
-def test_a_portal_behind_a_proxy_that_takes_http_passes(outside, monkeypatch):
+@pytest.mark.parametrize(
+    ("scheme", "version"), [("http", "1.26.5"), ("https", "1.24.3"), ("https", "2.5.0")]
+)
+def test_a_portal_behind_a_proxy_passes(outside, monkeypatch, scheme, version):
     class Session(requests.Session):
         def request(self, *args, **options):
             raise OLD_PROXY_FAULTS["version"]
 
-    monkeypatch.setenv("HTTPS_PROXY", "http://me:opensesame@proxy:3128")
+    monkeypatch.setattr(urllib3, "__version__", version)
+    monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://me:opensesame@proxy:3128")
     client = claude_oauth.OAuthClient(outside.config, session=Session())
     assert isinstance(failure_of("refresh", client), claude_oauth.Unavailable)
 
@@ -5653,6 +5668,30 @@ def test_a_first_login_is_kept_where_nothing_can_be_renamed(traced, home, error)
     done, _ = traced(SAVE, path, faults=[f"rename:error={error}"])
     assert done.stdout == "saved\nnew-token\n", done
     assert mode_of(path) == 0o600
+
+
+SUDO_LEAVES = {
+    "lock": lambda storage: storage.lock(0).__enter__(),
+    "credentials.json": lambda storage: storage.load(),
+}
+
+
+@needs_posix
+@needs_root
+@pytest.mark.parametrize("name", SUDO_LEAVES)
+def test_what_sudo_has_left_is_a_matter_of_owner_and_mode(nobodys_folder, name):
+    path = put_bytes(Path(nobodys_folder.path).with_name(name), b"{}")
+    path.chmod(0o600)
+    storage = claude_oauth.FileStorage(path.with_name("credentials.json"))
+    with as_nobody():
+        cure = f"{name}: permission denied; check its owner and mode"
+        with pytest.raises(claude_oauth.StorageError, match=cure):
+            SUDO_LEAVES[name](storage)
+
+
+def test_a_file_that_is_named_as_a_directory_is_a_matter_of_the_setting(saved):
+    with pytest.raises(claude_oauth.StorageError, match="choose another directory"):
+        claude_oauth.make_storage("file", saved.path).load()
 
 
 @pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "524"])
