@@ -994,10 +994,9 @@ _CODE_WITH_STATE: Final = (
     rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
     rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
 )
-# A code that cannot be guessed is longer, and no UUID, SHA-1, JWT or token of others.
-# Source: RFC 6749 section 10.10.
+# Too long to guess (RFC 6749 section 10.10), and no UUID, SHA-1, JWT or other token.
 _NAMES: Final = _WORD.replace("[-/.~+=]", "[-/.~+=_]")  # of functions and files
-_OTHER: Final = rf"{_NAMES}|[\da-fA-F-]{{36,40}}\Z|gh._|github_|glpat-|npm_|eyJ"
+_OTHER: Final = rf"{_NAMES}|[\da-fA-F-]{{36,40}}(?!\S)|gh._|github_|glpat-|npm_|eyJ"
 _BARE_CODE: Final = (
     rf"(?s:.*(?i:code):?\s(?:.*{_NO_PIECE}\s)?)?"
     rf"((?!{_OTHER})[^#&?/:@$%,\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@$%,\s]+){{0,2}})"
@@ -3095,11 +3094,12 @@ class _PastePrompt:
         # are tried together first: alone, half a code with the state would be accepted.
         pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
         known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
+        known += rf"|(?:.*\s)?(?!eyJ)(?:{_OTHER})\S*\s+that.*"
         is_whole = _text(f"{text}{reason}", known)  # nothing of it is still to come
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
-        self._refusals += 1
-        is_long = len(text) > 2 * MAX_PASTE_CHARS
-        if not self._is_terminal and (is_long or self._refusals >= MAX_PIPED_REFUSALS):
+        # A text that is far too long counts as all that are allowed.
+        self._refusals += 1 + len(text) // (2 * MAX_PASTE_CHARS) * MAX_PIPED_REFUSALS
+        if not self._is_terminal and self._refusals >= MAX_PIPED_REFUSALS:
             self._stop()
         self._held, self._is_shown = b"", False
 

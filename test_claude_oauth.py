@@ -9344,6 +9344,11 @@ REFUSED_BEFORE = (
     f"https://claude.com/cai/oauth/authorize?code=true&state={STATE}&code_challenge=x",
     "where is the code",
     f"{MANUAL_URI}?code=\nexport CLAUDE_OAUTH_DIR=/srv/{CODE[::-1]}{CODE[::-1]}",
+    "3f786850e387550fdab836ed7e6dc881de23001b",
+    "git checkout 3f786850e387550fdab836ed7e6dc881de23001b",
+    "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+    "ghp_16C7e42F292c6912E7710c838347Ae178B4a",
+    "test_a_portal_behind_a_proxy_passes",
 )
 
 
