@@ -5689,6 +5689,7 @@ def test_what_sudo_has_left_is_a_matter_of_owner_and_mode(nobodys_folder, name):
             SUDO_LEAVES[name](storage)
 
 
+@needs_posix  # Windows says that there is no such file
 def test_a_file_that_is_named_as_a_directory_is_a_matter_of_the_setting(saved):
     with pytest.raises(claude_oauth.StorageError, match="choose another directory"):
         claude_oauth.make_storage("file", saved.path).load()
