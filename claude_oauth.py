@@ -499,7 +499,7 @@ class OAuthConfig(_Value):
         self.__dict__["client_id"] = str(client_id).strip()
 
 
-_NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # None, as printed
+_NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # stands for none
 # A client id or a scope, without the syntax of a shell, a template or an env file.
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
@@ -3021,7 +3021,7 @@ class _PastePrompt:
                 self._read()
 
     def _show_unfinished_line(self, waiting: Any, stack: Any) -> None:
-        """If no line follows another, have the terminal show one before its Enter."""
+        """If a line is the last so far, let what follows be read before its Enter."""
         is_last = all((self.has_line(), self.is_readable(), not waiting.select(0)))
         if sys.platform != "win32" and is_last:
             import termios
@@ -3094,7 +3094,7 @@ class _PastePrompt:
         # are tried together first: alone, half a code with the state would be accepted.
         pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
         known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
-        known += rf"|(?:.*\s)?(?!eyJ)(?:{_OTHER})\S*\s+that.*"
+        known += rf"|(?:.*\s)?(?!eyJ)(?:{_OTHER})\S*\s+that.*"  # eyJ may be cut
         is_whole = _text(f"{text}{reason}", known)  # nothing of it is still to come
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         # A text that is far too long counts as all that are allowed.
@@ -3264,7 +3264,7 @@ class AccountFile:
         refused     the fingerprint of a dead refresh token, valid until refused_until
         spent       that of a refresh token whose successor could not be saved
         suspect     that of a new token that the API may refuse, until suspect_until
-        rejected    that of one the API refused; any is, until rejected_until
+        rejected    that of one that it refused; until rejected_until, all count as such
         account_of  the fingerprints of the login that the cached account belongs to
         key_owner   the fingerprint of the stored API key and its organization together
 
@@ -4016,7 +4016,7 @@ class OAuthService:
     # The account, and the API key of the Console path
 
     def credentials(self) -> Credentials | None:
-        """Return CLAUDE_OAUTH_TOKEN's or else the stored credential, or None; offline.
+        """Return CLAUDE_OAUTH_TOKEN, else what is stored, else None; use no network.
 
         Raises:
             StorageError: It cannot be read, and nothing was read before.

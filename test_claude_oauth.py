@@ -2790,7 +2790,7 @@ BAD_PASTES = {
     "nothing": ("", "nothing"),
     "another-services-key": ("sk-proj-" + "x" * 40, "token or an API key"),
     "github-token": ("ghp_16C7e42F292c6912E7710c838347Ae178B4a", "not a code"),
-    "github-token-with-a-date": (f"github_pat_11ABCDEFG0_{STATE}", "not a code"),
+    "github-token-of-the-newer-kind": (f"github_pat_11ABCDEFG0_{STATE}", "not a code"),
     "gitlab-token": ("glpat-Xy7Rq2mNvB81kzTcWd4e", "not a code"),
     "npm-token": ("npm_8fKq2LrTz91mXcVbNw34EdRtYu", "not a code"),
     "jwt": ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.h4x0r-Zq81", "not a code"),
