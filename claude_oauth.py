@@ -977,7 +977,10 @@ CALLBACK_PATH: Final = "/callback"
 PASTE_REFUSALS: Final = (
     ("^$", "nothing was pasted"),
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
-    ("(?i)sk-ant-|^sk-", "that is a token or an API key, not a code: keep it safe"),
+    (
+        "(?i)sk-ant-|^((gh.|github|hf|npm|sk)_|(sk|glpat|pypi|xox.)-|akia|aiza)[^#]*$",
+        "that is a token or an API key, not a code: keep it safe",
+    ),
 )
 # Source: RFC 6749 appendix A.11 (VSCHAR); not what a page shows that has no code.
 _CODE: Final = f"(?!{_NULL})[!-~]{{1,{MAX_PASTE_CHARS}}}"
@@ -994,9 +997,9 @@ _CODE_WITH_STATE: Final = (
     rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
     rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
 )
-# Too long to guess (RFC 6749 section 10.10), and no UUID, SHA-1, JWT or other token.
-_NAMES: Final = _WORD.replace("[-/.~+=]", "[-/.~+=_]")  # of functions and files
-_OTHER: Final = rf"{_NAMES}|[\da-fA-F-]{{36,40}}(?!\S)|gh._|github_|glpat-|npm_|eyJ"
+# Too long to guess (RFC 6749 section 10.10), and no name, file, UUID, SHA-1 or JWT.
+_NAMES: Final = rf"{_WORD.replace('=]', '=_]')}|[a-z]*(?:[A-Z]+[a-z]{{2,}})+(?!\S)"
+_OTHER: Final = rf"{_NAMES}|(?:[\da-fA-F-]{{36,40}}|\S*\.[a-z]{{2,5}})(?!\S)|eyJ"
 _BARE_CODE: Final = (
     rf"(?s:.*(?i:code):?\s(?:.*{_NO_PIECE}\s)?)?"
     rf"((?!{_OTHER})[^#&?/:@$%,\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@$%,\s]+){{0,2}})"
@@ -1110,8 +1113,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
         raise ValueError("the end of the code is missing")
     elif re.search(r"(?i)#|\bstate\b", text):
         raise ValueError("that code belongs to another sign-in (its state differs)")
-    code = "".join(re.findall(rf"\A{pattern}\Z", text))
-    pieces = re.split(r"\s", code)
+    pieces = re.split(r"\s", "".join(re.findall(rf"\A{pattern}\Z", text)))
     joined = "".join(pieces)
     faults = (
         # Two codes have the same length; the halves of one broken code hardly ever do.
@@ -4393,8 +4395,7 @@ class BearerAuth:
                 shown = printable(str(name).split("@")[-1])
                 text = "is not a host name; give no scheme, port, path or blank"
                 raise ConfigError(f"{shown!r} {text}")
-        api = urlsplit(service.config.profile_url).hostname
-        known = {*map(str.lower, names), api}
+        known = {*map(str.lower, names), urlsplit(service.config.profile_url).hostname}
 
         @functools.lru_cache(maxsize=100)  # a crawler asks about many origins
         def is_ours(origin: str) -> bool:
@@ -5062,8 +5063,7 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
     service.login(open_browser=uses_browser or sandbox.approve, paste=uses_browser)
     status = service.status()
     show(f"login     {status['email']}, plan {status['subscription_type']}")
-    first = service.access_token()
-    show(f"token     {first[:13]}… from the file, no request")
+    show(f"token     {service.access_token()[:13]}… from the file, no request")
     sandbox.lifetime = 0.001  # from now on, a token has expired when it comes
     expired = service.refresh().access_token
     news = "the same token" if service.access_token() == expired else "a new token"
