@@ -367,8 +367,9 @@ def import_package(name: str, cure: str = "") -> Any:
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         problem = "is missing" if is_missing else f"is broken: {printable(error)}"
         kind = class_of_fault(error)
+        again = "--upgrade --force-reinstall " * (not is_missing)
     known = f"`apt install python3-{package}`, `dnf install python3-{package}`"
-    cure = cure or f"install it: {known} or pip install {package}"
+    cure = cure or f"install it: {known} or pip install {again}{package}"
     raise kind(f"the package `{package}` {problem}; {cure}")
 
 
@@ -997,9 +998,9 @@ _CODE_WITH_STATE: Final = (
     rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
     rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
 )
-# Too long to guess (RFC 6749 section 10.10), and no name, file, UUID, SHA-1 or JWT.
-_NAMES: Final = rf"{_WORD.replace('=]', '=_]')}|[a-z]*(?:[A-Z]+[a-z]{{2,}})+(?!\S)"
-_OTHER: Final = rf"{_NAMES}|(?:[\da-fA-F-]{{36,40}}|\S*\.[a-z]{{2,5}})(?!\S)|eyJ"
+# Too long to guess (RFC 6749 section 10.10); no name, file, UUID, SHA-1, JWT, `req_`.
+_NAMES: Final = rf"{_WORD.replace('=]', '=_]')}|[a-z]*(?:[A-Z]+[a-z]{{2,}})+|eyJ\S*"
+_OTHER: Final = rf"(?:{_NAMES}|[\da-fA-F-]{{36,40}}|\S*\.[a-z]{{2,5}})(?!\S)|req_|msg_"
 _BARE_CODE: Final = (
     rf"(?s:.*(?i:code):?\s(?:.*{_NO_PIECE}\s)?)?"
     rf"((?!{_OTHER})[^#&?/:@$%,\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@$%,\s]+){{0,2}})"
@@ -2237,8 +2238,7 @@ class _SecretStorage(_RecordStorage):
         beside = f"{self._service} check"
         # As many quotes, which `security` needs escaped, plus what a refresh may add.
         record = dump_json(self._read_record()) + '"x' * 128
-        quotes = '"' * record.count('"')
-        self._put(beside, quotes.ljust(len(record), "x").encode())
+        self._put(beside, ('"' * record.count('"')).ljust(len(record), "x").encode())
         self._call("delete", beside)
 
     def lock(self, timeout: float) -> ContextManager[object]:
@@ -2928,14 +2928,16 @@ class _PastePrompt:
     """Reads a paste from stdin, without buffering, and only once there is input.
 
     So later lines are left for the host program.  An input that cannot be waited on (a
-    Windows console, a notebook, a StringIO) is read by a daemon thread.  Such a read
-    cannot be cancelled: the last one may take the host program's next line.
+    Windows console, a notebook, a StringIO) is read by a daemon thread, and the last
+    such read may take the host program's next line.  bpython and xeus-python fail then.
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
         import socket
         from functools import partial
 
+        kinds = {type(sys.stdin).__module__[:8], input.__module__}
+        is_open &= kinds.isdisjoint(("bpython.", None))
         self.is_open, self._state = is_open, state
         self._parse = partial(parse_paste, state=state, manual_redirect_uri=manual_uri)
         self._wake_up, self._waker = socket.socketpair()
@@ -2946,11 +2948,9 @@ class _PastePrompt:
         self._source: Any = pasted
         self._size = 65536
         self._needs_thread = self._is_idle = is_open  # no thread reads yet
-        self._is_terminal = self._is_shown = False
-        self._held = b""  # the bytes of a paste that may go on
-        self._is_whole = False  # no more bytes followed: after a pause, or at the end
-        self._refusals, self._earlier = 0, ""  # the line refused before may go on
-        self._is_notebook = getattr(input, "__module__", "builtins") != "builtins"
+        self._is_terminal = self._is_shown = self._is_whole = False
+        self._held, self._earlier, self._refusals = b"", "", 0  # both texts may go on
+        self._is_notebook = input.__module__ != "builtins"
         with suppress(Exception):  # no stdin, or an object that is no file
             descriptor = sys.stdin.fileno()
             self._is_terminal = os.isatty(descriptor)

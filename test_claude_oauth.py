@@ -12,6 +12,7 @@ is replaced: the protocol's rules come from Authlib (`AuthServer`), bad luck com
 from __future__ import annotations
 
 import base64
+import builtins
 import concurrent.futures
 import contextlib
 import copy
@@ -2807,6 +2808,8 @@ BAD_PASTES = {
     "file-name-with-a-number": ("Quarterly_Report_2026.pdf", "not a code"),
     "file-name-of-a-camera": ("IMG_20261128_101502.jpg", "not a code"),
     "name-in-mixed-case": ("getDefaultServiceAccount", "not a code"),
+    "request-id": ("req_011CSHoEeqs5C35K2UUqR7Fy", "not a code"),
+    "message-id": ("msg_01XFDUDYJgAANzvnptvVoYEL", "not a code"),
     "class-name": ("HTTPServerRequestHandler", "not a code"),
     "name-of-a-variable": ("CLAUDE_OAUTH_CLIENT_ID", "not a code"),
     "end-of-a-marked-paste": (f"{CODE[20:]}{CODE}\x1b[201~\r", "not a code"),
@@ -4672,7 +4675,7 @@ def test_a_broken_requests_is_not_called_missing(monkeypatch, tmp_path, source):
     for attempt in (client.check, lambda: CALLS["refresh"](client)):
         with pytest.raises(claude_oauth.ConfigError, match="is broken: ") as caught:
             attempt()
-        assert "pip install" in str(caught.value)
+        assert "pip install --upgrade --force-reinstall requests" in str(caught.value)
     monkeypatch.delitem(sys.modules, "requests", raising=False)
 
 
@@ -9538,6 +9541,29 @@ def test_a_console_whose_lines_come_from_elsewhere_than_its_descriptor_is_read(
     monkeypatch.setattr(sys, "stdin", type(name, (StdIn,), {})(sys.stdin, lines))
 
     assert race(paste=True).code == CODE
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "module"),
+    [
+        pytest.param(sys, "stdin", "bpython.curtsiesfrontend.repl", id="bpython"),
+        pytest.param(builtins, "input", None, id="xeus-python"),
+    ],
+)
+def test_a_console_that_no_thread_may_read_is_not_read(
+    stdin_pipe, monkeypatch, owner, name, module
+):
+    def forbidden(*_):
+        reads.append(name)
+        return f"{CODE}#{STATE}\n"
+
+    reads = []
+    forbidden.__module__ = module
+    console = type("Console", (), {"__module__": module, "readline": forbidden})()
+    monkeypatch.setattr(owner, name, {"stdin": console, "input": forbidden}[name])
+    with pytest.raises(claude_oauth.LoginCancelled, match="nothing can be pasted"):
+        race(paste=True)
+    assert reads == []
 
 
 def test_a_login_waits_where_a_library_has_removed_poll(stdin_pipe, monkeypatch):
