@@ -365,9 +365,11 @@ def import_package(name: str, cure: str = "") -> Any:
         if not isinstance(error, Exception) and "Panic" not in type(error).__name__:
             raise
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
-        problem = "is missing" if is_missing else f"is broken: {printable(error)}"
+        found = f"{error} {sys.modules.get(package, '')}"  # a script of that name
+        problem = "is missing" if is_missing else f"is broken: {printable(found)}"
         kind = class_of_fault(error)
         again = "--upgrade --force-reinstall " * (not is_missing)
+        again += '"urllib3<2" ' * ("urllib3 v2 only" in problem)  # OpenSSL 1.0.2
     known = f"`apt install python3-{package}`, `dnf install python3-{package}`"
     cure = cure or f"install it: {known} or pip install {again}{package}"
     raise kind(f"the package `{package}` {problem}; {cure}")
@@ -1146,10 +1148,9 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     whole = rf"(?i)^\w+=|(?<![\w.@-])(?:{manual}|({loopback}))$"
     if not (known := re.search(whole, [page, query][not page])):
         raise ValueError("that is the address of another page")
-    code = parse_callback(query.partition("#")[0], state=state)
     if known[1]:  # a browser leaves out port 80
         manual_uri = f"http://localhost{known[2] or ':80'}{CALLBACK_PATH}"
-    return GrantedCode(code, manual_uri)
+    return GrantedCode(parse_callback(query.partition("#")[0], state=state), manual_uri)
 
 
 def success_page(account: str | None) -> str:
@@ -1518,6 +1519,7 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
     why = str(error).partition("[SSL")[2].partition("] ")[2].partition(" (_ssl")[0]
     why += str(error).partition("Tunnel connection failed: ")[2][:3]  # HTTP's status
+    why += "hostname mismatch" * ("doesn't match" in str(error))  # urllib3 1.26
     text = _FAILURES[row].format(route=route, kind=kind, why=printable(f"{kind} {why}"))
     return ConfigError(text) if "ValueError" in row else Unavailable(text)
 
@@ -1560,8 +1562,8 @@ def check_route(url: str, session: requests.Session) -> tuple[str, Any]:
     problem = (
         "names a SOCKS proxy; get PySocks: pip install PySocks"
         if kind in ("InvalidSchema", "AttributeError")
-        else "is no usable proxy URL like http://host:port or socks5h://host:port; give"
-        " blanks and # ? / [ @ \\ in a password as %20 %23 %3F %2F %5B %40 %5C"
+        else "is no usable proxy URL like http://host:port or socks5h://host:port; a"
+        " password is Latin-1, with blanks # ? / [ @ \\ as %20 %23 %3F %2F %5B %40 %5C"
     )
     name = _variable_or("the session or OS proxy", proxy, ("HTTPS_PROXY", "ALL_PROXY"))
     raise ConfigError(f"{name} {problem}")
@@ -1931,9 +1933,8 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
             try:
                 yield
             finally:
-                unused = held.pop(holder, None)
                 if holder == threading.get_native_id():
-                    _release(file, path, unused)
+                    _release(file, path, held.pop(holder, None))
 
     return hold()
 
@@ -2474,10 +2475,9 @@ def _dpapi(function: str, data: bytes) -> bytes:
     class Blob(ctypes.Structure):
         _fields_ = [("size", ctypes.c_uint32), ("data", ctypes.c_void_p)]
 
-    crypt32 = ctypes.WinDLL("crypt32", use_last_error=True)
     given = Blob(len(data), ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p))
     taken, no, ui_forbidden = Blob(), None, 0x1
-    call = getattr(crypt32, function)
+    call = getattr(ctypes.WinDLL("crypt32", use_last_error=True), function)
     if not call(ctypes.byref(given), no, no, no, no, ui_forbidden, ctypes.byref(taken)):
         raise _dpapi_error(ctypes.get_last_error())
     try:
@@ -2936,8 +2936,8 @@ class _PastePrompt:
         import socket
         from functools import partial
 
-        kinds = {type(sys.stdin).__module__[:8], input.__module__}
-        is_open &= kinds.isdisjoint(("bpython.", None))
+        kinds = {type(sys.stdin).__module__[:8], *sys.modules}
+        is_open = all((is_open, kinds.isdisjoint(("bpython.", "xeus_python_shell"))))
         self.is_open, self._state = is_open, state
         self._parse = partial(parse_paste, state=state, manual_redirect_uri=manual_uri)
         self._wake_up, self._waker = socket.socketpair()
@@ -2950,7 +2950,8 @@ class _PastePrompt:
         self._needs_thread = self._is_idle = is_open  # no thread reads yet
         self._is_terminal = self._is_shown = self._is_whole = False
         self._held, self._earlier, self._refusals = b"", "", 0  # both texts may go on
-        self._is_notebook = input.__module__ != "builtins"
+        asker = str(getattr(input, "__module__", "builtins"))  # _pyrepl: Python 3.13
+        self._is_notebook = "pyrepl" not in asker and asker != "builtins"
         with suppress(Exception):  # no stdin, or an object that is no file
             descriptor = sys.stdin.fileno()
             self._is_terminal = os.isatty(descriptor)
@@ -4392,9 +4393,8 @@ class BearerAuth:
         host = r"(?ai)[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]*::[0-9a-f:]*"
         for name in names:
             if not _text(name, host):
-                shown = printable(str(name).split("@")[-1])
                 text = "is not a host name; give no scheme, port, path or blank"
-                raise ConfigError(f"{shown!r} {text}")
+                raise ConfigError(f"{printable(str(name).split('@')[-1])!r} {text}")
         known = {*map(str.lower, names), urlsplit(service.config.profile_url).hostname}
 
         @functools.lru_cache(maxsize=100)  # a crawler asks about many origins

@@ -3843,6 +3843,18 @@ def test_a_portal_behind_a_proxy_passes(outside, monkeypatch, scheme, version):
     assert isinstance(failure_of("refresh", client), claude_oauth.Unavailable)
 
 
+def test_a_certificate_for_another_name_is_told_by_an_old_urllib3(outside):
+    class Session(requests.Session):
+        def request(self, *args, **options):
+            cause = ssl.SSLCertVerificationError("hostname 'a' doesn't match 'b'")
+            raise requests.exceptions.SSLError(cause)
+
+    client = claude_oauth.OAuthClient(outside.config, session=Session())
+    error = failure_of("refresh", client)
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert "(SSLError hostname mismatch)" in str(error)
+
+
 @pytest.mark.parametrize("written", ["http://me:sesame@127.0.0.1:1", "127.0.0.1:1"])
 def test_a_proxy_that_is_not_there_is_named(monkeypatch, written):
     monkeypatch.setenv("HTTPS_PROXY", written)
@@ -4424,6 +4436,15 @@ def test_a_proxy_that_cannot_be_one_is_a_setting_to_fix(
         assert not re.search("user|ses|ame@", chain_text(caught.value))
 
 
+@pytest.mark.parametrize("password", ["%E2%82%AC", "p\u20acw"], ids=["coded", "raw"])
+def test_a_proxys_password_that_cannot_be_sent_is_told_by_its_alphabet(
+    outside, monkeypatch, password
+):
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:{password}@proxy:3128")
+    with pytest.raises(claude_oauth.ConfigError, match="a password is Latin-1"):
+        outside.check()
+
+
 def test_a_proxy_of_a_session_is_looked_at_too(outside):
     with requests.Session() as session:
         session.proxies["https"] = "http://user:ses#ame@proxy:3128"
@@ -4676,7 +4697,22 @@ def test_a_broken_requests_is_not_called_missing(monkeypatch, tmp_path, source):
         with pytest.raises(claude_oauth.ConfigError, match="is broken: ") as caught:
             attempt()
         assert "pip install --upgrade --force-reinstall requests" in str(caught.value)
+    if "mine" in source:
+        assert f"from '{tmp_path / 'requests.py'}'" in str(caught.value)
     monkeypatch.delitem(sys.modules, "requests", raising=False)
+
+
+def test_a_urllib3_that_is_too_new_for_this_openssl_is_told_to_be_replaced(
+    monkeypatch, tmp_path
+):
+    text = "urllib3 v2 only supports OpenSSL 1.1.1+, and this is OpenSSL 1.0.2k"
+    (tmp_path / "requests.py").write_text(f"raise ImportError({text!r})")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [n for n in sys.modules if n.split(".")[0] == "requests"]:
+        monkeypatch.delitem(sys.modules, name)
+    client = claude_oauth.OAuthClient(VALUES["OAuthConfig"])
+    with pytest.raises(claude_oauth.ConfigError, match='install.*"urllib3<2" requests'):
+        client.check()
 
 
 def test_the_check_wants_a_client_id_and_requests(monkeypatch):
@@ -9543,27 +9579,40 @@ def test_a_console_whose_lines_come_from_elsewhere_than_its_descriptor_is_read(
     assert race(paste=True).code == CODE
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "module"),
-    [
-        pytest.param(sys, "stdin", "bpython.curtsiesfrontend.repl", id="bpython"),
-        pytest.param(builtins, "input", None, id="xeus-python"),
-    ],
-)
-def test_a_console_that_no_thread_may_read_is_not_read(
-    stdin_pipe, monkeypatch, owner, name, module
-):
+@pytest.mark.parametrize("module", ["bpython.curtsiesfrontend.repl", "__main__"])
+def test_a_console_that_no_thread_may_read_is_not_read(monkeypatch, module):
     def forbidden(*_):
-        reads.append(name)
+        reads.append(module)
         return f"{CODE}#{STATE}\n"
 
     reads = []
-    forbidden.__module__ = module
     console = type("Console", (), {"__module__": module, "readline": forbidden})()
-    monkeypatch.setattr(owner, name, {"stdin": console, "input": forbidden}[name])
+    monkeypatch.setattr(sys, "stdin", console)
+    monkeypatch.setattr(builtins, "input", forbidden)
+    if module == "__main__":  # the front end of another kernel
+        monkeypatch.setitem(sys.modules, "xeus_python_shell", types.ModuleType("it"))
     with pytest.raises(claude_oauth.LoginCancelled, match="nothing can be pasted"):
         race(paste=True)
     assert reads == []
+
+
+@pytest.mark.parametrize("paste", [None, "", [], "no", 2])
+def test_whether_to_ask_for_a_paste_may_be_any_value(stdin_pipe, listener, paste):
+    def bring(url):
+        bring_code(listener)
+
+    assert race(listener, paste=paste, open_browser=bring).code == CODE
+
+
+@pytest.mark.parametrize("kind", [str.splitlines, io.StringIO])
+def test_a_replaced_input_of_any_kind_is_a_place_to_paste(
+    stdin_pipe, monkeypatch, kind
+):
+    line = f"{CODE}#{STATE}\n"
+    monkeypatch.setattr(builtins, "input", iter(kind(line)).__next__)  # of no module
+    stdin_pipe.write(line.encode())
+
+    assert race(paste=True).code == CODE
 
 
 def test_a_login_waits_where_a_library_has_removed_poll(stdin_pipe, monkeypatch):
@@ -9909,6 +9958,33 @@ def test_the_limit_is_shown_and_ends_the_prompt(host_program):
     child = host_program(timeout=0.5)
     child.expect_exact("failed with LoginTimeout")
     finish(child)
+
+
+AT_PYTHONS_PROMPT = {
+    "browser": ("login(open_browser=server.approve, timeout=60)", "Credentials"),
+    "time-limit": ("login(open_browser=print, timeout=0.5)", "LoginTimeout"),
+}
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    ("line", "result"), AT_PYTHONS_PROMPT.values(), ids=AT_PYTHONS_PROMPT
+)
+def test_pythons_own_prompt_goes_on_after_a_login(spawn_cli, line, result):
+    """That of Python 3.13 has an `input` of its own, which no thread may call."""
+    settings = {"TERM": "xterm", "PYTHONPATH": str(MODULE.parent)}
+    child = spawn_cli(program="-q", env=settings)
+    for written in (
+        "import claude_oauth as it; server = it.Sandbox().__enter__()",
+        "login = it.OAuthService(server.config, it.MemoryStorage()).login",
+    ):
+        child.expect(">>> ")
+        child.send(f"{written}\r")
+    child.expect(">>> ")
+    child.send(f"{line}\r")
+    child.expect(rf"{result}.*>>> ")
+    child.send("6 * 7**5\r")
+    child.expect("100842")
 
 
 def test_the_address_is_one_line_whatever_the_width(host_program):
