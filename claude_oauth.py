@@ -981,7 +981,8 @@ PASTE_REFUSALS: Final = (
     ("^$", "nothing was pasted"),
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
     (
-        "(?i)sk-ant-|^((gh.|github|hf|npm|sk)_|(sk|glpat|pypi|xox.)-|akia|aiza)[^#]*$",
+        "(?i)sk-ant-|(^|code:?)"
+        "((gh.|github|hf|npm|sk)_|(sk|glpat|pypi|xox.)-|akia|aiza)[^#]*$",
         "that is a token or an API key, not a code: keep it safe",
     ),
 )
@@ -991,7 +992,7 @@ _CODE: Final = f"(?!{_NULL})[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # a date or a path, or has a character of prompts, times and addresses in it.
 _WORD: Final = (
     r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
-    r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{1,15}))(?![^\W_]))+(?!\S)"
+    r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{2,15}))(?![^\W_]))+(?!\S)"
 )
 _PROSE: Final = r"(?<!\S)(?:\S*[^\s\w.~+/=-]|/[A-Za-z][a-z]+/|(?!\S{32})\S*[./])\S*"
 _NO_PIECE: Final = f"(?:{_PROSE}|{_WORD})"
@@ -1250,7 +1251,7 @@ def call_with_limit(
 
     def wait() -> None:
         if thread := start_thread("call", run):
-            thread.join(seconds)
+            list(map(thread.join, [seconds / 2] * 2))  # SIGSTOP may outlast the first
         else:
             run()
 
@@ -1398,10 +1399,9 @@ class OAuthClient:
         self, url: str, body: Mapping[str, str] | None, field: str = "", token: str = ""
     ) -> dict[str, object]:
         """Send a request; return the answer's JSON object, {} without a field."""
-        sent = {"bearer": token, **(body or {})}
         status, headers, content = self._fetch(url, body, token)
-        names = ("bearer", "code", "code_verifier", "state", "refresh_token", "token")
-        secrets = [sent.get(name, "") for name in names]
+        names = ("code", "code_verifier", "state", "refresh_token", "token")
+        secrets = [token, *((body or {}).get(name, "") for name in names)]
         if not 200 <= status < 300:
             wait = parse_retry_after(headers.get("Retry-After"), now=self._clock())
             known: Any = {"retry_after": wait, "request_id": headers.get("request-id")}
@@ -2928,33 +2928,34 @@ class _PastePrompt:
     """Reads a paste from stdin, without buffering, and only once there is input.
 
     So later lines are left for the host program.  An input that cannot be waited on (a
-    Windows console, a notebook, a StringIO) is read by a daemon thread, and the last
-    such read may take the host program's next line.  bpython and xeus-python fail then.
+    Windows console, a notebook, a StringIO) is read by a daemon thread: the last read
+    may take the host's next line.  bpython and xeus-python fail then; we do not read.
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
         import socket
         from functools import partial
 
-        kinds = {type(sys.stdin).__module__[:8], *sys.modules}
+        kinds = {str(type(sys.stdin).__module__)[:8], *sys.modules}
         is_open = all((is_open, kinds.isdisjoint(("bpython.", "xeus_python_shell"))))
         self.is_open, self._state = is_open, state
         self._parse = partial(parse_paste, state=state, manual_redirect_uri=manual_uri)
         self._wake_up, self._waker = socket.socketpair()
         self._wake_up.setblocking(False)
-        # Where a thread has to read, its lines come through a socket.
-        self._lines, self._writer = socket.socketpair()
+        self._lines, self._writer = socket.socketpair()  # for what a thread reads
         pasted = self._lines.makefile("rb", 0)
         self._source: Any = pasted
         self._size = 65536
         self._needs_thread = self._is_idle = is_open  # no thread reads yet
-        self._is_terminal = self._is_shown = self._is_whole = False
-        self._held, self._earlier, self._refusals = b"", "", 0  # both texts may go on
-        asker = str(getattr(input, "__module__", "builtins"))  # _pyrepl: Python 3.13
-        self._is_notebook = "pyrepl" not in asker and asker != "builtins"
+        self._is_terminal = self._is_shown = self._is_whole = False  # whole: at a pause
+        self._held, self._earlier, self._refusals = b"", "", 0  # earlier: refused
+        asker = str(getattr(input, "__module__", "builtins"))
+        self._is_notebook = asker != "builtins"
         with suppress(Exception):  # no stdin, or an object that is no file
             descriptor = sys.stdin.fileno()
             self._is_terminal = os.isatty(descriptor)
+            # In a terminal, `input` may be a prompt's own, which no thread can call.
+            self._is_notebook &= "ipykernel" in asker or not self._is_terminal
             # In PyCharm's and Thonny's console, the descriptor is not what stdin reads.
             is_usual = type(sys.stdin).__name__ not in ("StdIn", "FakeInputStream")
             if sys.platform != "win32" and all((is_usual, not self._is_notebook)):
@@ -3060,7 +3061,8 @@ class _PastePrompt:
 
     def has_line(self) -> bool:
         """Tell whether a line is complete, or longer than any code."""
-        is_line = self._held.rstrip(b" \t").endswith((b"\n", b"\r"))
+        ends = (b"\n", b"\r")[: 1 + any((self._is_whole, self._is_terminal))]  # or CRLF
+        is_line = self._held.rstrip(b" \t").endswith(ends)
         return is_line or len(self._held) > 2 * MAX_PASTE_CHARS
 
     def take(self) -> GrantedCode | None:
@@ -3797,9 +3799,8 @@ class Refresher:
         lifetime = self._account_file.number("lifetime")
         if 0 < lifetime <= min_validity:
             min_validity = lifetime / 2  # a new one would not live long enough either
-        left = time_left(newest.expires_at, self._clock())
         is_other = not old or newest.access_token != old.access_token
-        return left > min_validity and is_other
+        return time_left(newest.expires_at, self._clock()) > min_validity and is_other
 
     def _spend(
         self, newest: Credentials, stored: Credentials | None, scopes: Iterable[str]
@@ -4050,9 +4051,8 @@ class OAuthService:
 
     def _complete_account(self, renewed: Credentials) -> Credentials:
         """Ask for the profile if some of it is missing; a failure changes nothing."""
-        account = self._account_file.account(renewed)
         needs = [renewed.subscription_type, renewed.rate_limit_tier]
-        needs += map(account.get, _ACCOUNT_NEEDS)
+        needs += map(self._account_file.account(renewed).get, _ACCOUNT_NEEDS)
         may_ask = not renewed.scopes or SCOPE_USER_PROFILE in renewed.scopes
         if all(needs) or not may_ask or self._view.pending:
             return renewed

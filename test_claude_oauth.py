@@ -2794,6 +2794,8 @@ BAD_PASTES = {
     "github-token-of-the-newer-kind": (f"github_pat_11ABCDEFG0_{STATE}", "a token"),
     "gitlab-token": ("glpat-Xy7Rq2mNvB81kzTcWd4e", "token or an API key"),
     "npm-token": ("npm_8fKq2LrTz91mXcVbNw34EdRtYu", "token or an API key"),
+    "labelled-token": ("Code: ghp_16C7e42F292c6912E7710c838347Ae178B4a", "a token"),
+    "key-in-the-next-line": ("Your code:\nsk-proj-16C7e42F292c6912E7", "API key"),
     "hugging-face-token": ("hf_QwErTy81uIoPaSdFgHjKlZxCvBnM", "token or an API key"),
     "pypi-token": ("pypi-AgEIcHlwaS5vcmcCJGQ1YTk0ZjE2", "token or an API key"),
     "slack-token": ("xoxb-17653672481-19874698323-pdFZKVeTuE8sk7oOcHrzzqgy", "a token"),
@@ -9642,12 +9644,62 @@ def test_what_follows_a_bare_code_of_an_object_is_the_programs(monkeypatch, line
 @pytest.mark.parametrize("code", [f"{CODE}#{STATE}", CODE], ids=["state", "bare"])
 def test_a_code_of_a_console_that_is_broken_in_two_is_joined(monkeypatch, code):
     """A terminal that only a thread can read, as it is on Windows."""
-    lines = [code[:20], code[20:]]
+    lines = iter([f"{code[:20]}\n", f"{code[20:]}\n"])
     master, terminal = os.openpty()
-    monkeypatch.setattr("builtins.input", lambda: lines.pop(0))
+    with open(master, "wb"), open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", StdIn(stdin, lines))
+        assert race(paste=True).code == CODE
+
+
+@needs_posix
+@pytest.mark.parametrize("module", ["xonsh.shells", "_pyrepl.readline", "__main__"])
+def test_in_a_terminal_the_input_of_a_prompt_is_not_called(monkeypatch, module):
+    def forbidden(*_):
+        calls.append(module)
+
+    calls, (master, terminal) = [], os.openpty()
+    forbidden.__module__ = module
+    monkeypatch.setattr(builtins, "input", forbidden)
+    with open(master, "wb", 0) as keyboard, open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        keyboard.write(f"{CODE}#{STATE}\n".encode())
+        assert race(paste=True).code == CODE
+    assert calls == []
+
+
+@needs_posix
+def test_a_notebook_whose_kernel_has_a_terminal_is_asked(monkeypatch):
+    def ask():
+        return f"{CODE}#{STATE}"
+
+    ask.__module__, (master, terminal) = "ipykernel.kernelbase", os.openpty()
+    monkeypatch.setattr(builtins, "input", ask)
     with open(master, "wb"), open(terminal) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert race(paste=True).code == CODE
+
+
+PIPED_LINES = {
+    "windows": f"{CODE}#{STATE}\r\n",
+    "refused-before": f"help\r\n{CODE}#{STATE}\r\n",
+    "empty-before": f"\r\n{CODE}#{STATE}\r\n",
+}
+
+
+@pytest.mark.parametrize("lines", PIPED_LINES.values(), ids=PIPED_LINES)
+def test_a_whole_line_end_is_read_from_a_pipe(stdin_pipe, capsys, lines):
+    stdin_pipe.write(f"{lines}mine\r\n".encode())
+
+    assert race(paste=True).code == CODE
+    assert sys.stdin.readline() == "mine\n"
+    assert capsys.readouterr().err.count("Not taken") == lines.count("\n") - 1
+
+
+@pytest.mark.parametrize("line", [f"{CODE}#{STATE}\r", f"{CODE}\r", f"{CODE}\r\n"])
+def test_a_carriage_return_may_end_the_last_line_of_a_pipe(stdin_pipe, line):
+    stdin_pipe.write(line.encode())
+
+    assert race(paste=True).code == CODE
 
 
 def test_the_browser_wins_while_an_object_is_being_read(monkeypatch, listener):
@@ -10523,6 +10575,7 @@ print("ready", flush=True)
 for line in sys.stdin: run(line.strip())
 """
 ASK = PROGRAM + "print(service.access_token(), flush=True)"
+ASK_AT_ONCE = ASK.replace("client_id=", "timeout=0.8, client_id=")
 
 
 def stampede(kept, start_python, tmp_path, runs):
@@ -12468,6 +12521,25 @@ def test_a_stopped_process_does_not_hold_others_up_for_ever(kept, start_python):
     with pytest.raises(claude_oauth.Unavailable, match=re.escape(named)):
         kept.service(Impatient(kept.path)).access_token()
     assert kept.requests == 0
+    assert kept.is_alive()
+
+
+@needs_posix
+@pytest.mark.parametrize("_time", range(2))
+def test_a_process_that_is_stopped_past_its_time_limit_keeps_its_new_token(
+    kept, auth_server, start_python, _time
+):
+    """By a debugger or a container's freezer; two threads race then for the answer."""
+    kept.clock.now = time.time()
+    kept.save(-1)
+    with held(auth_server) as wait:
+        child = start_python(ASK_AT_ONCE, auth_server.origin)
+        assert wait()
+        child.send_signal(signal.SIGSTOP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(2.5)  # 3 times the limit of a request, and more
+    child.send_signal(signal.SIGCONT)
+    assert child.stdout.readline().strip() == kept.storage.load().access_token
     assert kept.is_alive()
 
 
