@@ -2929,7 +2929,7 @@ class _PastePrompt:
 
     So later lines are left for the host program.  An input that cannot be waited on (a
     Windows console, a notebook, a StringIO) is read by a daemon thread: the last read
-    may take the host's next line.  bpython and xeus-python fail then; we do not read.
+    may take the host's next line.  It would break bpython and xeus-python: no paste.
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
@@ -2948,7 +2948,7 @@ class _PastePrompt:
         self._size = 65536
         self._needs_thread = self._is_idle = is_open  # no thread reads yet
         self._is_terminal = self._is_shown = self._is_whole = False  # whole: at a pause
-        self._held, self._earlier, self._refusals = b"", "", 0  # earlier: refused
+        self._held, self._earlier, self._refusals = b"", "", 0  # earlier: one refused
         asker = str(getattr(input, "__module__", "builtins"))
         self._is_notebook = asker != "builtins"
         with suppress(Exception):  # no stdin, or an object that is no file
@@ -3060,8 +3060,8 @@ class _PastePrompt:
         self._is_shown = True
 
     def has_line(self) -> bool:
-        """Tell whether a line is complete, or longer than any code."""
-        ends = (b"\n", b"\r")[: 1 + any((self._is_whole, self._is_terminal))]  # or CRLF
+        """Tell whether a line is complete (not half a CRLF) or longer than any code."""
+        ends = (b"\n", b"\r")[: 1 + any((self._is_whole, self._is_terminal))]
         is_line = self._held.rstrip(b" \t").endswith(ends)
         return is_line or len(self._held) > 2 * MAX_PASTE_CHARS
 
