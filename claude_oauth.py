@@ -2929,7 +2929,7 @@ class _PastePrompt:
 
     So later lines are left for the host program.  An input that cannot be waited on (a
     Windows console, a notebook, a StringIO) is read by a daemon thread: the last read
-    may take the host's next line.  It would break bpython and xeus-python: no paste.
+    may take the host's next line.  It breaks bpython, IDLE and xeus-python: no paste.
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
@@ -2937,8 +2937,8 @@ class _PastePrompt:
         from functools import partial
 
         kinds = {str(type(sys.stdin).__module__)[:8], *sys.modules}
-        is_open = all((is_open, kinds.isdisjoint(("bpython.", "xeus_python_shell"))))
-        self.is_open, self._state = is_open, state
+        kinds &= {"bpython.", "idlelib.", "xeus_python_shell"}
+        self._state, self.is_open = state, all((is_open, not kinds))
         self._parse = partial(parse_paste, state=state, manual_redirect_uri=manual_uri)
         self._wake_up, self._waker = socket.socketpair()
         self._wake_up.setblocking(False)
@@ -2946,7 +2946,7 @@ class _PastePrompt:
         pasted = self._lines.makefile("rb", 0)
         self._source: Any = pasted
         self._size = 65536
-        self._needs_thread = self._is_idle = is_open  # no thread reads yet
+        self._needs_thread = self._is_idle = self.is_open  # no thread reads yet
         self._is_terminal = self._is_shown = self._is_whole = False  # whole: at a pause
         self._held, self._earlier, self._refusals = b"", "", 0  # earlier: one refused
         asker = str(getattr(input, "__module__", "builtins"))

@@ -9582,7 +9582,7 @@ def test_a_console_whose_lines_come_from_elsewhere_than_its_descriptor_is_read(
     assert race(paste=True).code == CODE
 
 
-@pytest.mark.parametrize("module", ["bpython.curtsiesfrontend.repl", "__main__"])
+@pytest.mark.parametrize("module", ["bpython.repl", "idlelib.run", "__main__"])
 def test_a_console_that_no_thread_may_read_is_not_read(monkeypatch, module):
     def forbidden(*_):
         reads.append(module)
