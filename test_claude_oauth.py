@@ -4701,7 +4701,7 @@ def test_a_broken_requests_is_not_called_missing(monkeypatch, tmp_path, source):
             attempt()
         assert "pip install --upgrade --force-reinstall requests" in str(caught.value)
     if "mine" in source:
-        assert f"from '{tmp_path / 'requests.py'}'" in str(caught.value)
+        assert "<module 'requests' from '" in str(caught.value)
     monkeypatch.delitem(sys.modules, "requests", raising=False)
 
 
@@ -9696,6 +9696,7 @@ def test_a_whole_line_end_is_read_from_a_pipe(stdin_pipe, capsys, lines):
     assert capsys.readouterr().err.count("Not taken") == lines.count("\n") - 1
 
 
+@needs_posix
 @pytest.mark.parametrize("line", [f"{CODE}#{STATE}\r", f"{CODE}\r", f"{CODE}\r\n"])
 def test_a_carriage_return_may_end_the_last_line_of_a_pipe(stdin_pipe, line):
     stdin_pipe.write(line.encode())
