@@ -1093,8 +1093,7 @@ def _clean_paste(text: str, state: str) -> str:
     blank = r"[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]|\\[nrt]"
     text = re.sub(f"[{quotes}]|{blank}", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
-    ends = r"(?:~~|(?<!\.)\.(?!\.)|[,;!*\]])+(?!\S)"
-    text = re.sub(rf"(?<!\S)(?:~~|[*\[])+|{ends}", "", text)
+    text = re.sub(r"(?<!\S)(~~|[*\[])+|(~~|(?<!\.)\.(?!\.)|[,;!*\]])+(?!\S)", "", text)
     text = re.sub(" +", " ", text).strip(" \n")
     text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
     label = "[ \n]*(?:#|%23)|(?<![=:?&,; \n])[ \n,;]+(?i:state\\b *[:=]?)?"
@@ -1251,7 +1250,8 @@ def call_with_limit(
 
     def wait() -> None:
         if thread := start_thread("call", run):
-            list(map(thread.join, [seconds / 2] * 2))  # SIGSTOP may outlast the first
+            thread.join(seconds / 2)  # in two parts: SIGSTOP may outlast the first
+            thread.join(seconds / 2)
         else:
             run()
 

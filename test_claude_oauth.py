@@ -2794,7 +2794,7 @@ BAD_PASTES = {
     "github-token-of-the-newer-kind": (f"github_pat_11ABCDEFG0_{STATE}", "a token"),
     "gitlab-token": ("glpat-Xy7Rq2mNvB81kzTcWd4e", "token or an API key"),
     "npm-token": ("npm_8fKq2LrTz91mXcVbNw34EdRtYu", "token or an API key"),
-    "capitals-and-dashes": ("A-" * 2000 + "1Q x", "not a code"),  # found at once
+    "capitals-and-dashes": ("A-" * 2000 + "1Q x", "not a code"),  # in linear time
     "labelled-token": ("Code: ghp_16C7e42F292c6912E7710c838347Ae178B4a", "a token"),
     "key-in-the-next-line": ("Your code:\nsk-proj-16C7e42F292c6912E7", "API key"),
     "hugging-face-token": ("hf_QwErTy81uIoPaSdFgHjKlZxCvBnM", "token or an API key"),
