@@ -1744,8 +1744,9 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
 
 
 def _cure_of(error: OSError) -> str:
-    is_denied = isinstance(error, PermissionError)
-    return "check its owner and mode, or " * is_denied + "choose another directory"
+    passing = {Unavailable: "try later"}  # no descriptor or memory is left
+    cure = passing.get(class_of_fault(error), "choose another directory")
+    return "check its owner and mode, or " * isinstance(error, PermissionError) + cure
 
 
 class _AtomicFile:
@@ -2943,9 +2944,8 @@ class _PastePrompt:
         self._wake_up, self._waker = socket.socketpair()
         self._wake_up.setblocking(False)
         self._lines, self._writer = socket.socketpair()  # for what a thread reads
-        pasted = self._lines.makefile("rb", 0)
-        self._source: Any = pasted
-        self._size = 65536
+        pasted: Any = self._lines.makefile("rb", 0)
+        self._source, self._size = pasted, 65536
         self._needs_thread = self._is_idle = self.is_open  # no thread reads yet
         self._is_terminal = self._is_shown = self._is_whole = False  # whole: at a pause
         self._held, self._earlier, self._refusals = b"", "", 0  # earlier: one refused
@@ -3099,7 +3099,7 @@ class _PastePrompt:
         # are tried together first: alone, half a code with the state would be accepted.
         pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
         known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
-        known += rf"|(?:.*\s)?(?!eyJ)(?:{_OTHER})\S*\s+that.*"  # eyJ may be cut
+        known += rf"|(?:.*\s)?(?!eyJ(?!\S*\.eyJ))(?:{_OTHER})\S*\s+that.*"  # a JWT
         is_whole = _text(f"{text}{reason}", known)  # nothing of it is still to come
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         # A text that is far too long counts as all that are allowed.

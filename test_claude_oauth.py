@@ -5747,6 +5747,29 @@ def test_a_file_that_is_named_as_a_directory_is_a_matter_of_the_setting(saved):
         claude_oauth.make_storage("file", saved.path).load()
 
 
+NO_DESCRIPTOR_LEFT = """
+import os, resource, sys
+import claude_oauth as c
+storage = c.FileStorage(sys.argv[1])
+with storage.lock(1):  # so that all is imported
+    storage.load()
+free = os.dup(0)
+os.close(free)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+for call in (storage.load, storage.lock(1).__enter__):
+    try:
+        call()
+    except c.StorageError as error:
+        print(error)
+"""
+
+
+@needs_posix
+def test_a_lack_of_descriptors_is_no_matter_of_the_directory(saved):
+    told = run_python(NO_DESCRIPTOR_LEFT, saved.path).stdout.splitlines()
+    assert [line.rpartition("; ")[2] for line in told] == ["try later", "try later"]
+
+
 @pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "524"])
 def test_a_file_system_without_locks_is_told_to_be_left(traced, saved, error):
     done, _ = traced(SAVE, saved.path, faults=[f"flock:error={error}"])
@@ -9402,6 +9425,7 @@ REFUSED_BEFORE = (
     "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
     "ghp_16C7e42F292c6912E7710c838347Ae178B4a",
     "test_a_portal_behind_a_proxy_passes",
+    "eyJhbGciOiJSUzI1NiIsImtpZCI6IjAxMiJ9.eyJzdWIiOiIxMjM0NTYifQ.c2lnbmF0dXJl",
 )
 
 
