@@ -2210,22 +2210,23 @@ class _SecretStorage(_RecordStorage):
         *,
         lock_path: str | os.PathLike[str] | None = None,
     ) -> None:
+        import hashlib
+
         self._lock_path = absolute_path(lock_path, "lock")
         directory = os.path.dirname(self._lock_path)
-        self.account_file = os.path.join(directory, "account.json")
         self._watched = os.path.join(directory, "store.changed")
         self.time_limit = STORE_TIMEOUT  # give more if a person can answer
-        if account is None:
-            import hashlib
-
-            # Whoever shares the lock of a directory shares its login.
-            path, default = map(os.path.realpath, (directory, default_directory({})))
-            digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-            account = "default" if path == default else digest
-        self._service, self._account = service, account
-        for name in (service, account):
+        # Whoever shares the lock of a directory shares its login.
+        path, default = map(os.path.realpath, (directory, default_directory({})))
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        own = "default" if path == default else digest
+        self._service, self._account = service, own if account is None else account
+        for name in (service, self._account):
             if not name.isprintable() or not 0 < len(name.strip().encode()) <= 200:
                 raise ConfigError("service and account take 1 to 200 printable bytes")
+        item = (self._service, self._account)  # another one is another login
+        stem = f"{fingerprint(str(item))[:16]}." * (item != ("claude-oauth", own))
+        self.account_file = os.path.join(directory, f"{stem}account.json")
 
     def delete(self) -> bool:
         """Remove the record, readable or not; return whether there was one."""
@@ -2547,8 +2548,8 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
 CONNECTION_TIMEOUT: Final = 5.0  # for a client to send its request; 1 more to close
 PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once the login has ended
 _TAKEN: Final = (errno.EADDRINUSE, {"nt": errno.EACCES}.get(os.name, -1))
-PASTE_PAUSE: Final = 0.05  # without input, which end a paste of several lines
-FOREGROUND_INTERVAL: Final = 0.5  # between checks for what ends no wait: `fg`, Ctrl-C
+SHORT_PAUSE: Final = 0.05  # until an empty stdin is known, or a descriptor is free
+PASTE_PAUSE: Final = 0.5  # without input, which end a paste; then `fg` is seen, too
 
 MAX_CONNECTIONS: Final = 128  # connections; the oldest one is dropped for the next
 MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
@@ -2799,7 +2800,7 @@ class AuthCodeListener:
             sock, address = server.socket.accept()
         except OSError:  # no descriptor is left for it, or it has gone again
             self._drop_all_but(len(self._unread) - 1)
-            time.sleep(PASTE_PAUSE)
+            time.sleep(SHORT_PAUSE)
             return
         self._drop_all_but(MAX_CONNECTIONS - 1)
         self._unread[sock] = None
@@ -3192,7 +3193,7 @@ def obtain_code(
             raise LoginCancelled(f"{why} and nothing can be pasted here; {cure}")
 
     try:
-        prompt.wait(PASTE_PAUSE)  # an empty stdin is known before anything is shown
+        prompt.wait(SHORT_PAUSE)  # an empty stdin is known before anything is shown
         check_that_a_way_is_left()
         if problem:
             say(f"{problem[0].upper()}{problem[1:]}: paste the code instead.")
@@ -3206,8 +3207,7 @@ def obtain_code(
                 return GrantedCode(listener.wait(0), listener.redirect_uri)
             check_that_a_way_is_left()
             prompt.show(deadline.left())
-            pause = PASTE_PAUSE if prompt.has_line() else FOREGROUND_INTERVAL
-            prompt.wait(min(pause, deadline.left()))
+            prompt.wait(min(PASTE_PAUSE, deadline.left()))
         return granted
     finally:
         prompt.close()
@@ -4367,6 +4367,7 @@ def _try_within_limit(name: str, call: Callable[[], object]) -> None:
         warn(f"logging out goes on without {name} ({problem})")
 
 
+@hides_locals
 class BearerAuth:
     """Adds the credential to requests: an auth object for `requests`, and for httpx.
 
@@ -4460,7 +4461,6 @@ class BearerAuth:
         is_refused = answer is not None and self._is_refusal(answer)
         self._service.note_rejected(Credentials(_bearer_of(request) * is_refused))
 
-    @hides_locals
     def repeat(self, response: requests.Response, **options: Any) -> Any:
         """Return the answer to a request; after a 401, to its repetition."""
         from urllib.parse import urljoin

@@ -4174,6 +4174,25 @@ def test_no_frame_of_a_refused_value_has_its_secrets(fail):
     assert frames and not [shown for _, shown in frames if shown]
 
 
+class Interrupted(dict):
+    """Headers that Ctrl-C, or a task queue's time limit, comes upon."""
+
+    def __setitem__(self, name, value):
+        raise KeyboardInterrupt
+
+
+def test_no_frame_of_a_request_whose_signing_is_interrupted_has_the_token():
+    storage = claude_oauth.MemoryStorage(claude_oauth.Credentials("sk-ant-oat01-x"))
+    auth = claude_oauth.BearerAuth(
+        claude_oauth.OAuthService(VALUES["OAuthConfig"], storage)
+    )
+    url = "https://api.anthropic.com/v1/messages"
+    request = types.SimpleNamespace(url=url, headers=Interrupted())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        auth(request)
+    assert not [shown for _, shown in own_frames(caught.value) if shown]
+
+
 # Good tokens in bad company
 
 
@@ -7504,6 +7523,30 @@ def test_a_keychain_storage_names_its_item():
     assert store.describe() == "macOS Keychain (service one, account two)"
 
 
+def test_items_of_one_folder_have_accounts_of_their_own():
+    stores = [
+        claude_oauth.KeychainStorage(account="default"),
+        claude_oauth.KeychainStorage("my-program"),
+        claude_oauth.KeyringStorage(account="../work"),
+    ]
+    names = {os.path.basename(store.account_file) for store in stores}
+    assert claude_oauth.KeychainStorage().account_file == stores[0].account_file
+    assert len(names) == 3 and "account.json" in names
+
+
+def test_a_login_and_logout_of_another_item_change_no_account(
+    keychain, config, browser
+):
+    items = ("claude-oauth", "my-program")
+    stores = [claude_oauth.KeychainStorage(item) for item in items]
+    ours, other = [claude_oauth.OAuthService(config, store) for store in stores]
+    for service in (ours, other):
+        sign_in(service, browser)
+    other.logout()
+
+    assert ours.status()["email"]
+
+
 @pytest.fixture
 def keychain_service(keychain, auth_server, monkeypatch):
     """A service whose login is in a Keychain that does not speak English."""
@@ -9673,6 +9716,19 @@ def test_a_code_of_a_console_that_is_broken_in_two_is_joined(monkeypatch, code):
     master, terminal = os.openpty()
     with open(master, "wb"), open(terminal) as stdin:
         monkeypatch.setattr(sys, "stdin", StdIn(stdin, lines))
+        assert race(paste=True).code == CODE
+
+
+@needs_posix
+@pytest.mark.parametrize("cut", [20, 24])
+def test_a_code_whose_lines_come_slowly_is_joined(monkeypatch, cut):
+    """As with a terminal that pastes line by line, or over a slow network."""
+    master, terminal = os.openpty()
+    with open(master, "wb", 0) as keyboard, open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        keyboard.write(f"{CODE[:cut]}\n".encode())
+        rest = f"{CODE[cut:]}#{STATE}\n".encode()
+        threading.Timer(0.1, keyboard.write, [rest]).start()
         assert race(paste=True).code == CODE
 
 
