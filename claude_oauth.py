@@ -3055,9 +3055,9 @@ class _PastePrompt:
         """Ask, unless that has been done."""
         if self._is_shown or not self.is_readable():
             return
-        left = describe_seconds(seconds_left + 0.5)
+        left = describe_seconds(seconds_left + 0.5) + " left"
         end = " " if self._is_terminal else "\n"
-        say(f"Paste the code that the page shows here ({left} left):", end=end)
+        say(f"Paste the code that the page shows here and press Enter ({left}):", end)
         self._is_shown = True
 
     def has_line(self) -> bool:

@@ -2673,6 +2673,10 @@ GOOD_PASTES = {
     "address-broken-in-its-path": f"{MANUAL_URI[:36]}\n{MANUAL_URI[36:]}?{CALLBACK}",
     "prompt-copied-along": f"Paste the code that the page shows (4 min left): {CODE}",
     "prompt-and-state": f"Paste the code here (4 min left): {CODE}#{STATE}",
+    "whole-prompt": "Paste the code that the page shows here and press Enter "
+    f"(4 min left): {CODE}#{STATE}",
+    "whole-prompt-and-bare": "Paste the code that the page shows here and press "
+    f"Enter (90 s left): {CODE}",
     "a-long-word-in-front": f"Autentiseringskod\n{CODE}#{STATE}",
     "another-long-word": f"Code zur Authentifizierung {CODE}#{STATE}",
     "an-apostrophe-in-front": f"Code d'authentification\n{CODE}#{STATE}",
@@ -9283,7 +9287,7 @@ def test_where_no_thread_can_be_started_the_address_is_shown_before_a_read(
     monkeypatch.setattr(sys, "stdin", Slow())
 
     assert race(paste=True).code == CODE
-    assert "https://manual.example/" in shown[0] and "Paste the code" in shown[0]
+    assert "https://manual.example/" in shown[0] and "press Enter" in shown[0]
 
 
 def test_without_a_port_and_a_paste_the_error_says_why(capsys):
