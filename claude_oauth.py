@@ -554,7 +554,7 @@ def _field(name: str, value: object) -> str | bool | None:
 
 def _header_text(value: object) -> str | None:
     # Printable ASCII without a blank, and not what a template or a shell left unfilled.
-    return _text(value, "(?![\"'$<{*]|[A-Z_]+=)[!-~]+")
+    return _text(value, rf"(?![\"'$<{{*]|[A-Z_]+=|{_NULL})[!-~]+")
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -912,7 +912,7 @@ _NO_TOKEN: Final = (
     r"|.*(\.{3}|\.(txt|json|env|key|pem)$)|/([a-z]{2,}|Users|Volumes)/|projects/"
     r"|(process\.)?(env|vars?|secrets?|inputs|github|steps|needs)[./]|[A-Z]+_[A-Z_]+$"
     r"|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
-    rf"|{_NULL}|(?i:true|bearer|todo|changeme|redacted|your-.*)$"
+    rf"|__omit_|{_NULL}|(?i:true|bearer|todo|changeme|redacted|your-.*)$"
 )
 # Statuses and codes that say nothing about the grant; HTTP's own phrases (`Not Found`).
 _PASSING_CODES: Final = (
@@ -1185,13 +1185,10 @@ def result_page(mark: str, title: str, text: str) -> str:
     import html
 
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8">
+<html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
-<main><p class="mark" aria-hidden="true">{mark}</p>
-<h1>{html.escape(title)}</h1>
+<title>{html.escape(title)}</title><style>{_STYLE}</style>
+<main><p class="mark" aria-hidden="true">{mark}</p><h1>{html.escape(title)}</h1>
 <p>{html.escape(text)}</p></main>
 """
 
@@ -1570,6 +1567,8 @@ def check_route(url: str, session: requests.Session) -> tuple[str, Any]:
 
 
 def _check_tls_files(bundle: Any, cert: Any) -> None:
+    from glob import escape, glob
+
     ssl = import_package("ssl", "this Python has no TLS: install OpenSSL for it")
     name, path = "OpenSSL (OPENSSL_CONF)", os.environ.get("OPENSSL_CONF", "openssl.cnf")
     try:
@@ -1580,10 +1579,12 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
         if bundle is True:
             name, path = "the package `requests`", import_requests().certs.where()
             context.load_verify_locations(path)
-        elif isinstance(bundle, (str, os.PathLike)) and not os.path.isdir(bundle):
+        elif isinstance(bundle, (str, os.PathLike)):
             variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
             name = _variable_or("the session's verify", path, variables)
-            context.load_verify_locations(path)
+            # In a directory, OpenSSL finds certificates by their hash alone.
+            if not glob(os.path.join(escape(path), "????????.[0-9]*")):
+                context.load_verify_locations(path)
         name, path = "the session's cert", "a file"  # not its name, which may be a key
         for each in [cert] if isinstance(cert, str) else cert or ():
             open(each, "rb").close()  # to load it may ask for a passphrase
@@ -2013,14 +2014,14 @@ class _RecordStorage:
         self._write_record(merge_record(self._read_record(), credentials.to_record()))
 
     def stamp(self) -> object:
-        """Return the file's date, inode and size, or "absent", from one ``stat``."""
+        """Return the file's dates, inode and size, or "absent", from one ``stat``."""
         try:
             found = os.stat(self._watched)
         except FileNotFoundError:
             return "absent"
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_ino, found.st_size
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
 
     def _parse(self, data: bytes | None) -> dict[str, object]:
         record = {} if data is None else parse_json_object(data, lenient=True)
@@ -4557,8 +4558,8 @@ class Sandbox:
         try:
             self._server = make_server("127.0.0.1", self._port, self._handle)
         except (OSError, OverflowError) as exc:
-            text = f"port {self._port} of 127.0.0.1 cannot be used ({exc.args[-1]})"
-            raise ConfigError(f"{text}: use another port") from None
+            text = f"port {self._port} of 127.0.0.1 cannot be used ({_reason(exc)})"
+            raise ConfigError(f"{text}: use another port or set 127.0.0.1 up") from None
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
         if start_thread("sandbox", self._server.serve_forever, 0.05) is None:
             self._server.server_close()
@@ -4813,8 +4814,7 @@ _SANDBOX_RULES: Final = {
     "code_challenge_method": "S256",
 }
 
-_SANDBOX_PAGE: Final = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Sandbox</title>
+_SANDBOX_PAGE: Final = """<!doctype html><html lang="en"><title>Sandbox</title>
 <h1>Sandbox</h1><p>A program asks to sign in. Nothing here is real.</p>
 <form method="post"><button name="decision" value="approve">Approve</button>
 <button name="decision" value="deny">Deny</button></form></html>

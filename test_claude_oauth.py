@@ -1766,6 +1766,7 @@ def test_a_stored_token_is_whatever_a_header_can_carry(token):
 
 
 UNFILLED = ["${TOKEN}", "$TOKEN", "{{token}}", "<token>", "***", '"sk-1"', "TOKEN=a"]
+UNFILLED += ["null", "None", "undefined", "%TOKEN%"]
 
 
 @pytest.mark.parametrize("token", UNFILLED)
@@ -1775,7 +1776,7 @@ def test_a_template_that_nobody_filled_in_is_no_stored_token(token):
         claude_oauth.Credentials.from_record(record)
 
 
-ODD_KEYS = [1, {"k": 1}, "two words", "line\nbreak", "${KEY}", "***"]
+ODD_KEYS = [1, {"k": 1}, "two words", "line\nbreak", "${KEY}", "***", "null", "None"]
 
 
 @pytest.mark.parametrize("key", ODD_KEYS, ids=repr)
@@ -2436,6 +2437,7 @@ BAD_TOKENS = {
     "placeholder": "${TOKEN}",
     "variable": "$TOKEN",
     "masked": "***",
+    "omitted": "__omit_place_holder__5f2c8f0a",
     "half-masked": "sk-ant-***",
     "with-its-scheme": "Bearer sk-ant-oat01-secret",
     "colon": "Bearer:sk-ant-oat01-secret",
@@ -4539,22 +4541,36 @@ def test_a_broken_package_for_socks_is_noticed_before_a_login(monkeypatch):
     assert lines == [text, text]
 
 
-BUNDLES = {"missing": None, "empty": b"", "no-certificate": b"hello", "binary": b"\0"}
+BUNDLES = {
+    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "no-certificate": lambda path: path.write_bytes(b"hello"),
+    "binary": lambda path: path.write_bytes(b"\0"),
+    "empty-directory": lambda path: path.mkdir(),
+    "directory-without-hashes": lambda path: put_bytes(path / "ca.crt", b"hello"),
+}
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-@pytest.mark.parametrize("content", BUNDLES.values(), ids=BUNDLES)
+@pytest.mark.parametrize("make", BUNDLES.values(), ids=BUNDLES)
 def test_a_ca_bundle_that_is_none_is_a_setting_to_fix(
-    tls_server, monkeypatch, home, variable, content
+    tls_server, monkeypatch, home, variable, make
 ):
-    if content is not None:
-        (home / "ca.pem").write_bytes(content)
+    make(home / "ca.pem")
     monkeypatch.setenv(variable, str(home / "ca.pem"))
     client = client_for(tls_server)
     for attempt in (client.check, lambda: CALLS["refresh"](client)):
         with pytest.raises(claude_oauth.ConfigError, match=f"{variable} names") as e:
             attempt()
         assert "ca.pem" in str(e.value) and "unset it" in str(e.value)
+
+
+def test_a_directory_of_certificates_with_their_hashes_is_let_be(
+    tls_server, monkeypatch, home
+):
+    put_bytes(home / "[ca]" / "5ed36f99.0", b"")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(home / "[ca]"))
+    assert client_for(tls_server).check() is None
 
 
 def test_a_ca_bundle_of_a_session_is_looked_at_too(outside):
@@ -5454,6 +5470,16 @@ def test_a_stamp_changes_with_the_file_and_not_without(saved, change):
     assert saved.stamp() == before is not None
     change(saved.path)
     assert saved.stamp() != before
+
+
+@needs_posix  # Windows has no date of the last change but the one that can be set
+def test_a_stamp_changes_with_a_file_that_has_the_size_and_date_of_the_former(saved):
+    """As when an account switcher copies a file and its date over another."""
+    path, before, stamp = Path(saved.path), os.stat(saved.path), saved.stamp()
+    while os.stat(path).st_ctime_ns == before.st_ctime_ns:  # a clock of some ms
+        path.write_bytes(path.read_bytes().swapcase())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert saved.stamp() != stamp
 
 
 @needs_posix
@@ -18187,7 +18213,8 @@ def test_a_sandbox_on_a_port_that_is_taken_ends_with_2(scripted_server):
 
     assert (done.returncode, done.stdout) == (2, "")
     assert str(scripted_server.port) in done.stderr
-    assert re.fullmatch("claude-oauth: .*another port.*\n", done.stderr)
+    told = r"claude-oauth: port \d+ of 127.* \([a-z][^A-Z]+\): use another port.*\n"
+    assert re.fullmatch(told, done.stderr)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
