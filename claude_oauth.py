@@ -998,7 +998,7 @@ _PROSE: Final = r"(?<!\S)(?:\S*[^\s\w.~+/=-]|/[A-Za-z][a-z]+/|(?!\S{32})\S*[./])
 _NO_PIECE: Final = f"(?:{_PROSE}|{_WORD})"
 _CODE_WITH_STATE: Final = (
     rf"(?s:(?!.*(?<!\S)(?!{_NO_PIECE})\S{{24,}}\s.*{_NO_PIECE}\s).*{_NO_PIECE}\s)?"
-    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,}})\s"
+    rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,15}})\s"
     rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
 )
 # Too long to guess (RFC 6749 section 10.10); no name, file, UUID, SHA-1, JWT, `req_`.
@@ -1082,7 +1082,7 @@ def _clean_paste(text: str, state: str) -> str:
     text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))
     # Bracketed paste, focus events, a shell's escapes, zero-width and direction marks.
     hidden = "\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
-    text = re.sub(r"(?:\x1b|\^\[)?\[20[01]~|\x1b\[[IO]|\^(?=&)", "", text)
+    text = re.sub(r"(?:\x1b|\^\[)?\[20[01]~|\x1b\[[IO]|\^(?=[&\"])", "", text)
     text = re.sub(rf"\\(?![nrt])|[{hidden}]", "", text.replace("\\u0026", "&"))
     text = re.sub("[\u2010-\u2015\u2212]", "-", text.replace("\u2014", "--"))
     text = re.sub("^([^=?]*)&state=", r"\1#", text)  # the end of an address
@@ -1194,11 +1194,10 @@ def result_page(mark: str, title: str, text: str) -> str:
 
 
 _STYLE: Final = """
-:root { color-scheme: light dark; }
+:root { color-scheme: light dark; } .mark { font-size: 2.5rem; margin: 0; }
 main { background: Canvas; font: 1.0625rem/1.55 system-ui; text-align: center;
   max-width: 30rem; margin: 25vh auto; }
 p { white-space: pre-line; overflow-wrap: anywhere; }
-.mark { font-size: 2.5rem; margin: 0; }
 """
 
 
@@ -2551,7 +2550,6 @@ PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once the login h
 _TAKEN: Final = (errno.EADDRINUSE, {"nt": errno.EACCES}.get(os.name, -1))
 SHORT_PAUSE: Final = 0.05  # until an empty stdin is known, or a descriptor is free
 PASTE_PAUSE: Final = 0.5  # without input, which end a paste; then `fg` is seen, too
-
 MAX_CONNECTIONS: Final = 128  # connections; the oldest one is dropped for the next
 MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
 MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corrects them
@@ -2559,6 +2557,7 @@ MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corre
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
 # epoll refuses files, macOS's poll terminals, select many files; eventlet has no poll.
 SELECTOR: Final = ("Poll", "Select")[sys.platform in ("darwin", "win32")] + "Selector"
+_NEWEST: Final[list[socket.socket]] = []  # takes what a thread of any login reads
 
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 # Commands that are blank, or that would take the terminal for themselves.
@@ -2703,8 +2702,7 @@ class AuthCodeListener:
         self.on_arrival: Callable[[], object] = lambda: None
         self._state, self._is_closed = state, False
         self._changed = threading.Condition()  # guards the next three; held for moments
-        self._query = ""  # of the callback that counts
-        self._page = ""
+        self._query = self._page = ""  # of the callback that counts
         self._pages_owed = 0  # callbacks that have not got the page yet
         self._unread: dict[socket.socket, None] = {}  # droppable, the oldest first
         self._threads: WeakSet[threading.Thread] = WeakSet()  # one for each connection
@@ -2946,6 +2944,7 @@ class _PastePrompt:
         self._wake_up, self._waker = socket.socketpair()
         self._wake_up.setblocking(False)
         self._lines, self._writer = socket.socketpair()  # for what a thread reads
+        _NEWEST[:] = [self._writer]
         pasted: Any = self._lines.makefile("rb", 0)
         self._source, self._size = pasted, 65536
         self._needs_thread = self._is_idle = self.is_open  # no thread reads yet
@@ -2997,7 +2996,7 @@ class _PastePrompt:
                 data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
         finally:
             if data:
-                _quietly(self._writer.sendall, data + b"\n")
+                _quietly(_NEWEST[0].sendall, data + b"\n")
             else:
                 self._writer.close()
 
@@ -3097,9 +3096,9 @@ class _PastePrompt:
 
     def _refuse(self, text: str, reason: ValueError) -> None:
         say(f"Not taken: {reason}. Copy the whole code that the page shows.")
-        # If a state or an address began here, the next line may be its rest.  The two
-        # are tried together first: alone, half a code with the state would be accepted.
-        pattern = rf"(?s)(?=.*(?:#|://|(?<!\S)[\w-]{{32}})).{{,{MAX_PASTE_CHARS}}}"
+        # Half a paste is kept, and tried with the rest: alone, that might be accepted.
+        pieces = r"\s*[\w.~+-]{32,}(?:\s+[\w.~+-]+)*\s*\Z"  # not in Base64, no path
+        pattern = rf"(?s)(?=.*(?:#|://)|{pieces}).{{,{MAX_PASTE_CHARS}}}"
         known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
         known += rf"|(?:.*\s)?(?!eyJ(?!\S*\.eyJ))(?:{_OTHER})\S*\s+that.*"  # a JWT
         is_whole = _text(f"{text}{reason}", known)  # nothing of it is still to come
@@ -3200,7 +3199,8 @@ def obtain_code(
             say(f"{problem[0].upper()}{problem[1:]}: paste the code instead.")
         _announce(automatic_url, manual_url, port, can_paste=prompt.is_open)
         if prompt.is_open and not prompt.is_readable():
-            say("Running in the background: to paste, use fg or timeout --foreground.")
+            ways = "use fg, timeout --foreground, or sudo without a pipe"
+            say(f"Running in the background: to paste, {ways}.")
         browser.start(automatic_url)
         listener.on_arrival = prompt.wake
         while not (granted := prompt.take()):

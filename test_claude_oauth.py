@@ -2793,7 +2793,9 @@ def test_a_manual_redirect_on_loopback_is_known_as_well():
     assert granted == claude_oauth.GrantedCode(CODE, manual)
 
 
+HASHES = "\n".join(hashlib.sha1(bytes([n])).hexdigest() for n in range(60))
 BAD_PASTES = {
+    "screen-of-hashes": (f"{HASHES}\n$ login\nCode: {CODE}#{STATE}", "not a code"),
     "nothing": ("", "nothing"),
     "another-services-key": ("sk-proj-" + "x" * 40, "token or an API key"),
     "github-token": ("ghp_16C7e42F292c6912E7710c838347Ae178B4a", "token or an API key"),
@@ -2947,6 +2949,11 @@ def test_any_other_paste_is_refused_with_a_reason_that_quotes_nothing(text, reas
 
     shown = chain_text(refused.value)
     assert CODE[:20] not in shown and STATE[:20] not in shown and "xxxx" not in shown
+
+
+def test_an_address_that_a_browser_copies_for_cmd_is_taken():
+    given = paste(f'curl ^"http://localhost:9/callback?code={CODE}^&state={STATE}^" ^')
+    assert (given.code, given.redirect_uri) == (CODE, "http://localhost:9/callback")
 
 
 @pytest.mark.parametrize("port", ["", ":80"], ids=["left-out", "shown"])
@@ -9499,6 +9506,8 @@ REFUSED_BEFORE = (
     "ghp_16C7e42F292c6912E7710c838347Ae178B4a",
     "test_a_portal_behind_a_proxy_passes",
     "eyJhbGciOiJSUzI1NiIsImtpZCI6IjAxMiJ9.eyJzdWIiOiIxMjM0NTYifQ.c2lnbmF0dXJl",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDIhz2GK7XCUj4i6Q5yQJNL1MXMY0RxzPV2QrBqfHrDq",
+    "aB3dE5fG7hI9jK1lM3nO5pQ7rS9tU1vW3xY5/zA7b",
 )
 
 
@@ -9826,6 +9835,24 @@ def test_the_browser_wins_while_an_object_is_being_read(monkeypatch, listener):
     answered.set()
 
     assert granted.redirect_uri == listener.redirect_uri
+
+
+@pytest.mark.parametrize("kind", ["notebook", "object"])
+def test_what_the_thread_of_an_earlier_login_reads_is_pasted_into_the_next(
+    monkeypatch, kind
+):
+    """As when a notebook's cell is interrupted, and run again."""
+    lines = queue.Queue()
+    stdin = type("Lines", (), {"readline": lambda self: lines.get()})()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    if kind == "notebook":
+        monkeypatch.setattr("builtins.input", lambda: lines.get().rstrip())
+    with pytest.raises(claude_oauth.LoginTimeout):
+        race(paste=True, timeout=0.1)
+    granted = race(paste=True, open_browser=lambda _: lines.put(f"{CODE}#{STATE}\n"))
+    lines.put("the second login's thread ends\n")
+
+    assert granted.code == CODE
 
 
 def test_an_input_of_the_programs_own_is_asked(monkeypatch):
