@@ -2944,7 +2944,6 @@ class _PastePrompt:
         self._wake_up, self._waker = socket.socketpair()
         self._wake_up.setblocking(False)
         self._lines, self._writer = socket.socketpair()  # for what a thread reads
-        _NEWEST[:] = [self._writer]
         pasted: Any = self._lines.makefile("rb", 0)
         self._source, self._size = pasted, 65536
         self._needs_thread = self._is_idle = self.is_open  # no thread reads yet
@@ -2980,6 +2979,7 @@ class _PastePrompt:
         """Have a thread read one line; if none can start, read it after asking."""
         mark = (b"\n", self._state.encode())[self._is_terminal]  # a console splits it
         if self._is_idle and mark not in self._held:
+            _NEWEST[:] = [self._writer]
             self._is_idle = not start_thread("paste", self._read_line)
             if all((self._is_shown, self._is_idle, not self._held)):
                 self._read_line()
@@ -3097,8 +3097,8 @@ class _PastePrompt:
     def _refuse(self, text: str, reason: ValueError) -> None:
         say(f"Not taken: {reason}. Copy the whole code that the page shows.")
         # Half a paste is kept, and tried with the rest: alone, that might be accepted.
-        pieces = r"\s*[\w.~+-]{32,}(?:\s+[\w.~+-]+)*\s*\Z"  # not in Base64, no path
-        pattern = rf"(?s)(?=.*(?:#|://)|{pieces}).{{,{MAX_PASTE_CHARS}}}"
+        pieces = r"(?:\x1b\[200~)?\s*[\w.~+-]{32,}(?:\s+[\w.~+-]+)*\s*\Z"
+        pattern = rf"(?s)(?=.*(?:#|%23|://|state=)|{pieces}).{{,{MAX_PASTE_CHARS}}}"
         known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
         known += rf"|(?:.*\s)?(?!eyJ(?!\S*\.eyJ))(?:{_OTHER})\S*\s+that.*"  # a JWT
         is_whole = _text(f"{text}{reason}", known)  # nothing of it is still to come
@@ -4559,7 +4559,7 @@ class Sandbox:
             self._server = make_server("127.0.0.1", self._port, self._handle)
         except (OSError, OverflowError) as exc:
             text = f"port {self._port} of 127.0.0.1 cannot be used ({_reason(exc)})"
-            raise ConfigError(f"{text}: use another port or set 127.0.0.1 up") from None
+            raise ConfigError(f"{text}: use another port") from None
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
         if start_thread("sandbox", self._server.serve_forever, 0.05) is None:
             self._server.server_close()

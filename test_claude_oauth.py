@@ -9441,8 +9441,9 @@ def test_a_wrong_paste_is_explained_and_asked_for_again(stdin_pipe, capsys):
     assert CODE not in shown
 
 
-def test_a_paste_that_comes_in_two_lines_is_put_together(stdin_pipe):
-    stdin_pipe.write(f"{CODE}#{STATE[:20]}\n{STATE[20:]}\nmine\n".encode())
+@pytest.mark.parametrize("mark", ["#", "%23", "&state="])
+def test_a_paste_that_comes_in_two_lines_is_put_together(stdin_pipe, mark):
+    stdin_pipe.write(f"{CODE}{mark}{STATE[:20]}\n{STATE[20:]}\nmine\n".encode())
 
     assert race(paste=True).code == CODE
     assert sys.stdin.readline() == "mine\n"
@@ -9853,6 +9854,18 @@ def test_what_the_thread_of_an_earlier_login_reads_is_pasted_into_the_next(
     lines.put("the second login's thread ends\n")
 
     assert granted.code == CODE
+
+
+def test_a_login_without_a_paste_leaves_another_one_its_line(monkeypatch):
+    lines = queue.Queue()
+    monkeypatch.setattr("builtins.input", lines.get)
+
+    def log_in_elsewhere(url):
+        with contextlib.suppress(claude_oauth.LoginCancelled):
+            race(paste=False)
+        lines.put(f"{CODE}#{STATE}")
+
+    assert race(paste=True, open_browser=log_in_elsewhere).code == CODE
 
 
 def test_an_input_of_the_programs_own_is_asked(monkeypatch):
