@@ -2217,9 +2217,9 @@ class _SecretStorage(_RecordStorage):
         self._watched = os.path.join(directory, "store.changed")
         self.time_limit = STORE_TIMEOUT  # give more if a person can answer
         # Whoever shares the lock of a directory shares its login.
-        path, default = map(os.path.realpath, (directory, default_directory({})))
+        path, known = os.path.realpath(directory), outcome_of(default_directory, {})[0]
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        own = "default" if path == default else digest
+        own = {known and os.path.realpath(known): "default"}.get(path, digest)
         self._service, self._account = service, own if account is None else account
         for name in (service, self._account):
             if not name.isprintable() or not 0 < len(name.strip().encode()) <= 200:

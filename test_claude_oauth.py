@@ -7571,6 +7571,14 @@ def test_items_of_one_folder_have_accounts_of_their_own():
     assert len(names) == 3 and "account.json" in names
 
 
+@needs_posix
+def test_an_item_with_a_lock_of_its_own_needs_no_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "")
+    for account in ("somebody", None):
+        store = claude_oauth.KeychainStorage("ours", account, lock_path=tmp_path / "x")
+        assert Path(store.account_file).parent == tmp_path
+
+
 def test_a_login_and_logout_of_another_item_change_no_account(
     keychain, config, browser
 ):
