@@ -2549,7 +2549,8 @@ CONNECTION_TIMEOUT: Final = 5.0  # for a client to send its request; 1 more to c
 PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once the login has ended
 _TAKEN: Final = (errno.EADDRINUSE, {"nt": errno.EACCES}.get(os.name, -1))
 SHORT_PAUSE: Final = 0.05  # until an empty stdin is known, or a descriptor is free
-PASTE_PAUSE: Final = 0.5  # without input, which end a paste; then `fg` is seen, too
+PASTE_PAUSE: Final = 0.5  # without input: then a paste has ended, and `fg` is seen
+
 MAX_CONNECTIONS: Final = 128  # connections; the oldest one is dropped for the next
 MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
 MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corrects them
@@ -2557,8 +2558,7 @@ MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corre
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
 # epoll refuses files, macOS's poll terminals, select many files; eventlet has no poll.
 SELECTOR: Final = ("Poll", "Select")[sys.platform in ("darwin", "win32")] + "Selector"
-_NEWEST: Final[list[socket.socket]] = []  # takes what a thread of any login reads
-
+_NEWEST_WRITER: Final[list[socket.socket]] = []  # gets what a thread of any login reads
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 # Commands that are blank, or that would take the terminal for themselves.
 TEXT_BROWSERS: Final = (
@@ -2979,7 +2979,7 @@ class _PastePrompt:
         """Have a thread read one line; if none can start, read it after asking."""
         mark = (b"\n", self._state.encode())[self._is_terminal]  # a console splits it
         if self._is_idle and mark not in self._held:
-            _NEWEST[:] = [self._writer]
+            _NEWEST_WRITER[:] = [self._writer]
             self._is_idle = not start_thread("paste", self._read_line)
             if all((self._is_shown, self._is_idle, not self._held)):
                 self._read_line()
@@ -2996,7 +2996,7 @@ class _PastePrompt:
                 data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
         finally:
             if data:
-                _quietly(_NEWEST[0].sendall, data + b"\n")
+                _quietly(_NEWEST_WRITER[0].sendall, data + b"\n")
             else:
                 self._writer.close()
 
