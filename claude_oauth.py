@@ -981,8 +981,8 @@ PASTE_REFUSALS: Final = (
     ("^$", "nothing was pasted"),
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
     (
-        "(?i)sk-ant-|(^|code:?)"
-        "((gh.|github|hf|npm|sk)_|(sk|glpat|pypi|xox.)-|akia|aiza)[^#]*$",
+        "(?i)sk-ant-|(^|code:?)((gh.|github|hf|npm|sk|gsk|r8|dckr)_|"
+        "(sk|glpat|pypi|xox.|xai|nvapi|pplx)-|(hvs|ya29)[.]|akia|aiza)[^#]*$",
         "that is a token or an API key, not a code: keep it safe",
     ),
 )
