@@ -503,8 +503,8 @@ class OAuthConfig(_Value):
 
 
 _NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # stands for none
-# A client id or a scope, without the syntax of a shell, a template or an env file.
-_NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[^\"'`$<>{{}}#*\ufeff\0-\x1f]*"
+# A client id or a scope: ASCII, not the syntax of a shell, a template or an env file.
+_NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[ !%&()+-;=?-_a-z|~]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
     r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
@@ -912,7 +912,7 @@ _NO_TOKEN: Final = (
     r"|.*(\.{3}|\.(txt|json|env|key|pem)$)|/([a-z]{2,}|Users|Volumes)/|projects/"
     r"|(process\.)?(env|vars?|secrets?|inputs|github|steps|needs)[./]|[A-Z]+_[A-Z_]+$"
     r"|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
-    rf"|__omit_|{_NULL}|(?i:true|bearer|todo|changeme|redacted|your-.*)$"
+    rf"|__omit_|{_NULL}|(?i:true|bearer|todo|redacted|change[-_]?me|your[-_].*)$"
 )
 # Statuses and codes that say nothing about the grant; HTTP's own phrases (`Not Found`).
 _PASSING_CODES: Final = (
@@ -981,8 +981,8 @@ PASTE_REFUSALS: Final = (
     ("^$", "nothing was pasted"),
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
     (
-        "(?i)sk-ant-|(^|code:?)((gh.|github|hf|npm|sk|gsk|r8|dckr)_|"
-        "(sk|glpat|pypi|xox.|xai|nvapi|pplx)-|(hvs|ya29)[.]|akia|aiza)[^#]*$",
+        "(?i)sk-ant-|(^|code:?)((gh.|github|hf|npm|[rs]k|gsk|r8|dckr|dop)_|"
+        "(sk|glpat|pypi|xox.|xai|nvapi|pplx|tvly)-|(hvs|ya29)[.]|akia|aiza)[^#]*$",
         "that is a token or an API key, not a code: keep it safe",
     ),
 )

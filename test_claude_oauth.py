@@ -1598,6 +1598,7 @@ BAD_SETTINGS = {
     "no-scopes": {"scopes": []},
     "scopes-with-commas": {"scopes": ["user:profile,user:inference"]},
     "scopes-with-blanks": {"scopes": ["user:profile user:inference"]},
+    "scope-with-a-zero-width-space": {"scopes": ["user:profile\u200b"]},
     "time-without-end": {"timeout": 1e20},
     "no-token-url": {"token_url": None},
     "empty-profile-url": {"profile_url": ""},
@@ -1637,6 +1638,10 @@ BAD_CLIENT_IDS = {
     "parameter": "client_id=my-id",
     "assignment-of-nothing": "CLIENT_ID=",
     "byte-order-mark": "\ufeffmy-id",
+    "zero-width-space": "my-id\u200b",
+    "soft-hyphen": "my\xad-id",
+    "hyphen-of-a-text-processor": "my\u2011id",
+    "no-break-space": "my\xa0id",
     "double-quotes": '"my-id"',
     "single-quotes": "'my-id'",
     "variable": "${CLIENT_ID}",
@@ -2400,6 +2405,8 @@ BAD_TOKENS = {
     "path-in-a-container": "/app/token.txt",
     "name-in-a-program": "process.env.TOKEN",
     "placeholder-in-words": "your-token-here",
+    "placeholder-as-a-name": "your_token_here",
+    "placeholder-of-an-example": "change-me",
     "path-of-a-ci-file": "/builds/group/project.tmp/CLAUDE_OAUTH_TOKEN",
     "path-of-a-vault": "/vault/secrets/token",
     "path-of-a-descriptor": "/dev/fd/63",
@@ -2808,6 +2815,7 @@ BAD_PASTES = {
     "hugging-face-token": ("hf_QwErTy81uIoPaSdFgHjKlZxCvBnM", "token or an API key"),
     "pypi-token": ("pypi-AgEIcHlwaS5vcmcCJGQ1YTk0ZjE2", "token or an API key"),
     "slack-token": ("xoxb-17653672481-19874698323-pdFZKVeTuE8sk7oOcHrzzqgy", "a token"),
+    "stripe-key-with-few-rights": ("rk_live_4eC39HqLyjWDarjtT1zdp7dc", "API key"),
     "stripe-key": ("sk_live_4eC39HqLyjWDarjtT1zdp7dc", "token or an API key"),
     "aws-key-id": ("AKIAIOSFODNN7EXAMPLE", "token or an API key"),
     "groq-key": ("gsk_4eC39HqLyjWDarjtT1zdp7dcQwErTy", "token or an API key"),
@@ -17764,12 +17772,15 @@ def test_options_lose_the_blanks_and_line_ends_around_them(command, tmp_path):
     assert answer["client_id"] == "me"
 
 
-@pytest.mark.parametrize("option", ["--client-id", "--scope", "--email"])
-def test_bytes_that_are_no_text_end_in_no_traceback(settings, command, option):
+NO_TEXT_ENDS = {"--client-id": 2, "--scope": 2, "--email": 3}
+
+
+@pytest.mark.parametrize(("option", "code"), NO_TEXT_ENDS.items(), ids=NO_TEXT_ENDS)
+def test_bytes_that_are_no_text_end_in_no_traceback(settings, command, option, code):
     options = ["--no-browser", "--timeout", "0"]
     args = {"--client-id": ["--client-id", "\udcff", "login", *options]}
     said = command(*args.get(option, ["login", *options, option, "\udcff"]))
-    assert said.code == 3 and "Traceback" not in said.err
+    assert said.code == code and "Traceback" not in said.err
 
 
 def test_a_number_that_is_refused_is_explained(command):
