@@ -670,13 +670,13 @@ class Credentials(_Value):
 
         Raises StorageCorrupt if a token has the wrong type, or cannot go into a header.
         """
-        key = record.get("consoleApiKey")
-        stored = {**_object(record.get("claudeAiOauth")), "consoleApiKey": key}
+        api_key = record.get("consoleApiKey")
+        stored = {**_object(record.get("claudeAiOauth")), "consoleApiKey": api_key}
         found: dict[str, Any] = {}
         for name, (key, read, _) in _RECORD_FIELDS.items():
             found[name] = read(stored.get(key))
             is_needed = name == "access_token" or stored.get(key) not in (None, "")
-            if name in cls._secret[:2] and is_needed and found[name] is None:
+            if name.endswith("_token") and is_needed and found[name] is None:
                 text = f"{key} in claudeAiOauth is missing or malformed"
                 raise StorageCorrupt(f"{text}; log out, then log in again")
         return cls(**found)
@@ -812,7 +812,7 @@ def read_answer(
     if answer is None:
         answer = _fields_of(content)
     if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
-        raise BadAnswer("the answer", "is not a JSON object")
+        raise BadAnswer("the answer", "is not a JSON object")  # JSON, but a list or so
     known = _object(answer)
     found = known.get(field)
     is_granted = isinstance(found, dict) or _header_text(found)
@@ -1121,7 +1121,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     faults = (
         # Two codes have the same length; the halves of one broken code hardly ever do.
         len(joined) == 2 * len(pieces[0]) >= 64,
-        pieces[-1].ljust(8)[:8] in state,
+        pieces[-1].ljust(8)[:8] in state,  # it ends in the state, without a #
         not re.fullmatch(rf"(?!.*(?:{re.escape(state)}|\.\.)){_CODE}", joined),
     )
     if any(faults):
@@ -1485,8 +1485,9 @@ _DROPPED: Final = "{route} dropped the connection; try again later"
 _FAILURES: Final = {
     "SSLError": "TLS to {route} failed ({why}); check the clock, and if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
-    "ProxyError": "no connection to {route}: the proxy refused or did not answer"
-    " ({why}); check HTTPS_PROXY, its user name and password, and the hosts it allows",
+    "ProxyError SOCKS5 0x02:": "no connection to {route}: the proxy refused or did not"
+    " answer ({why}); check HTTPS_PROXY, its user name and password, and the hosts it"
+    " allows",
     "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
     "Timeout TimeoutError": "no answer from {route} in time; try again later",
     "ValueError TypeError AttributeError ImportError LookupError FileNotFoundError"
@@ -1510,6 +1511,7 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     old = r"1\.26\.[0-7] .*proxy https:.*(wrong version|check_hostname)"  # says less
     if _text(f"{version} {route} {error}", f"(?is)({old}|.*only use HTTP).*"):
         kinds, kind = {"ValueError"}, "HTTPS_PROXY and ALL_PROXY take http:// alone"
+    kinds |= {"SOCKS5", "0x02:"}.intersection(str(error).split())  # PySocks, refused
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
@@ -1639,7 +1641,7 @@ class Storage(Protocol):
 
 
 def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
-    """Return a path from the root (None: a name in our directory), or ConfigError."""
+    """Return an absolute path (None: of `name` in our directory), or ConfigError."""
     if path is None:
         path = os.path.join(default_directory(), name)
     found = os.fsdecode(path).rstrip("\r\n")
@@ -1675,7 +1677,7 @@ def warn(message: str, *, once: bool = False) -> None:
 _NO_PATH: Final = (
     "^\\s*$|^['#%~${\ufeff\u2018\u201c\u201e\xab]|[\"`]|\\$[{(]|{{|\\s#\\s|,[~/]|\0|"
     f"^\\w+=|^([Nn]one|null|undefined)($|[/\\\\])|(^|[/\\\\_-])(\\$[A-Z_]+|<|%\\w+%)|"
-    f"^\\w+:[\\\\/]{'(?<!^.:.)' * (os.name == 'nt')}"
+    f"^\\w+:[\\\\/]{'(?<!^.:.)' if os.name == 'nt' else ''}"
 )
 _WARNED: Final[set[str]] = set()  # what this process says only once
 _READABLE_BY_OTHERS: Final = "others can read it; set its mode to 0600 (folder: 0700)"
@@ -1735,7 +1737,7 @@ def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) ->
     found = os.fstat(fd)
     if found.st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
-    if not found.st_mode & {0o440: 0o007}.get(found.st_mode & 0o777 * any_owner, 0o077):
+    if not found.st_mode & 0o077 or (any_owner, found.st_mode & 0o777) == (True, 0o440):
         return  # 0440 may be an ACL for this user alone, as systemd sets it
     if not is_ours:
         warn(f"{path}: {_READABLE_BY_OTHERS}", once=True)
@@ -1828,8 +1830,8 @@ RESERVED_BYTES: Final = 16384  # how much longer a record may get by a refresh
 _TEMPORARY_SUFFIX: Final = ".claude-oauth.tmp"
 _PAUSES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if os.name == "nt" else ()
 # Other errors mean "held": EAGAIN; EACCES or EDEADLK on Windows; any number in Wine.
-_LOCK_FAULTS: Final = {"nt": {errno.EBADF, errno.EINVAL}}.get(
-    os.name, {*range(1000)} - {errno.EAGAIN}
+_LOCK_FAULTS: Final = (
+    {errno.EBADF, errno.EINVAL} if os.name == "nt" else {*range(1000)} - {errno.EAGAIN}
 )
 
 
@@ -1958,7 +1960,7 @@ def _open_locked(path: str, patience: float) -> io.BufferedRandom | None:
     except OSError as error:
         if file:
             _quietly(file.close)
-            # SMB mounts of Linux say EACCES for a lock that is held: wait a little.
+            # On Linux, SMB mounts say EACCES for a lock that is held: wait a little.
             is_held = patience * (error.errno == errno.EACCES)
             if is_held or error.errno not in _LOCK_FAULTS:
                 return None
@@ -2080,7 +2082,7 @@ class FileStorage(_RecordStorage):
         return True
 
     def check(self) -> None:
-        """Raise StorageError if a save cannot succeed; keep its room under a lock."""
+        """Raise StorageError if a save cannot succeed; with the lock, reserve space."""
         self._refuse_if_read_only()
         self._encode(self._read_record())
         if left := self._swap_reserved(_AtomicFile(self.path, reserve=True)):
@@ -2152,11 +2154,9 @@ class FileStorage(_RecordStorage):
 class MemoryStorage:
     """A credential that ends with the process; for tests and for guests."""
 
-    account_file: str | None = None
-
     def __init__(self, credentials: Credentials | None = None) -> None:
         self._stored, self._changes = credentials, 0
-        self._mutexes: dict[int, threading.Lock] = {}
+        self._mutexes: dict[int, Any] = {}
 
     def load(self) -> Credentials | None:
         """Return the credential, or None."""
@@ -2196,7 +2196,6 @@ class _SecretStorage(_RecordStorage):
     An empty file beside the lock tells other processes of a save before they refresh.
     """
 
-    read_only = False
     _cure = "`claude-oauth logout`, with the same options, removes it"
     # The store's name, and what to do if it cannot be used, or is locked.
     _title = _hint = _unlock = ""
@@ -2547,17 +2546,17 @@ def _cipher_for(path: str) -> FernetCipher | DPAPICipher | None:
 # Seconds.
 CONNECTION_TIMEOUT: Final = 5.0  # for a client to send its request; 1 more to close
 PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once the login has ended
-_TAKEN: Final = (errno.EADDRINUSE, {"nt": errno.EACCES}.get(os.name, -1))
 SHORT_PAUSE: Final = 0.05  # until an empty stdin is known, or a descriptor is free
 PASTE_PAUSE: Final = 0.5  # without input: then a paste has ended, and `fg` is seen
 
-MAX_CONNECTIONS: Final = 128  # connections; the oldest one is dropped for the next
+_TAKEN: Final = (errno.EADDRINUSE, errno.EACCES if os.name == "nt" else -1)  # of a port
+MAX_CONNECTIONS: Final = 128  # the oldest one is dropped for the next
 MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
 MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corrects them
 # Characters that a terminal takes in one line; the rest is lost.  Source: tty(4).
 MAX_TERMINAL_LINE: Final = 1023 if sys.platform == "darwin" else 4095
 # epoll refuses files, macOS's poll terminals, select many files; eventlet has no poll.
-SELECTOR: Final = ("Poll", "Select")[sys.platform in ("darwin", "win32")] + "Selector"
+SELECTOR: Final = "Select" if sys.platform in ("darwin", "win32") else "Poll"
 _NEWEST_WRITER: Final[list[socket.socket]] = []  # gets what a thread of any login reads
 TOO_LATE: Final = "nobody finished the sign-in in time; try again"
 # Commands that are blank, or that would take the terminal for themselves.
@@ -2711,13 +2710,13 @@ class AuthCodeListener:
         self._cleanup, self._closing = contextlib.ExitStack(), threading.RLock()
 
     def __enter__(self) -> Self:
-        import importlib
+        import contextlib
         import socket
 
         # Load now what a request needs, and let a first thread end: if all descriptors
         # were in use by then, the import would fail, and glibc would abort the process.
-        call_with_limit(lambda: importlib.import_module("hmac"), CONNECTION_TIMEOUT)
-        with type(self._cleanup)() as stack:
+        call_with_limit(lambda: import_package("hmac"), CONNECTION_TIMEOUT)
+        with contextlib.ExitStack() as stack:
             servers = self._bind(stack)
             self.port = servers[0].server_address[1]
             stop, stopper = map(stack.enter_context, socket.socketpair())
@@ -2794,7 +2793,7 @@ class AuthCodeListener:
                     key.data(key.fileobj)
 
     def _accept(self, server: Any) -> None:
-        """Give one connection a thread of its own, for what follows here."""
+        """Accept one connection, and serve it in a thread of its own."""
         try:
             sock, address = server.socket.accept()
         except OSError:  # no descriptor is left for it, or it has gone again
@@ -2937,9 +2936,9 @@ class _PastePrompt:
         import socket
         from functools import partial
 
-        kinds = {str(type(sys.stdin).__module__)[:8], *sys.modules}
-        kinds &= {"bpython.", "idlelib.", "xeus_python_shell"}
-        self._state, self.is_open = state, all((is_open, not kinds))
+        no_paste = str(type(sys.stdin).__module__).startswith(("bpython.", "idlelib."))
+        no_paste |= "xeus_python_shell" in sys.modules
+        self._state, self.is_open = state, all((is_open, not no_paste))
         self._parse = partial(parse_paste, state=state, manual_redirect_uri=manual_uri)
         self._wake_up, self._waker = socket.socketpair()
         self._wake_up.setblocking(False)
@@ -3011,21 +3010,21 @@ class _PastePrompt:
 
         self._request_line()
         with ExitStack() as stack:
-            selector = getattr(selectors, SELECTOR, selectors.SelectSelector)
-            waiting = stack.enter_context(selector())
+            kind = getattr(selectors, f"{SELECTOR}Selector", selectors.SelectSelector)
+            waiting = stack.enter_context(kind())
             waiting.register(self._wake_up, selectors.EVENT_READ)
             if self.is_readable():
                 waiting.register(self._source, selectors.EVENT_READ)
             waiting.select(seconds)
             _quietly(self._wake_up.recv, 4096)
-            self._show_unfinished_line(waiting, stack)
+            self._suspend_line_mode(waiting, stack)
             # Asked again: `fg` and `bg` come between, and what is typed is the shell's.
             ready = [key.fileobj for key, _ in waiting.select(0)]
             self._is_whole = True
             if self._source in ready and self.is_readable():
                 self._read()
 
-    def _show_unfinished_line(self, waiting: Any, stack: Any) -> None:
+    def _suspend_line_mode(self, waiting: Any, stack: Any) -> None:
         """If a line is the last so far, let what follows be read before its Enter."""
         is_last = all((self.has_line(), self.is_readable(), not waiting.select(0)))
         if sys.platform != "win32" and is_last:
@@ -3101,7 +3100,7 @@ class _PastePrompt:
         pattern = rf"(?s)(?=.*(?:#|%23|://|state=)|{pieces}).{{,{MAX_PASTE_CHARS}}}"
         known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
         known += rf"|(?:.*\s)?(?!eyJ(?!\S*\.eyJ))(?:{_OTHER})\S*\s+that.*"  # a JWT
-        is_whole = _text(f"{text}{reason}", known)  # nothing of it is still to come
+        is_whole = _text(f"{text}{reason}", known)  # by its wording: no more is to come
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         # A text that is far too long counts as all that are allowed.
         self._refusals += 1 + len(text) // (2 * MAX_PASTE_CHARS) * MAX_PIPED_REFUSALS
@@ -3348,7 +3347,7 @@ class AccountFile:
         if before.refresh_token == kept != renewed.refresh_token:
             # Spent: never sent again, even if the store or a backup still holds it.
             notes["spent"] = notes["refused"] = self.fingerprint(before)
-            notes["refused_until"] = now + MAX_LIFETIME  # version 0.1.0 knows no other
+            notes["refused_until"] = now + MAX_LIFETIME  # 0.1.0 knows only `refused`
         self.note(**notes)
 
     def note_failure(
@@ -3698,7 +3697,7 @@ class Refresher:
     def __init__(self, client: OAuthClient, view: StoreView, clock: Clock) -> None:
         self._client, self._clock = client, clock
         self._view, self._account_file = view, view.account_file
-        self._mutexes: dict[int, threading.Lock] = {}  # by process id; for a refresh
+        self._mutexes: dict[int, Any] = {}  # RLocks by process id; for a refresh
         # The last failed refresh and when it failed, for the threads that waited.
         self._failed, self._not_before = _NOT_FAILED, 0.0
 
@@ -3933,7 +3932,7 @@ class OAuthService:
         return self.refresh_rejected(Credentials(rejected) if rejected else None)
 
     def refresh_rejected(self, rejected: Credentials | None) -> Credentials:
-        """Do what `refresh` does; a token in a frame would reach an error tracker."""
+        """Do what `refresh` does; a Credentials hides the token from error trackers."""
         if environment_token():
             raise ConfigError("CLAUDE_OAUTH_TOKEN cannot be refreshed; unset it")
         present = self._view.require(self._view.look())
@@ -4316,7 +4315,7 @@ class OAuthService:
         wait = file.seconds_left("wait_until", WAIT_CEILING)
         pause, ends = describe_seconds(wait + 0.999), describe_seconds(left)
         ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(timed)
-        is_last, is_foreign = not stored.refresh_token, self._view.is_read_only
+        is_alone, is_foreign = not stored.refresh_token, self._view.is_read_only
         lacks_key = all((needs_key(stored), not is_foreign))
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
@@ -4331,7 +4330,7 @@ class OAuthService:
         }
         if is_expired:
             faults["the token has expired: run the program that owns it"] = is_foreign
-            faults["the token has expired, with none to refresh it: log in"] = is_last
+            faults["the token has expired, with none to refresh it: log in"] = is_alone
         warnings = [text for text, holds in {**hints, **faults}.items() if holds]
         return not (is_expired and any(faults.values())), warnings
 

@@ -3807,6 +3807,38 @@ def test_what_a_proxy_answers_is_told_by_its_status(
     assert "ProxyError 501" in str(error) and "allows" in str(error)
 
 
+SOCKS_REFUSALS = {
+    "wrong-password": [b"\5\2", b"\1\1"],
+    "no-password": [b"\5\xff"],
+    "host-that-is-not-allowed": [b"\5\0", b"\5\2\0\1\0\0\0\0\0\0"],
+    "proxy-of-another-kind": [b"HTTP/1.1 400 Bad Request\r\n\r\n"],
+}
+
+
+@pytest.mark.parametrize("replies", SOCKS_REFUSALS.values(), ids=SOCKS_REFUSALS)
+def test_a_socks_proxy_that_refuses_is_named_with_its_cure(
+    outside, monkeypatch, replies
+):
+    pytest.importorskip("socks")
+
+    def refuse():
+        connection, _ = server.accept()
+        with connection:
+            for reply in replies:
+                connection.recv(512)
+                connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as server, threads() as start:
+        proxy = "127.0.0.1:%d" % server.getsockname()[1]
+        monkeypatch.setenv("HTTPS_PROXY", f"socks5h://me:opensesame@{proxy}")
+        refusal = start(refuse)
+        error = failure_of("exchange", outside)
+        refusal.result(LIMIT)
+    assert isinstance(error, claude_oauth.Unavailable)
+    assert f"through the proxy {proxy}: the proxy refused" in str(error)
+    assert "password" in str(error) and "sesame" not in chain_text(error)
+
+
 def test_a_certificate_behind_a_proxy_names_both(tls_server, proxy, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", f"http://me:opensesame@{proxy}")
     error = failure_of("refresh", client_for(tls_server))
