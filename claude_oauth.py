@@ -483,9 +483,9 @@ class OAuthConfig(_Value):
         is_number = isinstance(timeout, (int, float))
         name = "the client id (--client-id, CLAUDE_OAUTH_CLIENT_ID)"
         rules = {
-            "scopes must be a list of names, without blanks, commas or quotes": scopes
+            "scopes must be a list of ASCII names without blank, comma or quote": scopes
             and all(_text(scope, rf"(?!.*[,\s]){_NAME}") for scope in scopes),
-            f"{name} must be given alone, without quotes": client_id is not None,
+            f"{name} must be given alone, in ASCII, unquoted": client_id is not None,
             "timeout must be above 0 seconds and at most a day": is_number
             and 0 < timeout <= MAX_REQUEST_TIMEOUT,
             "user_agent must be printable ASCII": _text(agent, "[ -~]*") is not None,
@@ -503,7 +503,7 @@ class OAuthConfig(_Value):
 
 
 _NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # stands for none
-# A client id or a scope: ASCII, not the syntax of a shell, a template or an env file.
+# A client id or scope: ASCII, without the syntax of shells, templates and env files.
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[ !%&()+-;=?-_a-z|~]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
@@ -812,7 +812,7 @@ def read_answer(
     if answer is None:
         answer = _fields_of(content)
     if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
-        raise BadAnswer("the answer", "is not a JSON object")  # JSON, but a list or so
+        raise BadAnswer("the answer", "is not a JSON object")  # JSON, but a list, say
     known = _object(answer)
     found = known.get(field)
     is_granted = isinstance(found, dict) or _header_text(found)
@@ -1486,8 +1486,7 @@ _FAILURES: Final = {
     "SSLError": "TLS to {route} failed ({why}); check the clock, and if a proxy"
     " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
     "ProxyError SOCKS5 0x02:": "no connection to {route}: the proxy refused or did not"
-    " answer ({why}); check HTTPS_PROXY, its user name and password, and the hosts it"
-    " allows",
+    " answer ({why}); check HTTPS_PROXY, its user and password, and what it allows",
     "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
     "Timeout TimeoutError": "no answer from {route} in time; try again later",
     "ValueError TypeError AttributeError ImportError LookupError FileNotFoundError"
@@ -1511,7 +1510,7 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     old = r"1\.26\.[0-7] .*proxy https:.*(wrong version|check_hostname)"  # says less
     if _text(f"{version} {route} {error}", f"(?is)({old}|.*only use HTTP).*"):
         kinds, kind = {"ValueError"}, "HTTPS_PROXY and ALL_PROXY take http:// alone"
-    kinds |= {"SOCKS5", "0x02:"}.intersection(str(error).split())  # PySocks, refused
+    kinds |= {"SOCKS5", "0x02:"}.intersection(str(error).split())  # PySocks: a refusal
     # What `requests` itself says of a missing file is an OSError without a number.
     kinds.add(f"{kind}{getattr(error, 'errno', '')}")
     row = next(names for names in _FAILURES if kinds.intersection(names.split()))
@@ -1641,7 +1640,7 @@ class Storage(Protocol):
 
 
 def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
-    """Return an absolute path (None: of `name` in our directory), or ConfigError."""
+    """Return an absolute path (None: `name` in our directory), or ConfigError."""
     if path is None:
         path = os.path.join(default_directory(), name)
     found = os.fsdecode(path).rstrip("\r\n")
@@ -1960,7 +1959,7 @@ def _open_locked(path: str, patience: float) -> io.BufferedRandom | None:
     except OSError as error:
         if file:
             _quietly(file.close)
-            # On Linux, SMB mounts say EACCES for a lock that is held: wait a little.
+            # On Linux, SMB mounts report EACCES for a lock that is held: wait a little.
             is_held = patience * (error.errno == errno.EACCES)
             if is_held or error.errno not in _LOCK_FAULTS:
                 return None
@@ -2082,7 +2081,7 @@ class FileStorage(_RecordStorage):
         return True
 
     def check(self) -> None:
-        """Raise StorageError if a save cannot succeed; with the lock, reserve space."""
+        """Raise StorageError if a save cannot succeed; under a lock, reserve space."""
         self._refuse_if_read_only()
         self._encode(self._read_record())
         if left := self._swap_reserved(_AtomicFile(self.path, reserve=True)):
@@ -2549,8 +2548,8 @@ PAGE_SECONDS: Final = 2.0  # for the browser to fetch the page, once the login h
 SHORT_PAUSE: Final = 0.05  # until an empty stdin is known, or a descriptor is free
 PASTE_PAUSE: Final = 0.5  # without input: then a paste has ended, and `fg` is seen
 
-_TAKEN: Final = (errno.EADDRINUSE, errno.EACCES if os.name == "nt" else -1)  # of a port
-MAX_CONNECTIONS: Final = 128  # the oldest one is dropped for the next
+_TAKEN: Final = (errno.EADDRINUSE, errno.EACCES if os.name == "nt" else -1)  # ports
+MAX_CONNECTIONS: Final = 128  # the oldest is dropped to make room
 MAX_HEAD_BYTES: Final = 98304  # with the cookies of every server on `localhost`
 MAX_PIPED_REFUSALS: Final = 20  # lines of a pipe that are no code; nobody corrects them
 # Characters that a terminal takes in one line; the rest is lost.  Source: tty(4).
@@ -3100,7 +3099,7 @@ class _PastePrompt:
         pattern = rf"(?s)(?=.*(?:#|%23|://|state=)|{pieces}).{{,{MAX_PASTE_CHARS}}}"
         known = r"(?s).*state=[\w-]{43}.*to open.*|.*(API key|code belongs)[^\n]*"
         known += rf"|(?:.*\s)?(?!eyJ(?!\S*\.eyJ))(?:{_OTHER})\S*\s+that.*"  # a JWT
-        is_whole = _text(f"{text}{reason}", known)  # by its wording: no more is to come
+        is_whole = _text(f"{text}{reason}", known)  # no more of it is to come
         self._earlier = (not is_whole and _text(self._earlier + text, pattern)) or ""
         # A text that is far too long counts as all that are allowed.
         self._refusals += 1 + len(text) // (2 * MAX_PASTE_CHARS) * MAX_PIPED_REFUSALS
@@ -3347,7 +3346,7 @@ class AccountFile:
         if before.refresh_token == kept != renewed.refresh_token:
             # Spent: never sent again, even if the store or a backup still holds it.
             notes["spent"] = notes["refused"] = self.fingerprint(before)
-            notes["refused_until"] = now + MAX_LIFETIME  # 0.1.0 knows only `refused`
+            notes["refused_until"] = now + MAX_LIFETIME  # 0.1.0 does not know `spent`
         self.note(**notes)
 
     def note_failure(
@@ -3932,7 +3931,7 @@ class OAuthService:
         return self.refresh_rejected(Credentials(rejected) if rejected else None)
 
     def refresh_rejected(self, rejected: Credentials | None) -> Credentials:
-        """Do what `refresh` does; a Credentials hides the token from error trackers."""
+        """Do what `refresh` does; `Credentials` hides the token from error trackers."""
         if environment_token():
             raise ConfigError("CLAUDE_OAUTH_TOKEN cannot be refreshed; unset it")
         present = self._view.require(self._view.look())
@@ -4315,7 +4314,7 @@ class OAuthService:
         wait = file.seconds_left("wait_until", WAIT_CEILING)
         pause, ends = describe_seconds(wait + 0.999), describe_seconds(left)
         ends_soon, is_refused = 0 < left < LOGIN_END_WARNING, file.is_refused(timed)
-        is_alone, is_foreign = not stored.refresh_token, self._view.is_read_only
+        is_final, is_foreign = not stored.refresh_token, self._view.is_read_only
         lacks_key = all((needs_key(stored), not is_foreign))
         hints = {
             "the login is in memory alone: it could not be saved": self._view.pending,
@@ -4330,7 +4329,7 @@ class OAuthService:
         }
         if is_expired:
             faults["the token has expired: run the program that owns it"] = is_foreign
-            faults["the token has expired, with none to refresh it: log in"] = is_alone
+            faults["the token has expired, with none to refresh it: log in"] = is_final
         warnings = [text for text, holds in {**hints, **faults}.items() if holds]
         return not (is_expired and any(faults.values())), warnings
 

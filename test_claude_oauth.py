@@ -3809,7 +3809,7 @@ def test_what_a_proxy_answers_is_told_by_its_status(
 
 SOCKS_REFUSALS = {
     "wrong-password": [b"\5\2", b"\1\1"],
-    "no-password": [b"\5\xff"],
+    "no-method-accepted": [b"\5\xff"],
     "host-that-is-not-allowed": [b"\5\0", b"\5\2\0\1\0\0\0\0\0\0"],
     "proxy-of-another-kind": [b"HTTP/1.1 400 Bad Request\r\n\r\n"],
 }
