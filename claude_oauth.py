@@ -2153,6 +2153,8 @@ class FileStorage(_RecordStorage):
 class MemoryStorage:
     """A credential that ends with the process; for tests and for guests."""
 
+    account_file: str | None = None
+
     def __init__(self, credentials: Credentials | None = None) -> None:
         self._stored, self._changes = credentials, 0
         self._mutexes: dict[int, Any] = {}
