@@ -338,11 +338,11 @@ def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) ->
     """Return untrusted text as one printable line, without ``secrets`` and tokens."""
     import re
 
-    line = "".join(filter(str.isprintable, " ".join(str(text).split())))
+    line = "".join(filter(str.isprintable, " ".join(str(text)[:4096].split())))
     for secret in secrets:
         if len(secret) > 3:
             line = line.replace(secret, "…")
-    line = re.sub(r"(?<=sk-ant-)[\w-]+|(?<=//)\S+(?=@)", "…", line)
+    line = re.sub(r"(?<=sk-ant-)[\w-]+|(?<=//)\S+(?=@)", "…", line)  # quadratic
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -2548,6 +2548,12 @@ def test_a_long_error_code_or_request_id_is_cut():
     assert error.description == f"request {'r' * 79}…"
 
 
+def test_an_error_of_a_megabyte_is_one_line_at_once():
+    body = b'{"error": {"type": "odd", "message": "%s"}}' % (b"/" * 1_000_000)
+    error = claude_oauth.error_of_answer(400, body)
+    assert error.description == "/" * 199 + "…"
+
+
 def test_a_secret_too_short_to_be_one_is_not_hidden():
     assert claude_oauth.printable("abc abcd", secrets=["abc"]) == "abc abcd"
     assert claude_oauth.printable("abc abcd", secrets=["abcd"]) == "abc …"
