@@ -2521,6 +2521,19 @@ def test_the_edges_refusal_says_what_to_do():
 
 
 @pytest.mark.parametrize(
+    ("code", "cure"),
+    [
+        ("invalid_grant", "log in again"),
+        ("permission_error", "change scope, account or network"),
+    ],
+)
+def test_a_403_says_what_to_do(code, cure):
+    error = claude_oauth.error_of_answer(403, b'{"error": "%s"}' % code.encode())
+    assert str(error).endswith(f"({code}); {cure}")
+    assert error.status == 403
+
+
+@pytest.mark.parametrize(
     ("status", "text"),
     [
         (429, "the server is limiting requests"),
@@ -15570,6 +15583,26 @@ def test_a_link_that_leads_elsewhere_now_is_not_shown_under_the_former_name(
 
     assert service.status()["email"] is None
     assert service.profile().email == "other@example.com"
+
+
+@needs_posix
+def test_a_logout_through_a_link_leaves_the_former_files_account_alone(
+    signed_in, auth_server, config, browser, tmp_path
+):
+    link, theirs = tmp_path / "link", tmp_path / "theirs"
+    mine = Path(signed_in.storage.path).parent
+    link.symlink_to(mine)
+    storage = claude_oauth.FileStorage(link / "credentials.json")
+    service = claude_oauth.OAuthService(config, storage)
+    service.profile()
+    other = claude_oauth.FileStorage(theirs / "credentials.json")
+    sign_in(claude_oauth.OAuthService(config, other), browser)
+    link.unlink()
+    link.symlink_to(theirs)
+    service.logout()
+
+    assert signed_in.status()["email"] == "person@example.com"
+    assert "account.json" not in os.listdir(theirs)
 
 
 def test_a_swapped_files_key_is_not_taken_for_the_former_organizations(
