@@ -1001,12 +1001,12 @@ _CODE_WITH_STATE: Final = (
     rf"((?:(?!{_NO_PIECE})(?:[^\s=]{{16,}}|(?=\S*[^\sA-Za-z])[^\s=]{{8,15}})\s"
     rf"(?!(?=\S{{3}}|\W){_WORD}))*[^#&?:=\s]+=*)"
 )
-# Too long to guess (RFC 6749 section 10.10); no name, file, UUID, SHA-1, JWT, `req_`.
+# Too long to guess (RFC 6749 section 10.10), as in a URL; no name, file, UUID, hash.
 _NAMES: Final = rf"{_WORD.replace('=]', '=_]')}|[a-z]*(?:[A-Z]+[a-z]{{2,}})+|eyJ\S*"
 _OTHER: Final = rf"(?:{_NAMES}|[\da-fA-F-]{{36,40}}|\S*\.[a-z]{{2,5}})(?!\S)|req_|msg_"
 _BARE_CODE: Final = (
     rf"(?s:.*(?i:code):?\s(?:.*{_NO_PIECE}\s)?)?"
-    rf"((?!{_OTHER})[^#&?/:@$%,\s]{{16,}}(?:\n(?!{_WORD})[^#&?/:@$%,\s]+){{0,2}})"
+    rf"((?!{_OTHER})[\w.~+=-]{{16,}}(?:\n(?!{_WORD})[\w.~+=-]+){{0,2}})"
 )
 
 

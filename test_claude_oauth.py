@@ -2837,6 +2837,8 @@ BAD_PASTES = {
     "stripe-key-with-few-rights": ("rk_live_4eC39HqLyjWDarjtT1zdp7dc", "API key"),
     "stripe-key": ("sk_live_4eC39HqLyjWDarjtT1zdp7dc", "token or an API key"),
     "aws-key-id": ("AKIAIOSFODNN7EXAMPLE", "token or an API key"),
+    "password": ("hG7*kL9^pQ2!sD4;fJ6)", "not a code"),
+    "password-in-words": ("correct!horse!battery!staple", "not a code"),
     "groq-key": ("gsk_4eC39HqLyjWDarjtT1zdp7dcQwErTy", "token or an API key"),
     "replicate-token": ("r8_4eC39HqLyjWDarjtT1zdp7dcQwErTy", "token or an API key"),
     "docker-token": ("dckr_pat_16C7e42F292c6912E7710c838", "token or an API key"),
@@ -3095,7 +3097,7 @@ def test_what_is_no_code_is_called_what_it_is(reason):
 @pytest.mark.parametrize(
     "paste",
     [
-        *("c" * 16, "c" * 16 + "\nc\nc", "!~" * 8),
+        *("c" * 16, "c" * 16 + "\nc\nc", "c~+.-=_9" * 2),
         *("X" * 16, "\u2029" + "c" * 16, "c" * 4096),
     ],
     ids=["shortest", "three-pieces", "ends-of-ascii", "X", "separator", "longest"],
