@@ -213,7 +213,7 @@ class TokenRefused(ClaudeOAuthError):
 
     def __str__(self) -> str:
         reason = ": ".join(filter(None, (self.code, self.description)))
-        if self.status == 403 and self.code != "invalid_grant":
+        if self.status == 403:
             return f"this is not allowed ({reason}); change scope, account or network"
         cure = _CURES.get(self.code, "log in again")
         return f"the server refused the login ({reason}); {cure}"
@@ -338,11 +338,11 @@ def printable(text: object, *, secrets: Iterable[str] = (), limit: int = 200) ->
     """Return untrusted text as one printable line, without ``secrets`` and tokens."""
     import re
 
-    line = "".join(filter(str.isprintable, " ".join(str(text)[:4096].split())))
+    line = "".join(filter(str.isprintable, " ".join(str(text).split())))
     for secret in secrets:
         if len(secret) > 3:
             line = line.replace(secret, "…")
-    line = re.sub(r"(?<=sk-ant-)[\w-]+|(?<=//)\S+(?=@)", "…", line)  # quadratic
+    line = re.sub(r"(?<=sk-ant-)[\w-]+|(?<=//)\S+(?=@)", "…", line[:4096])
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -2153,6 +2153,8 @@ class FileStorage(_RecordStorage):
 class MemoryStorage:
     """A credential that ends with the process; for tests and for guests."""
 
+    account_file: str | None = None
+
     def __init__(self, credentials: Credentials | None = None) -> None:
         self._stored, self._changes = credentials, 0
         self._mutexes: dict[int, Any] = {}
@@ -3279,16 +3281,11 @@ class AccountFile:
     _ACCOUNT: Final = "oauthAccount"
     _NOTES: Final = "claudeOauthMemory"
 
-    def __init__(self, store: Any, path: str | None, config: OAuthConfig, clock: Clock):
-        self._store, self._chosen = store, path
+    def __init__(self, path: str | None, config: OAuthConfig, clock: Clock) -> None:
+        self._path = absolute_path(path) if path else ""  # "": in memory alone
         self._config, self._clock = config, clock
-        # What could not be written, and the file and its content then: newer ones win.
-        self._unwritten: tuple[object, dict[str, object]] = ((self._path, None), {})
-
-    @property
-    def _path(self) -> str:  # a link to the credential may lead elsewhere by now
-        path = self._chosen or getattr(self._store, "account_file", None)
-        return absolute_path(path) if path else ""  # "": in memory alone
+        # What could not be written, and the file's content then: newer content wins.
+        self._unwritten: tuple[object, dict[str, object]] = (None, {})
 
     def fingerprint(self, credentials: Credentials) -> str:
         """Return a hash that identifies a login without revealing its token."""
@@ -3319,11 +3316,11 @@ class AccountFile:
         record = {**without(before, own), **_without_empty(own)}
         if record == before:
             return
-        self._unwritten = ((self._path, found), record)
+        self._unwritten = (found, record)
         if found is not None:
             with suppress(StorageError):
                 _AtomicFile(self._path).commit(dump_json(record).encode(), sync=False)
-                self._unwritten = ((self._path, None), {})
+                self._unwritten = (None, {})
 
     def note(self, **changes: object) -> None:
         """Change single notes."""
@@ -3414,7 +3411,7 @@ class AccountFile:
 
     def _load(self) -> dict[str, object]:
         found, (over, unwritten) = self._read(), self._unwritten
-        return {True: unwritten, False: _object(found)}[(self._path, found) == over]
+        return {True: unwritten, False: _object(found)}[found == over]
 
     def _read(self) -> dict[str, object] | None:
         """Return the content; {} if there is no file, None if it must stay as it is."""
@@ -3869,8 +3866,10 @@ class OAuthService:
         self.storage: Storage = default_storage() if storage is None else storage
         self._session, self._clock = session, clock
         self._flush_telemetry = flush_telemetry
-        chosen = None if account_file is None else absolute_path(account_file)
-        self._account_file = AccountFile(self.storage, chosen, self.config, clock)
+        path: str | None = getattr(self.storage, "account_file", None)
+        if account_file is not None:
+            path = absolute_path(account_file)
+        self._account_file = AccountFile(path, self.config, clock)
         self._client = OAuthClient(self.config, session=session, clock=clock)
         self._view = StoreView(self.storage, self._account_file)
         self._refresher = Refresher(self._client, self._view, clock)
@@ -4391,7 +4390,8 @@ class BearerAuth:
         import functools
         from urllib.parse import urlsplit
 
-        self._service, names = service, [hosts] if isinstance(hosts, str) else [*hosts]
+        self._service = service
+        names = [hosts] if isinstance(hosts, str) else [*hosts]
         host = r"(?ai)[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]*::[0-9a-f:]*"
         for name in names:
             if not _text(name, host):
