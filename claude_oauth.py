@@ -692,8 +692,7 @@ class Credentials(_Value):
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer", "is not a JSON object")
-        access_token = _header_text(answer.get("access_token"))
-        if access_token is None:
+        if (access_token := _header_text(answer.get("access_token"))) is None:
             raise BadAnswer("access_token")
         # A type that is absent, blank or not a string counts as bearer.
         if _text(answer.get("token_type"), r"(?is)\s*(?!bearer\s*$)\S.*"):
@@ -1483,8 +1482,8 @@ _DROPPED: Final = "{route} dropped the connection; try again later"
 
 # The text for an exception of a class, or with one inside; the first match counts.
 _FAILURES: Final = {
-    "SSLError": "TLS to {route} failed ({why}); check the clock, and if a proxy"
-    " inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
+    "SSLError": "TLS to {route} failed ({why}); check the clock and the address, and if"
+    " a proxy inspects TLS here, set REQUESTS_CA_BUNDLE to its certificate's file",
     "ProxyError SOCKS5 0x02:": "no connection to {route}: the proxy refused or did not"
     " answer ({why}); check HTTPS_PROXY, its user and password, and what it allows",
     "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
@@ -1924,8 +1923,7 @@ def file_lock(path: str, timeout: float, held: dict[int, Any]) -> ContextManager
         patience = Deadline(min(max(timeout / 2, 0.01), STORE_TIMEOUT))
         # The kernel's lock has no time limit, so this polls; a signal arrives at once.
         while (file := _open_locked(path, patience.left())) is None:
-            left = deadline.left()
-            if not left:
+            if not (left := deadline.left()):
                 raise Unavailable(f"another process holds the lock {path}; try later")
             # Wait longer each time: hundreds of waiters would starve the lock's holder.
             time.sleep(min(0.005 + (timeout - left) / 20, 0.05, left))
@@ -1955,7 +1953,8 @@ def _open_locked(path: str, patience: float) -> io.BufferedRandom | None:
 
             # Not lockf: closing any descriptor of the file loses it, and threads share.
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_there = os.name == "nt" or os.fstat(file.fileno()).st_nlink
+        if os.name == "nt" or os.fstat(file.fileno()).st_nlink:
+            return file
     except OSError as error:
         if file:
             _quietly(file.close)
@@ -1965,8 +1964,6 @@ def _open_locked(path: str, patience: float) -> io.BufferedRandom | None:
                 return None
         text = f"cannot lock {path}: {_reason(error)}; {_cure_of(error)}"
         raise StorageError(text) from None
-    if is_there:
-        return file
     file.close()  # removed meanwhile: others lock another file of the name
     return None
 
@@ -2070,8 +2067,7 @@ class FileStorage(_RecordStorage):
         """Remove this module's keys, and the file if nothing else is in it."""
         self._refuse_if_read_only()
         stored = self._read_stored()
-        kept = without(stored, _OUR_KEYS)
-        if kept == stored:
+        if (kept := without(stored, _OUR_KEYS)) == stored:
             return False
         real = os.path.realpath(self.path)
         # A mount of its own cannot be removed, only emptied.
@@ -2327,8 +2323,7 @@ class KeychainStorage(_SecretStorage):
         start = b"%s -a %s -s %s" % (command, account, name)
         if not (fitting := [f for f in forms if len(start + f) < SECURITY_LINE]):
             raise StorageError(f"the login is too long for the Keychain; {_USE_FILE}")
-        output = self._run(start + fitting[0] + b"\n")
-        if output is None:
+        if (output := self._run(start + fitting[0] + b"\n")) is None:
             return None
         # `-w` prints in hex what is not all printable ASCII; a record begins with "{".
         digits = _text(output.decode("latin-1"), "7b([0-9a-f]{2})*\n")
@@ -3281,11 +3276,16 @@ class AccountFile:
     _ACCOUNT: Final = "oauthAccount"
     _NOTES: Final = "claudeOauthMemory"
 
-    def __init__(self, path: str | None, config: OAuthConfig, clock: Clock) -> None:
-        self._path = absolute_path(path) if path else ""  # "": in memory alone
-        self._config, self._clock = config, clock
+    def __init__(self, beside: object, config: OAuthConfig, clock: Clock) -> None:
+        self._beside, self._config, self._clock = beside, config, clock
         # What could not be written, and the file's content then: newer content wins.
         self._unwritten: tuple[object, dict[str, object]] = (None, {})
+        self.locate()
+
+    def locate(self) -> None:
+        """Find the file: a link to the credential may lead elsewhere by now."""
+        path = getattr(self._beside, "account_file", None)
+        self._path = absolute_path(path) if path else ""  # "": in memory alone
 
     def fingerprint(self, credentials: Credentials) -> str:
         """Return a hash that identifies a login without revealing its token."""
@@ -3324,8 +3324,9 @@ class AccountFile:
 
     def note(self, **changes: object) -> None:
         """Change single notes."""
-        account = _object(self._load().get(self._ACCOUNT))
-        self.update(account, {**self.notes(), **changes})
+        found = self._load()
+        notes = {**_object(found.get(self._NOTES)), **changes}
+        self.update(_object(found.get(self._ACCOUNT)), notes)
 
     def start(self, login: Credentials, account: Record) -> None:
         """Replace the account and all notes, for a new login."""
@@ -3483,10 +3484,8 @@ class ServedToken:
         return is_fresh and time.monotonic() < self.look_again
 
 
-# Before any time by the monotonic clock.
-_NOT_FAILED: Final[tuple[float, ClaudeOAuthError]] = (-1.0, ClaudeOAuthError())
-# Never valid, so that every call looks at the store.
-_NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))
+_NOT_FAILED: Final = (-1.0, ClaudeOAuthError())  # before any monotonic time
+_NOTHING_SERVED: Final = ServedToken(Credentials(""), float("inf"))  # never current
 
 
 class StoreView:
@@ -3530,6 +3529,8 @@ class StoreView:
         with suppress(StorageError, ConfigError):  # without a stamp, it is read
             stamp = self.storage.stamp()
         if stamp is None or stamp != before[0]:
+            if isinstance(self.storage, FileStorage):
+                self.account_file.locate()
             latest = self._load(stamp, before[1])
             if self._last is before:  # else another thread knows something newer
                 self._last, self.served = latest, _NOTHING_SERVED
@@ -3866,10 +3867,10 @@ class OAuthService:
         self.storage: Storage = default_storage() if storage is None else storage
         self._session, self._clock = session, clock
         self._flush_telemetry = flush_telemetry
-        path: str | None = getattr(self.storage, "account_file", None)
+        beside: Any = self.storage
         if account_file is not None:
-            path = absolute_path(account_file)
-        self._account_file = AccountFile(path, self.config, clock)
+            beside = types.SimpleNamespace(account_file=absolute_path(account_file))
+        self._account_file = AccountFile(beside, self.config, clock)
         self._client = OAuthClient(self.config, session=session, clock=clock)
         self._view = StoreView(self.storage, self._account_file)
         self._refresher = Refresher(self._client, self._view, clock)
@@ -5120,8 +5121,7 @@ def duration(text: str, most: float = MAX_LIFETIME) -> float:
     """Return an option's number, in seconds; argparse shows this function's name."""
     from argparse import ArgumentTypeError
 
-    number = float(text)
-    if 0 <= number <= most:
+    if 0 <= (number := float(text)) <= most:
         return number
     raise ArgumentTypeError(f"give a number from 0 to {most:.0f}")
 

@@ -15588,6 +15588,47 @@ def test_a_link_that_leads_elsewhere_now_is_not_shown_under_the_former_name(
     assert service.profile().email == "other@example.com"
 
 
+def service_of_a_link(link, folder, config, **options):
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder)
+    storage = claude_oauth.FileStorage(link / "credentials.json")
+    return claude_oauth.OAuthService(config, storage, **options)
+
+
+@needs_posix
+def test_a_link_that_leads_elsewhere_now_has_its_account_there(
+    auth_server, config, browser, tmp_path
+):
+    link, mine = tmp_path / "link", tmp_path / "mine"
+    service = service_of_a_link(link, mine, config)
+    sign_in(service, browser)
+    somebody_elses_file(auth_server, config, browser, tmp_path)
+    kept = (mine / "account.json").read_bytes()
+    service_of_a_link(link, tmp_path / "elsewhere", config)
+
+    assert service.status()["email"] == "other@example.com"
+    service.refresh()
+    service.logout()
+    assert (mine / "account.json").read_bytes() == kept
+    assert not (tmp_path / "elsewhere" / "account.json").exists()
+
+
+@needs_posix
+def test_an_account_file_of_ones_own_stays_where_a_link_leads_elsewhere(
+    auth_server, config, browser, tmp_path, monkeypatch
+):
+    link, options = tmp_path / "link", {"account_file": "own.json"}
+    monkeypatch.chdir(tmp_path)
+    service = service_of_a_link(link, tmp_path / "mine", config, **options)
+    sign_in(service, browser)
+    somebody_elses_file(auth_server, config, browser, tmp_path)
+    service_of_a_link(link, tmp_path / "elsewhere", config)
+    monkeypatch.chdir("/")
+
+    assert service.profile().email == "other@example.com"
+    assert "other@example.com" in (tmp_path / "own.json").read_text()
+
+
 def test_a_swapped_files_key_is_not_taken_for_the_former_organizations(
     account_service, auth_server, config, browser, tmp_path
 ):
