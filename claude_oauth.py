@@ -213,7 +213,7 @@ class TokenRefused(ClaudeOAuthError):
 
     def __str__(self) -> str:
         reason = ": ".join(filter(None, (self.code, self.description)))
-        if self.status == 403:
+        if self.status in (402, 403):
             return f"this is not allowed ({reason}); change scope, account or network"
         cure = _CURES.get(self.code, "log in again")
         return f"the server refused the login ({reason}); {cure}"
@@ -507,8 +507,8 @@ _NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # stands for
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[ !%&()+-;=?-_a-z|~]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
-    r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
-    r"(?:[/?#][!-\[\]-~]*)?"
+    r"(?ai)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:(?:[\w-]{1,63}(?:\.|(?![\w-])))+"
+    r"|\[[0-9a-f:.]+\])(?::[0-9]*)?(?:[/?#][!-\[\]-~]*)?"
 )
 # The values of each endpoint that need not be parsed: importing urllib is slow.
 _KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
@@ -990,7 +990,7 @@ _CODE: Final = f"(?!{_NULL})[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  None of them looks like a word, a number,
 # a date or a path, or has a character of prompts, times and addresses in it.
 _WORD: Final = (
-    r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
+    r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|PM|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
     r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{2,15}))(?![^\W_]))+(?!\S)"
 )
 _PROSE: Final = r"(?<!\S)(?:\S*[^\s\w.~+/=-]|/[A-Za-z][a-z]+/|(?!\S{32})\S*[./])\S*"

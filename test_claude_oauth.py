@@ -1513,6 +1513,9 @@ BAD_ORIGINS = {
     "with-a-newline": "https://auth.example.com\n",
     "not-ascii": "https://äuth.example.com",
     "no-host": "https://",
+    "empty-label": "https://auth..example.com",
+    "dot-in-front": "https://.example.com",
+    "long-label": f"https://{'a' * 64}.example.com",
 }
 
 
@@ -2520,10 +2523,11 @@ def test_the_edges_refusal_says_what_to_do():
     assert str(claude_oauth.error_of_answer(403, b"error code: 1010")) == EDGE
 
 
-def test_a_403_says_what_to_do():
-    error = claude_oauth.error_of_answer(403, b'{"error": "permission_error"}')
+@pytest.mark.parametrize("status", [402, 403])
+def test_what_is_not_allowed_is_no_matter_of_the_login(status):
+    error = claude_oauth.error_of_answer(status, b'{"error": "permission_error"}')
     assert str(error).endswith("(permission_error); change scope, account or network")
-    assert error.status == 403
+    assert error.status == status
 
 
 @pytest.mark.parametrize(
@@ -2746,6 +2750,7 @@ GOOD_PASTES = {
     "label-of-a-program": f"auth_code={CODE}#{STATE}",
     "label-and-dash": f"Code - {CODE}#{STATE}",
     "date-in-front": f"2026-11-27 {CODE}#{STATE}",
+    "time-of-a-chat-in-front": f"Bob  5:03 PM\n{CODE}#{STATE}",
     "time-in-front": f"[2026-11-27T10:15:23Z] {CODE}#{STATE}",
     "prompt-in-front": f"user@host:~$ {CODE}#{STATE}",
     "prompt-of-root-in-front": f"root@host:~# {CODE}#{STATE}",
