@@ -3276,15 +3276,15 @@ class AccountFile:
     _ACCOUNT: Final = "oauthAccount"
     _NOTES: Final = "claudeOauthMemory"
 
-    def __init__(self, beside: object, config: OAuthConfig, clock: Clock) -> None:
-        self._beside, self._config, self._clock = beside, config, clock
+    def __init__(self, source: object, config: OAuthConfig, clock: Clock) -> None:
+        self._source, self._config, self._clock = source, config, clock
         # What could not be written, and the file's content then: newer content wins.
         self._unwritten: tuple[object, dict[str, object]] = (None, {})
         self.locate()
 
     def locate(self) -> None:
         """Find the file: a link to the credential may lead elsewhere by now."""
-        path = getattr(self._beside, "account_file", None)
+        path = getattr(self._source, "account_file", None)
         self._path = absolute_path(path) if path else ""  # "": in memory alone
 
     def fingerprint(self, credentials: Credentials) -> str:
@@ -3867,10 +3867,10 @@ class OAuthService:
         self.storage: Storage = default_storage() if storage is None else storage
         self._session, self._clock = session, clock
         self._flush_telemetry = flush_telemetry
-        beside: Any = self.storage
+        source: Any = self.storage
         if account_file is not None:
-            beside = types.SimpleNamespace(account_file=absolute_path(account_file))
-        self._account_file = AccountFile(beside, self.config, clock)
+            source = types.SimpleNamespace(account_file=absolute_path(account_file))
+        self._account_file = AccountFile(source, self.config, clock)
         self._client = OAuthClient(self.config, session=session, clock=clock)
         self._view = StoreView(self.storage, self._account_file)
         self._refresher = Refresher(self._client, self._view, clock)
