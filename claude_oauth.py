@@ -507,8 +507,8 @@ _NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # stands for
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[ !%&()+-;=?-_a-z|~]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
-    r"(?ai)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:(?:[\w-]{1,63}(?:\.|(?![\w-])))+"
-    r"|\[[0-9a-f:.]+\])(?::[0-9]*)?(?:[/?#][!-\[\]-~]*)?"
+    r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
+    r"(?:[/?#][!-\[\]-~]*)?"
 )
 # The values of each endpoint that need not be parsed: importing urllib is slow.
 _KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
@@ -990,7 +990,8 @@ _CODE: Final = f"(?!{_NULL})[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  None of them looks like a word, a number,
 # a date or a path, or has a character of prompts, times and addresses in it.
 _WORD: Final = (
-    r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|PM|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
+    r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?<=:\d\d )PM(?!\S)"
+    r"|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"
     r"(?:[^\W\d_][^\W\d_A-Z]{0,24}|[A-Z]{2,15}))(?![^\W_]))+(?!\S)"
 )
 _PROSE: Final = r"(?<!\S)(?:\S*[^\s\w.~+/=-]|/[A-Za-z][a-z]+/|(?!\S{32})\S*[./])\S*"
@@ -1800,6 +1801,8 @@ class _AtomicFile:
             return 0
         except PermissionError:
             os.chmod(self._real, 0o600)  # fails unless it is ours, and can be replaced
+            # On Windows, another program may have it open and not share it.
+            os.close(_try_for_a_while(os.open, self._real, os.O_WRONLY))
         return os.path.getsize(self._real)
 
     def _replace(self, data: bytes) -> None:
@@ -2905,7 +2908,7 @@ def open_in_browser(url: str) -> bool:
         if any((original, getattr(sys, "frozen", False), setting("APPDIR"))):
             environ[name] = original
     for browser in find_browsers():
-        command = ("{}", '"{}"')[os.path.isfile(browser)].format(browser)
+        command = ("{}", '"{}" "%s"')[os.path.isfile(browser)].format(browser)
         command = (command if "%s" in command else command + " %s").replace("%s", url)
         # It fails, is missing or not well quoted.
         with suppress(subprocess.CalledProcessError, OSError, ValueError):
@@ -3276,16 +3279,11 @@ class AccountFile:
     _ACCOUNT: Final = "oauthAccount"
     _NOTES: Final = "claudeOauthMemory"
 
-    def __init__(self, source: object, config: OAuthConfig, clock: Clock) -> None:
-        self._source, self._config, self._clock = source, config, clock
+    def __init__(self, path: str | None, config: OAuthConfig, clock: Clock) -> None:
+        self._path = absolute_path(path) if path else ""  # "": in memory alone
+        self._config, self._clock = config, clock
         # What could not be written, and the file's content then: newer content wins.
         self._unwritten: tuple[object, dict[str, object]] = (None, {})
-        self.locate()
-
-    def locate(self) -> None:
-        """Find the file: a link to the credential may lead elsewhere by now."""
-        path = getattr(self._source, "account_file", None)
-        self._path = absolute_path(path) if path else ""  # "": in memory alone
 
     def fingerprint(self, credentials: Credentials) -> str:
         """Return a hash that identifies a login without revealing its token."""
@@ -3324,9 +3322,8 @@ class AccountFile:
 
     def note(self, **changes: object) -> None:
         """Change single notes."""
-        found = self._load()
-        notes = {**_object(found.get(self._NOTES)), **changes}
-        self.update(_object(found.get(self._ACCOUNT)), notes)
+        account = _object(self._load().get(self._ACCOUNT))
+        self.update(account, {**self.notes(), **changes})
 
     def start(self, login: Credentials, account: Record) -> None:
         """Replace the account and all notes, for a new login."""
@@ -3529,8 +3526,6 @@ class StoreView:
         with suppress(StorageError, ConfigError):  # without a stamp, it is read
             stamp = self.storage.stamp()
         if stamp is None or stamp != before[0]:
-            if isinstance(self.storage, FileStorage):
-                self.account_file.locate()
             latest = self._load(stamp, before[1])
             if self._last is before:  # else another thread knows something newer
                 self._last, self.served = latest, _NOTHING_SERVED
@@ -3867,10 +3862,10 @@ class OAuthService:
         self.storage: Storage = default_storage() if storage is None else storage
         self._session, self._clock = session, clock
         self._flush_telemetry = flush_telemetry
-        source: Any = self.storage
+        path: str | None = getattr(self.storage, "account_file", None)
         if account_file is not None:
-            source = types.SimpleNamespace(account_file=absolute_path(account_file))
-        self._account_file = AccountFile(source, self.config, clock)
+            path = absolute_path(account_file)
+        self._account_file = AccountFile(path, self.config, clock)
         self._client = OAuthClient(self.config, session=session, clock=clock)
         self._view = StoreView(self.storage, self._account_file)
         self._refresher = Refresher(self._client, self._view, clock)
