@@ -989,6 +989,7 @@ PASTE_REFUSALS: Final = (
 _CODE: Final = f"(?!{_NULL})[!-~]{{1,{MAX_PASTE_CHARS}}}"
 # A terminal breaks a code into long pieces.  None of them looks like a word, a number,
 # a date or a path, or has a character of prompts, times and addresses in it.
+# PM has no vowel, and is a word behind a time alone: a code may begin with it.
 _WORD: Final = (
     r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?<=:\d\d )PM(?!\S)"
     r"|(?=[^\W\d_]*[aeiouyAEIOUY\x80-\uffff])"

@@ -97,7 +97,8 @@ def pytest_configure(config):
 
 def pytest_runtest_logstart():
     """Close what PyPy leaves open until it collects: pexpect's `select` takes 1,024."""
-    if sys.implementation.name == "pypy" and len(os.listdir("/proc/self/fd")) > 400:
+    is_pypy = sys.implementation.name == "pypy" and os.name == "posix"
+    if is_pypy and len(os.listdir("/dev/fd")) > 400:
         gc.collect()
         gc.collect()  # it runs finalizers after the first
 
