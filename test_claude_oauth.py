@@ -74,6 +74,8 @@ README = Path(__file__).resolve().with_name("README.md")
 CLIENT_ID = "test-client"
 LIMIT = 30.0
 """Seconds after which a wait in a test is a failure; nothing ever takes that long."""
+MANY = 1000 if os.name == "posix" else 100
+"""Rounds of what reads or writes a file each time: Wine takes 20 times as long."""
 
 # What is started with `&`, or by nohup, ignores these, and so do its children.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -291,7 +293,8 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else each kept-alive answer comes 40 ms late
-    timeout = 2 * LIMIT
+    timeout = 2 * LIMIT if os.name == "posix" else 5.0
+    """Seconds; under Wine the end of a block does not always wake who reads."""
 
     def do_GET(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -12996,7 +12999,7 @@ def test_an_environment_token_that_no_header_can_carry_is_refused(
 # Whatever is in the file
 
 
-@hypothesis.settings(max_examples=2000)
+@hypothesis.settings(max_examples=MANY * 2)
 @hypothesis.given(data=stored_bytes())
 def test_whatever_a_file_holds_only_errors_of_the_contract_come_out(data):
     """No server is asked: no token of these files is old enough, or is refused."""
@@ -13876,7 +13879,7 @@ def test_the_kind_of_organization_is_the_plan(
     assert account_service.profile().subscription_type == plan
 
 
-def test_a_thousand_refreshes_with_a_warm_account_ask_for_no_profile(
+def test_many_refreshes_with_a_warm_account_ask_for_no_profile(
     auth_server, config, browser, tmp_path
 ):
     path = tmp_path / "account.json"
@@ -13886,10 +13889,10 @@ def test_a_thousand_refreshes_with_a_warm_account_ask_for_no_profile(
         )
         sign_in(service, browser)
         auth_server.counts.clear()
-        for _ in range(1000):
+        for _ in range(MANY):
             service.refresh()
 
-    assert auth_server.counts["refresh_token"] == 1000
+    assert auth_server.counts["refresh_token"] == MANY
     assert auth_server.counts["profile"] == 0
 
 
