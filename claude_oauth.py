@@ -958,8 +958,7 @@ def fingerprint(secret: str, *, client_id: str = "", token_url: str = "") -> str
 
 def describe_seconds(seconds: float) -> str:
     """Return a duration as text: ``90 s``, ``12 min``, ``3 h 12 min``, ``29 d 4 h``."""
-    whole = max(int(min(seconds, 1e15)), 0)
-    if whole >= 86400:
+    if (whole := max(int(min(seconds, 1e15)), 0)) >= 86400:
         return f"{whole // 86400} d {whole // 3600 % 24} h"
     if whole >= 3600:
         return f"{whole // 3600} h {whole // 60 % 60} min"
@@ -1107,9 +1106,10 @@ def _parse_pasted_code(text: str, state: str) -> str:
     import re
 
     text = re.sub(r"(?<!\S)(?=\S*?(?:://|\?\w+=))\S+\s", ": ", text.replace("%23", "#"))
+    text = re.sub(r"(\bleft *: \S{1,15})\n", r"\1", text)  # a terminal broke our prompt
     text = re.sub(r"[:=]+ ?(?=[\w.~+/-]{8})", ": ", text)
     text = re.sub(r"(?i)(?<!\S)[\w-]*code(?!\S)", "code", text)  # `auth_code`
-    text = re.sub(rf"^(?i:state)\W+{re.escape(state)}\W*", "", text)
+    text = re.sub(rf"^(?i:state)\W+{re.escape(state)}[^\w-]*", "", text)
     pattern, mark = _BARE_CODE, text.find("#")
     if found := re.search(rf"#{re.escape(state)}(?![\w#-])", text):
         pattern, text = _CODE_WITH_STATE, text[: found.start()]
@@ -1122,7 +1122,9 @@ def _parse_pasted_code(text: str, state: str) -> str:
     faults = (
         # Two codes have the same length; the halves of one broken code hardly ever do.
         len(joined) == 2 * len(pieces[0]) >= 64,
-        pieces[-1].ljust(8)[:8] in state,  # it ends in the state, without a #
+        re.search(r"((.)(?!\2{15}).{15}).*\1", joined),  # a code, behind part of it
+        # One of the pieces is of the state, without a #.
+        any(map(state.count, re.findall(r"(?<!\S)\S{8}", " ".join(pieces)))),
         not re.fullmatch(rf"(?!.*(?:{re.escape(state)}|\.\.)){_CODE}", joined),
     )
     if any(faults):
@@ -1696,8 +1698,7 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
 def _make_directory(path: str) -> None:
     """Create a directory and those above it, 0700 each; leave existing ones alone."""
     # os.makedirs would apply the mode to the last level only.
-    parent = os.path.dirname(path)
-    if os.path.isdir(path) or parent == path:
+    if os.path.isdir(path) or (parent := os.path.dirname(path)) == path:
         return
     _make_directory(parent)
     with suppress(FileExistsError):  # another process was faster
@@ -1734,14 +1735,13 @@ def read_private(
 def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) -> None:
     if sys.platform == "win32":
         return
-    found = os.fstat(fd)
-    if found.st_uid not in (os.geteuid(), 0) and not any_owner:
+    if (found := os.fstat(fd)).st_uid not in (os.geteuid(), 0) and not any_owner:
         raise StorageError(f"{path} is another user's; use a directory of your own")
     if not found.st_mode & 0o077 or (any_owner, found.st_mode & 0o777) == (True, 0o440):
         return  # 0440 may be an ACL for this user alone, as systemd sets it
     if not is_ours:
         warn(f"{path}: {_READABLE_BY_OTHERS}", once=True)
-    elif _make_private(fd, 0o600, os.path.dirname(path)):
+    elif _make_private(fd, 0o600, os.path.dirname(os.path.realpath(path))):
         warn(f"others could read {path}; it is set to 0600 now")
 
 
@@ -3937,6 +3937,7 @@ class OAuthService:
         if not rejected or rejected.access_token != present.access_token:
             return self._refresh(present, 0, rejected or present)
         if self.is_rejected(present):
+            self.note_rejected(present)
             raise TokenRefused("invalid_token", "the API refuses new tokens too", 401)
         renewed = self._refresh(present, 0, present)
         self.note_rejected(renewed, is_new=True)
@@ -4309,6 +4310,8 @@ class OAuthService:
         now, file = self._clock(), self._account_file
         timed = Credentials("") if console_key(stored) else stored  # a key never ends
         is_expired = time_left(timed.expires_at, now) <= 0
+        served = ServedToken(stored, now)
+        is_malformed = not any((is_expired, _header_text(served.api_token)))
         left = time_left(timed.refresh_token_expires_at, now)
         wait = file.seconds_left("wait_until", WAIT_CEILING)
         pause, ends = describe_seconds(wait + 0.999), describe_seconds(left)
@@ -4321,16 +4324,16 @@ class OAuthService:
             f"the login ends in {ends}, refreshed or not: log in again": ends_soon,
             "no API key is stored: `claude-oauth token` can make one": lacks_key,
         }
-        # For these the token cannot be refreshed.
-        faults = {
+        faults = {  # no refresh helps
             "the server refused to refresh the login: log in again": is_refused,
             "the login itself is over: log in again": left <= 0,
+            "the stored token is malformed: log in again": is_malformed,
         }
         if is_expired:
             faults["the token has expired: run the program that owns it"] = is_foreign
             faults["the token has expired, with none to refresh it: log in"] = is_final
         warnings = [text for text, holds in {**hints, **faults}.items() if holds]
-        return not (is_expired and any(faults.values())), warnings
+        return not (any((is_expired, is_malformed)) and any(faults.values())), warnings
 
 
 # Keys of account.json; if one is missing, a refresh fetches the profile.
@@ -4564,7 +4567,7 @@ class Sandbox:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._server.shutdown()
+        call_with_limit(self._server.shutdown, 2)  # a child has no thread that does it
         self._server.server_close()
 
     @property
@@ -5057,7 +5060,8 @@ def _play(sandbox: Sandbox, directory: str, *, uses_browser: bool) -> None:
         flush_telemetry=lambda _: show("logout    telemetry is flushed first"),
     )
     show(f"server    a sandbox at {sandbox.origin}; the store is {directory}")
-    service.login(open_browser=uses_browser or sandbox.approve, paste=uses_browser)
+    opener, limit = uses_browser or sandbox.approve, (10, LOGIN_TIMEOUT)[uses_browser]
+    service.login(open_browser=opener, paste=uses_browser, timeout=limit)
     status = service.status()
     show(f"login     {status['email']}, plan {status['subscription_type']}")
     show(f"token     {service.access_token()[:13]}… from the file, no request")

@@ -2989,6 +2989,29 @@ GUTTERS = {
 }
 
 
+@pytest.mark.parametrize("column", range(71, 86))
+@pytest.mark.parametrize("code", [LONG_CODE, f"authcode-{LONG_CODE}"], ids=len)
+@pytest.mark.parametrize("behind", [f"#{STATE}", ""], ids=["whole", "bare"])
+def test_the_prompt_may_be_copied_along_from_a_terminal_of_any_width(
+    column, code, behind
+):
+    shown = "Paste the code that the page shows here and press Enter (5 min left): "
+    text = f"{shown}{code}{behind}"
+    assert paste(f"{text[:column]}\n{text[column:]}").code == code
+
+
+@pytest.mark.parametrize("behind", [f"#{STATE}", ""], ids=["whole", "bare"])
+@pytest.mark.parametrize("first", [len(LONG_CODE), 40, 16])
+def test_a_code_behind_a_part_of_itself_is_not_sent_with_it(first, behind):
+    with contextlib.suppress(ValueError):
+        assert paste(f"{LONG_CODE[:first]}{LONG_CODE}{behind}").code == LONG_CODE
+
+
+@pytest.mark.parametrize("label", ["state=", "State: "])
+def test_a_dash_behind_the_state_begins_the_code(label):
+    assert paste(f"{label}{STATE}\n-{CODE}#{STATE}").code == f"-{CODE}"
+
+
 @pytest.mark.parametrize("gutter", GUTTERS.values(), ids=GUTTERS)
 def test_the_tail_of_a_broken_code_is_never_taken_alone(gutter):
     text = gutter.format(LONG_CODE[:64], f"{LONG_CODE[64:]}#{STATE}")
@@ -9613,6 +9636,8 @@ REFUSED_BEFORE = (
     "eyJhbGciOiJSUzI1NiIsImtpZCI6IjAxMiJ9.eyJzdWIiOiIxMjM0NTYifQ.c2lnbmF0dXJl",
     "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDIhz2GK7XCUj4i6Q5yQJNL1MXMY0RxzPV2QrBqfHrDq",
     "aB3dE5fG7hI9jK1lM3nO5pQ7rS9tU1vW3xY5/zA7b",
+    STATE[1:],
+    STATE[1:34],
 )
 
 
@@ -10892,6 +10917,17 @@ def test_an_api_that_refuses_all_costs_a_program_of_its_own_one_refresh(kept):
     assert kept.requests == 1
     with pytest.raises(claude_oauth.TokenRefused, match="refuses new tokens too"):
         kept.service().refresh(rejected=service.access_token())
+
+
+def test_a_new_token_that_a_program_of_its_own_says_is_refused_stays_noted(kept):
+    kept.save()
+    service = kept.service()
+    service.refresh(rejected=service.access_token())
+    for _ in range(3):
+        with pytest.raises(claude_oauth.TokenRefused, match="refuses new tokens too"):
+            service.refresh(rejected=service.access_token())
+        kept.clock.now += 2 * claude_oauth.REFRESH_BUFFER
+    assert kept.requests == 1
 
 
 def test_a_token_that_was_found_in_the_store_is_no_new_one(kept):
@@ -13013,6 +13049,17 @@ def test_whatever_a_file_holds_only_errors_of_the_contract_come_out(data):
         for ask in (service.status, service.access_token, service.auth_headers):
             assert not secrets_in(complaint_of(ask))
     assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("token", ["", "${TOKEN}", "sk-ant-oat01-x\n"])
+def test_a_status_does_not_take_what_is_no_token_for_a_login(config, token):
+    stored = claude_oauth.Credentials(token)
+    service = claude_oauth.OAuthService(config, claude_oauth.MemoryStorage(stored))
+    status = service.status()
+    assert not status["logged_in"]
+    assert status["warnings"] == ["the stored token is malformed: log in again"]
+    with pytest.raises(claude_oauth.StorageCorrupt, match="malformed"):
+        service.access_token()
 
 
 @pytest.mark.parametrize("field", ["refreshToken", "clientId", "subscriptionType"])
@@ -16870,6 +16917,20 @@ def test_what_the_address_says_is_no_markup_on_the_page(sandbox):
     assert "<code>&lt;b&gt;#&lt;i&gt;</code>" in requests.get(address).text
 
 
+FORK_A_SANDBOX = """
+import os, claude_oauth
+with claude_oauth.Sandbox():
+    child = os.fork()
+if child:
+    os._exit(os.waitpid(child, 0)[1] >> 8)
+"""
+
+
+@needs_posix
+def test_a_child_that_leaves_its_parents_sandbox_ends():
+    assert run_python(FORK_A_SANDBOX).returncode == 0
+
+
 def join_visits():
     """Wait until the callbacks of all decisions have been visited."""
     for thread in threading.enumerate():
@@ -18532,6 +18593,14 @@ def test_the_demo_does_not_start_a_host_program_again(host):
 
     assert "stampede  left out: no Python can be started with this file" in done.stdout
     assert "nothing is left in the store" in done.stdout
+
+
+def test_a_demo_without_a_loopback_ends_soon(bwrap):
+    network = [bwrap, "--dev-bind", "/", "/", "--unshare-net", "--cap-add", "ALL"]
+    without = [*network, "sh", "-c", 'ip link set lo down; exec "$@"', "sh"]
+    done = run_python("import claude_oauth; claude_oauth.main(['demo'])", under=without)
+
+    assert "nobody finished the sign-in in time" in done.stderr, done
 
 
 def test_the_demo_works_where_the_module_has_no_file():
