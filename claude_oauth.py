@@ -1648,7 +1648,7 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
         path = os.path.join(default_directory(), name)
     found = os.fsdecode(path).rstrip("\r\n")
     no_path = {"": _NO_PATH}.get(name, rf"{_NO_PATH}|^\.$")  # Path("") is no file
-    if os.environ.get("HOME") != "":  # else it would be a directory of the root
+    if os.environ.get({"nt": "USERPROFILE"}.get(os.name, "HOME")) != "":  # the root
         found = os.path.expanduser(found)
     if _text(found, f"(?s).*({no_path}).*") is not None:
         why = "empty, null, quoted, a variable, a URL, or no home directory is known"
@@ -1843,7 +1843,7 @@ def _open_private(path: str, flags: int) -> io.BufferedRandom:
     _make_directory(directory)
     flags |= os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
     # A file object, which closes itself if Ctrl-C comes.
-    file = os.fdopen(os.open(path, flags, 0o600), "r+b")
+    file = os.fdopen(_try_for_a_while(os.open, path, flags, 0o600), "r+b")
     _make_private(file.fileno(), 0o600, directory)  # a umask of 0777 has left 0000
     return file
 

@@ -5153,9 +5153,8 @@ needs_root = pytest.mark.skipif(
 )
 
 
-@needs_posix
 def test_an_empty_home_is_no_home(monkeypatch):
-    monkeypatch.setenv("HOME", "")
+    monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", "")
     with pytest.raises(claude_oauth.ConfigError, match="no home directory is known"):
         claude_oauth.FileStorage("~/credentials.json")
 
@@ -16491,14 +16490,14 @@ def test_a_file_that_somebody_keeps_open_is_whole_whatever_comes_of_a_save(
 
 
 HOLD_UNSHARED = """
-import ctypes, sys
+import ctypes, sys, time
 CreateFile = ctypes.WinDLL("kernel32").CreateFileW
 CreateFile.restype = ctypes.c_void_p
 read, share_read, open_existing = 0x80000000, 1, 3
 handle = CreateFile(sys.argv[1], read, share_read, None, open_existing, 0, None)
 assert handle not in (None, ctypes.c_void_p(-1).value)
 print("held", flush=True)
-sys.stdin.read()
+time.sleep(float(sys.argv[2])) if sys.argv[2:] else sys.stdin.read()
 """
 """Keeps a file open as .NET and backups do: others may read it, and not write."""
 
@@ -16517,6 +16516,19 @@ def test_nothing_is_spent_while_somebody_keeps_the_file_from_being_written(
     assert end_of_process(holder) == (0, "", "")
     assert kept.service().access_token()
     assert kept.is_alive()
+
+
+@windows_only
+def test_a_lock_file_that_somebody_has_open_for_a_moment_is_locked(
+    saved, folder, start_python
+):
+    with saved.lock(0):
+        pass
+    holder = start_python(HOLD_UNSHARED, folder / "lock", 0.5)
+    assert holder.stdout.readline() == "held\n"
+    with saved.lock(0):
+        pass
+    assert end_of_process(holder) == (0, "", "")
 
 
 @windows_only
