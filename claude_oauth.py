@@ -1106,10 +1106,11 @@ def _parse_pasted_code(text: str, state: str) -> str:
     import re
 
     text = re.sub(r"(?<!\S)(?=\S*?(?:://|\?\w+=))\S+\s", ": ", text.replace("%23", "#"))
-    text = re.sub(r"(\bleft *: \S{1,15})\n", r"\1", text)  # a terminal broke our prompt
+    # A terminal of some 75 columns breaks a code in the line of our prompt.
+    text = re.sub(r"(\bEnter [^\n]* left *: \S{1,15})\n", r"\1", text)
     text = re.sub(r"[:=]+ ?(?=[\w.~+/-]{8})", ": ", text)
     text = re.sub(r"(?i)(?<!\S)[\w-]*code(?!\S)", "code", text)  # `auth_code`
-    text = re.sub(rf"^(?i:state)\W+{re.escape(state)}[^\w-]*", "", text)
+    text = re.sub(rf"^(?i:state)\W+{re.escape(state)}(?:[^\w-]|-+(?!\S))*", "", text)
     pattern, mark = _BARE_CODE, text.find("#")
     if found := re.search(rf"#{re.escape(state)}(?![\w#-])", text):
         pattern, text = _CODE_WITH_STATE, text[: found.start()]
@@ -1122,7 +1123,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     faults = (
         # Two codes have the same length; the halves of one broken code hardly ever do.
         len(joined) == 2 * len(pieces[0]) >= 64,
-        re.search(r"((.)(?!\2{15}).{15}).*\1", joined),  # a code, behind part of it
+        re.match(r"((.)(?!\2{15}).{15}).*\1", joined),  # a code, behind part of it
         # One of the pieces is of the state, without a #.
         any(map(state.count, re.findall(r"(?<!\S)\S{8}", " ".join(pieces)))),
         not re.fullmatch(rf"(?!.*(?:{re.escape(state)}|\.\.)){_CODE}", joined),
@@ -3937,7 +3938,6 @@ class OAuthService:
         if not rejected or rejected.access_token != present.access_token:
             return self._refresh(present, 0, rejected or present)
         if self.is_rejected(present):
-            self.note_rejected(present)
             raise TokenRefused("invalid_token", "the API refuses new tokens too", 401)
         renewed = self._refresh(present, 0, present)
         self.note_rejected(renewed, is_new=True)

@@ -3007,6 +3007,18 @@ def test_a_code_behind_a_part_of_itself_is_not_sent_with_it(first, behind):
         assert paste(f"{LONG_CODE[:first]}{LONG_CODE}{behind}").code == LONG_CODE
 
 
+@pytest.mark.parametrize(
+    "text", ["Minutes left: 5\n{}#{}", "State: {1} - {0}", "State: {1}\n---\n{0}"]
+)
+def test_what_is_above_a_code_is_no_part_of_it(text):
+    assert paste(text.format(CODE, STATE)).code == CODE
+
+
+def test_a_code_may_have_the_same_sixteen_characters_twice():
+    code = f"Zq8.{LONG_CODE[:30]}.{LONG_CODE[:30]}"
+    assert paste(f"{code}#{STATE}").code == code
+
+
 @pytest.mark.parametrize("label", ["state=", "State: "])
 def test_a_dash_behind_the_state_begins_the_code(label):
     assert paste(f"{label}{STATE}\n-{CODE}#{STATE}").code == f"-{CODE}"
@@ -10916,17 +10928,6 @@ def test_an_api_that_refuses_all_costs_a_program_of_its_own_one_refresh(kept):
     assert kept.requests == 1
     with pytest.raises(claude_oauth.TokenRefused, match="refuses new tokens too"):
         kept.service().refresh(rejected=service.access_token())
-
-
-def test_a_new_token_that_a_program_of_its_own_says_is_refused_stays_noted(kept):
-    kept.save()
-    service = kept.service()
-    service.refresh(rejected=service.access_token())
-    for _ in range(3):
-        with pytest.raises(claude_oauth.TokenRefused, match="refuses new tokens too"):
-            service.refresh(rejected=service.access_token())
-        kept.clock.now += 2 * claude_oauth.REFRESH_BUFFER
-    assert kept.requests == 1
 
 
 def test_a_token_that_was_found_in_the_store_is_no_new_one(kept):
