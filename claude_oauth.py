@@ -3597,7 +3597,7 @@ class StoreView:
             if self._failure and self._failed_until.left():
                 raise _copy_of(self._failure)
             found, self._failure = self.storage.load(), None
-            return stamp, found
+            return (None, stamp)[found is not None], found  # no login: read again
         except (StorageError, ConfigError) as error:
             took = time.monotonic() - began
             if took > SLOW_FAILURE:  # maybe a dialog: do not show it again at once

@@ -7988,8 +7988,9 @@ def shadow(monkeypatch, tmp_path, package, code):
     """Put a package in front of the installed one."""
     put_bytes(tmp_path / "front" / package / "__init__.py", code.encode())
     monkeypatch.syspath_prepend(str(tmp_path / "front"))
-    for name in list(sys.modules):
+    for name in [package, *sys.modules]:
         if name.partition(".")[0] == package:
+            monkeypatch.setitem(sys.modules, name, None)  # else ours stays in there
             monkeypatch.delitem(sys.modules, name)
 
 
@@ -13049,6 +13050,28 @@ def test_whatever_a_file_holds_only_errors_of_the_contract_come_out(data):
         for ask in (service.status, service.access_token, service.auth_headers):
             assert not secrets_in(complaint_of(ask))
     assert path.read_bytes() == data
+
+
+class StoreThatMissesIt(claude_oauth.MemoryStorage):
+    """A store that cannot find its record at first, and shows no change when it can."""
+
+    is_missing = True
+
+    def load(self):
+        return None if self.is_missing else super().load()
+
+    def stamp(self):
+        return "as before"
+
+
+def test_a_login_that_a_store_missed_for_a_moment_is_found_by_the_next_call(config):
+    storage = StoreThatMissesIt(claude_oauth.Credentials("here"))
+    service = claude_oauth.OAuthService(config, storage)
+    with pytest.raises(claude_oauth.NotLoggedIn, match="not logged in"):
+        service.access_token()
+    storage.is_missing = False
+
+    assert service.access_token() == "here"
 
 
 @pytest.mark.parametrize("token", ["", "${TOKEN}", "sk-ant-oat01-x\n"])
