@@ -1649,7 +1649,7 @@ def absolute_path(path: str | os.PathLike[str] | None, name: str = "") -> str:
         path = os.path.join(default_directory(), name)
     found = os.fsdecode(path).rstrip("\r\n")
     no_path = {"": _NO_PATH}.get(name, rf"{_NO_PATH}|^\.$")  # Path("") is no file
-    if os.environ.get({"nt": "USERPROFILE"}.get(os.name, "HOME")) != "":  # the root
+    if os.environ.get(("HOME", "USERPROFILE")[os.name == "nt"]) != "":  # else: the root
         found = os.path.expanduser(found)
     if _text(found, f"(?s).*({no_path}).*") is not None:
         why = "empty, null, quoted, a variable, a URL, or no home directory is known"

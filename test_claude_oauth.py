@@ -5271,12 +5271,13 @@ UNUSABLE = {
 def test_what_is_no_private_file_is_named_and_left_alone(folder, make, because):
     path = folder / "credentials.json"
     make(path)
-    before, opened = os.lstat(folder), len(open_descriptors(collect=True))
+    collect_garbage()
+    before, opened = os.lstat(folder), open_descriptors()
     for action in (claude_oauth.FileStorage().load, claude_oauth.FileStorage().check):
         with pytest.raises(claude_oauth.StorageError, match=because) as caught:
             action()
         assert str(path) in str(caught.value)
-    assert len(open_descriptors()) == opened
+    assert open_descriptors() == opened
     assert os.lstat(folder).st_ino == before.st_ino
 
 
@@ -5640,7 +5641,8 @@ def test_a_sticky_folder_of_ones_own_is_good(saved, folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 def test_a_storage_leaves_no_file_open(saved, folder):
-    before = open_descriptors(collect=True)
+    collect_garbage()
+    before = sorted(os.listdir("/proc/self/fd"))
     for _ in range(2):
         with saved.lock(0), pytest.raises(claude_oauth.Unavailable, match="lock"):
             saved.lock(0).__enter__()
@@ -5649,7 +5651,7 @@ def test_a_storage_leaves_no_file_open(saved, folder):
     (folder / "lock").mkdir()
     with pytest.raises(claude_oauth.StorageError, match="is a directory"):
         saved.lock(0).__enter__()
-    assert open_descriptors() == before
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_read_only_storage_has_no_lock(saved, folder):
@@ -7990,7 +7992,7 @@ def shadow(monkeypatch, tmp_path, package, code):
     monkeypatch.syspath_prepend(str(tmp_path / "front"))
     for name in [package, *sys.modules]:
         if name.partition(".")[0] == package:
-            monkeypatch.setitem(sys.modules, name, None)  # else ours stays in there
+            monkeypatch.setitem(sys.modules, name, None)  # else ours would stay there
             monkeypatch.delitem(sys.modules, name)
 
 
@@ -8906,14 +8908,12 @@ def test_a_listener_without_a_state_would_take_any_callback():
         claude_oauth.AuthCodeListener("")
 
 
-def open_descriptors(collect=False):
-    """List them, after PyPy has closed what it finds that earlier tests left."""
-    if collect:
-        collect_garbage()
-    return sorted(os.listdir("/proc/self/fd"))
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
 
 
 def collect_garbage():
+    """Let PyPy close what earlier tests left, before something is counted."""
     gc.collect()
     gc.collect()  # PyPy runs finalizers after the first
 
@@ -8942,13 +8942,12 @@ def test_fifty_listeners_leave_threads_sockets_and_objects_where_they_were():
                 join(LIMIT)
 
     one()
-    parts = live_parts()
+    parts = live_parts()  # first: it collects
     threads, descriptors = threading.active_count(), open_descriptors()
     for _ in range(50):
         one()
 
-    assert threading.active_count() <= threads
-    assert len(open_descriptors()) <= len(descriptors)
+    assert (threading.active_count(), open_descriptors()) == (threads, descriptors)
     assert live_parts() <= parts
 
 
@@ -9550,15 +9549,15 @@ def test_a_line_of_a_pipe_is_a_paste_and_the_next_lines_are_the_programs(stdin_p
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 def test_a_prompt_leaves_no_descriptor_open(monkeypatch):
     """PyPy alone would leave to the garbage collector what nobody closes."""
-    collect_garbage()  # of earlier tests
-    found, (terminal, descriptor) = [], os.openpty()
+    collect_garbage()
+    counts, (terminal, descriptor) = [], os.openpty()
     with os.fdopen(terminal, "wb", 0) as keyboard, os.fdopen(descriptor) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         for _ in range(2):
             keyboard.write(f"{CODE}#{STATE}\n".encode())
             race(paste=True)
-            found.append(len(open_descriptors()))
-    assert found[0] == found[1]
+            counts.append(open_descriptors())
+    assert counts[0] == counts[1]
 
 
 def test_a_last_line_without_its_end_is_a_paste(stdin_pipe):
