@@ -807,8 +807,7 @@ def read_answer(
     The grant is spent, so a defect elsewhere must not lose the tokens.  If ``field`` is
     missing, an ``error`` in the answer is raised as it would be with a 4xx status.
     """
-    answer = parse_json_object(content, lenient=True)
-    if answer is None:
+    if (answer := parse_json_object(content, lenient=True)) is None:
         answer = _fields_of(content)
     if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
         raise BadAnswer("the answer", "is not a JSON object")  # JSON, but a list, say
@@ -1696,15 +1695,15 @@ def _make_private(target: int | str, mode: int, subject: str) -> bool:
     return False
 
 
-def _make_directory(path: str) -> None:
+def _make_directory(path: str, subject: str) -> None:
     """Create a directory and those above it, 0700 each; leave existing ones alone."""
     # os.makedirs would apply the mode to the last level only.
     if os.path.isdir(path) or (parent := os.path.dirname(path)) == path:
         return
-    _make_directory(parent)
+    _make_directory(parent, subject)
     with suppress(FileExistsError):  # another process was faster
         os.mkdir(path, 0o700)
-        _make_private(path, 0o700, path)  # a umask of 0777 has left 0000
+        _make_private(path, 0o700, subject)  # a umask of 0777 has left 0000
 
 
 def read_private(
@@ -1841,7 +1840,7 @@ _LOCK_FAULTS: Final = (
 def _open_private(path: str, flags: int) -> io.BufferedRandom:
     """Open a file of ours to write it; make it, and its directory, if need be."""
     directory = os.path.dirname(path)
-    _make_directory(directory)
+    _make_directory(directory, directory)
     flags |= os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
     # A file object, which closes itself if Ctrl-C comes.
     file = os.fdopen(_try_for_a_while(os.open, path, flags, 0o600), "r+b")
@@ -2132,7 +2131,9 @@ class FileStorage(_RecordStorage):
             cipher = DPAPICipher()
             self._cipher = self._cipher or cipher
         if cipher is None:
-            raise StorageError(f"set CLAUDE_OAUTH_PASSPHRASE_FILE to read {self.path}")
+            cures = ("set CLAUDE_OAUTH_PASSPHRASE_FILE", "use Windows itself")
+            cure = cures[sealed.startswith(_DPAPI_MARK)]
+            raise StorageError(f"{self.path} is encrypted: {cure}")
         return {**without(stored, _OUR_KEYS), **self._parse(cipher.decrypt(sealed))}
 
     def _encode(self, record: dict[str, object]) -> bytes:
@@ -3327,10 +3328,11 @@ class AccountFile:
         account = _object(self._load().get(self._ACCOUNT))
         self.update(account, {**self.notes(), **changes})
 
-    def start(self, login: Credentials, account: Record) -> None:
-        """Replace the account and all notes, for a new login."""
-        notes = {"key_owner": key_owner_of(login.api_key, account)}
-        self.update(account, {**notes, "account_of": [self.fingerprint(login)]})
+    def replace(self, login: Credentials, account: Record, notes: Record) -> None:
+        """Replace the account and the notes; add whose these and the API key are."""
+        owner = key_owner_of(login.api_key, account)
+        owners = {"account_of": [self.fingerprint(login)], "key_owner": owner}
+        self.update(account, {**notes, **owners})
 
     def note_success(
         self, renewed: Credentials, before: Credentials, stored: Credentials | None
@@ -3571,7 +3573,7 @@ class StoreView:
         if error:  # raised out here, so that no other exception is chained to it
             raise error
         if account is not None:
-            self.account_file.start(new, account)
+            self.account_file.replace(new, account, {})
 
     def remember(self, credentials: Credentials | None) -> None:
         """Use this as the store's content until the next look."""
@@ -4077,8 +4079,7 @@ class OAuthService:
             if account.get("accountUuid") not in (None, profile.account_uuid):
                 account = {}
             account = {**account, **_without_empty(profile.to_record())}
-            owners = [file.fingerprint(newest)]
-            file.update(account, {**file.notes(), "account_of": owners})
+            file.replace(newest, account, file.notes())
             completed = _with_plan(newest, profile)
             if is_ours and completed != newest:
                 self._view.save(completed, stored)
@@ -4953,8 +4954,7 @@ def _until(moment: float | None) -> str:
     """Return a moment for people: relative to now."""
     if moment is None:
         return ""
-    left = moment - time.time()
-    span = {True: "in {}", False: "ended {} ago"}[left > 0]
+    span = {True: "in {}", False: "ended {} ago"}[(left := moment - time.time()) > 0]
     return f"{span.format(describe_seconds(abs(left)))} ({describe_moment(moment)})"
 
 

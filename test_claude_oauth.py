@@ -5886,7 +5886,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("fault", REFUSED.values(), ids=REFUSED)
 def test_a_file_system_that_refuses_costs_one_warning_and_no_login(traced, home, fault):
-    path = home / "new" / "c.json"
+    path = home / "new" / "and" / "deeper" / "c.json"
     done, _ = traced(SAVE, path, faults=[fault])
     assert done.stdout == "saved\nnew-token\n", done
     assert len(done.stderr.splitlines()) == 1
@@ -8399,6 +8399,14 @@ def test_errors_of_windows_say_what_to_do(number, kind_of_error, words):
     error = claude_oauth._dpapi_error(number)
 
     assert type(error) is kind_of_error and words in str(error)
+
+
+@needs_posix
+def test_what_windows_has_encrypted_names_no_passphrase_elsewhere(saved):
+    put_sealed(saved, b"dpapi:x")
+    with pytest.raises(claude_oauth.StorageError, match="use Windows itself") as caught:
+        saved.load()
+    assert "PASSPHRASE" not in str(caught.value)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="for machines without DPAPI")
@@ -14281,6 +14289,18 @@ def test_a_second_console_login_of_the_organization_reuses_the_key(
 ):
     first = sign_in_at_console(account_service, auth_server, browser)
     again = sign_in_at_console(another_process(account_service), auth_server, browser)
+
+    assert auth_server.counts["api_key"] == 1
+    assert again.api_key == first.api_key
+
+
+def test_a_key_whose_organization_was_learned_later_is_reused(
+    account_service, auth_server, browser
+):
+    auth_server.fail_next("profile", 500, {})
+    first = sign_in_at_console(account_service, auth_server, browser)
+    account_service.profile()
+    again = sign_in_at_console(account_service, auth_server, browser)
 
     assert auth_server.counts["api_key"] == 1
     assert again.api_key == first.api_key
