@@ -1027,8 +1027,7 @@ def parse_callback(query: str, *, state: str) -> str:
     from urllib.parse import parse_qsl
 
     pairs = parse_qsl(query, keep_blank_values=True)
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
+    if len(fields := dict(pairs)) < len(pairs):
         raise ValueError("the address has a parameter twice")
     given = fields.get("state", "").encode("utf-8", "replace")
     if not hmac.compare_digest(given, state.encode()):
@@ -1150,7 +1149,7 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\])(:\d{{1,5}})?{CALLBACK_PATH}"
     whole = rf"(?i)^\w+=|(?<![\w.@-])(?:{manual}|({loopback}))$"
     if not (known := re.search(whole, [page, query][not page])):
-        raise ValueError("that is the address of another page")
+        raise ValueError("that is the address of another page, or not all of one")
     if known[1]:  # a browser leaves out port 80
         manual_uri = f"http://localhost{known[2] or ':80'}{CALLBACK_PATH}"
     return GrantedCode(parse_callback(query.partition("#")[0], state=state), manual_uri)
@@ -1478,7 +1477,7 @@ def _without_redirect(request: Any) -> Any:
 
 # A proxy's URL that every `requests` takes; groups: `https://`, and the host and port.
 _PROXY_URL: Final = (
-    rf"(?i)\A(?!{_NULL}|(?:\d+|yes|on|true|direct)\Z)"
+    rf"(?i)\A(?!{_NULL}|(?:\d+|yes|on|true|direct|https?:)\Z)"
     r"(?:(?:(https://)|(?:http|socks(?:4a?|5h?))://)(?:[^\s/?#\\\[\]]*@)?)?"
     r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
 )
@@ -1549,8 +1548,7 @@ def check_route(url: str, session: requests.Session) -> tuple[str, Any]:
         return parts.netloc, {f"http://{parts.hostname}": ""}
     settings = merge(url, {}, True, None, None)
     _check_tls_files(settings["verify"], settings["cert"])
-    proxy = requests.utils.select_proxy(url, settings["proxies"])
-    if not proxy:
+    if not (proxy := requests.utils.select_proxy(url, settings["proxies"])):
         return parts.netloc, None  # None: a session may choose its own
     try:
         [found] = re.findall(_PROXY_URL, proxy)  # else a ValueError
@@ -2106,8 +2104,7 @@ class FileStorage(_RecordStorage):
         """Keep a file, return the previous one; without the lock, return it unkept."""
         import threading
 
-        holder = threading.get_native_id()
-        if holder in self._reserved:
+        if (holder := threading.get_native_id()) in self._reserved:
             file, self._reserved[holder] = self._reserved[holder], file
         return file
 
@@ -2521,8 +2518,7 @@ def make_storage(kind: str | None = None, directory: str | None = None) -> Stora
     if kind == "file":
         path = os.path.join(directory, "credentials.json")
         return FileStorage(path, cipher=_cipher_for(passphrase_file))
-    stores = {"keychain": KeychainStorage, "keyring": KeyringStorage}
-    if kind in stores:
+    if kind in (stores := {"keychain": KeychainStorage, "keyring": KeyringStorage}):
         return stores[kind](lock_path=os.path.join(directory, "lock"))
     names = "auto, file, keychain or keyring"
     raise ConfigError(f"no such store: {printable(kind, limit=40)!r}; use {names}")
@@ -2593,7 +2589,6 @@ def make_server(
         default_request_version = "HTTP/1.0"
 
         def handle_one_request(self) -> None:
-            self.close_connection = True
             self.rfile = open_head(self)
             self.raw_requestline = self.rfile.readline(MAX_HEAD_BYTES)
             if self.parse_request():  # not if nothing came
@@ -2898,6 +2893,13 @@ def find_browsers() -> list[str]:
     return DESKTOP_BROWSERS.get(system, DESKTOP_BROWSERS["linux"])
 
 
+def own_python() -> str:
+    """Return the Python to start; "" in a frozen program, or one that embeds Python."""
+    # PyInstaller and Nuitka set `frozen`; of QGIS or Maya, sys.executable is the host.
+    python = "" if hasattr(sys, "frozen") else str(sys.executable)
+    return _text(python, r"(?is).*[\\/](python|pypy)[\d.]*[a-z]?(\.exe)?") or ""
+
+
 def open_in_browser(url: str) -> bool:
     """Try the browser commands in turn; tell whether one of them succeeded."""
     import shlex
@@ -2908,7 +2910,7 @@ def open_in_browser(url: str) -> bool:
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
         # Source: PyInstaller's manual, "LD_LIBRARY_PATH"; an AppImage sets APPDIR.
         original = environ.pop(name + "_ORIG", "")
-        if any((original, getattr(sys, "frozen", False), setting("APPDIR"))):
+        if any((original, not own_python(), setting("APPDIR"))):
             environ[name] = original
     for browser in find_browsers():
         command = ("{}", '"{}" "%s"')[os.path.isfile(browser)].format(browser)
@@ -2951,12 +2953,11 @@ class _PastePrompt:
         self._is_terminal = self._is_shown = self._is_whole = False  # whole: at a pause
         self._held, self._earlier, self._refusals = b"", "", 0  # earlier: one refused
         asker = str(getattr(input, "__module__", "builtins"))
-        self._is_notebook = asker != "builtins"
+        self._is_notebook, self._is_polled = asker != "builtins", "ipykernel" in asker
         with suppress(Exception):  # no stdin, or an object that is no file
-            descriptor = sys.stdin.fileno()
-            self._is_terminal = os.isatty(descriptor)
+            self._is_terminal = os.isatty(descriptor := sys.stdin.fileno())
             # In a terminal, `input` may be a prompt's own, which no thread can call.
-            self._is_notebook &= "ipykernel" in asker or not self._is_terminal
+            self._is_notebook &= self._is_polled or not self._is_terminal
             # In PyCharm's and Thonny's console, the descriptor is not what stdin reads.
             is_usual = type(sys.stdin).__name__ not in ("StdIn", "FakeInputStream")
             if sys.platform != "win32" and all((is_usual, not self._is_notebook)):
@@ -2993,13 +2994,22 @@ class _PastePrompt:
             with suppress(Exception):  # closed, no front end, no text
                 # Python's own input() in a daemon thread can abort the process.
                 read = builtins.input if self._is_notebook else sys.stdin.readline
+                if self._is_polled:
+                    sys.settrace(self._check_open)
                 line = read() + "\n" * self._is_notebook
                 data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
         finally:
+            if self._is_polled:
+                sys.settrace(None)
             if data:
                 _quietly(_NEWEST_WRITER[0].sendall, data + b"\n")
             else:
                 self._writer.close()
+
+    def _check_open(self, *_event: object) -> None:
+        """End a read that polls, once the login is over: this is a trace function."""
+        if not self.is_open:
+            raise KeyboardInterrupt
 
     def wake(self) -> None:
         """End the wait: there is news."""
@@ -3314,8 +3324,7 @@ class AccountFile:
         """Replace the account and the notes; write nothing if nothing changes."""
         own = {self._ACCOUNT: account, self._NOTES: _without_empty(notes)}
         before, found = self._load(), self._read()
-        record = {**without(before, own), **_without_empty(own)}
-        if record == before:
+        if (record := {**without(before, own), **_without_empty(own)}) == before:
             return
         self._unwritten = (found, record)
         if found is not None:
@@ -3538,8 +3547,7 @@ class StoreView:
     def read(self) -> tuple[Credentials | None, Credentials | None]:
         """Return what the store holds now, and the login in force.  Needs the lock."""
         stored = self.storage.load()
-        newest = _current_login(self.pending, stored)
-        if newest is stored:
+        if (newest := _current_login(self.pending, stored)) is stored:
             self.pending = None  # somebody has logged in or out since
         self.remember(newest)
         return stored, newest
@@ -3731,8 +3739,7 @@ class Refresher:
 
     def _read_foreign(self, old: Credentials | None) -> tuple[Credentials, bool]:
         """Return the login that another program refreshes; never refresh it here."""
-        newest = self._view.require(self._view.read()[1])
-        if self._suffices(newest, 0, old):
+        if self._suffices(newest := self._view.require(self._view.read()[1]), 0, old):
             return newest, False
         text = f"the token in {self._view.storage.describe()} has to be refreshed by"
         raise Unavailable(f"{text} the program that owns it; run that, then try again")
@@ -3797,8 +3804,7 @@ class Refresher:
     def _suffices(
         self, newest: Credentials, min_validity: float, old: Credentials | None
     ) -> bool:
-        lifetime = self._account_file.number("lifetime")
-        if 0 < lifetime <= min_validity:
+        if 0 < (lifetime := self._account_file.number("lifetime")) <= min_validity:
             min_validity = lifetime / 2  # a new one would not live long enough either
         is_other = not old or newest.access_token != old.access_token
         return time_left(newest.expires_at, self._clock()) > min_validity and is_other
@@ -3956,8 +3962,7 @@ class OAuthService:
     @hides_locals
     def _serve_api(self, min_validity: float) -> ServedToken:
         """Return what the API takes: a key where it needs one, else an access token."""
-        credentials = self._view.require(self.credentials())
-        if needs_key(credentials):
+        if needs_key(credentials := self._view.require(self.credentials())):
             credentials, _ = self._with_token(self._make_key, force=False)
         if console_key(credentials):  # it never expires
             return self._view.serve(credentials, self._clock())
@@ -4754,8 +4759,7 @@ class Sandbox:
 
     def _login_of(self, grant: str) -> types.SimpleNamespace:
         """Return the login of a code or refresh token; its reuse ends it (RFC 9700)."""
-        login = self._logins.get(grant, _NO_LOGIN)
-        if not login.is_alive:
+        if not (login := self._logins.get(grant, _NO_LOGIN)).is_alive:
             raise _SandboxRefusal(400, "invalid_grant", "the grant is unknown or ended")
         if login.grant != grant:
             login.is_alive = False  # two programs have it: one may have stolen it
@@ -4859,8 +4863,7 @@ def _run(argv: list[str]) -> int:
     if argv == ["token"]:
         print(OAuthService().api_token())
         return 0
-    options = make_parser().parse_args(argv)
-    if options.verbose:
+    if (options := make_parser().parse_args(argv)).verbose:
         import logging
 
         logging.basicConfig(level=logging.DEBUG)
@@ -5087,17 +5090,14 @@ def _stampede(sandbox: Sandbox, directory: str) -> str:
     """Let 8 processes ask for a token at once; return the result as text."""
     import subprocess
 
-    # A frozen program (PyInstaller, Nuitka) or one that embeds Python (QGIS) has none.
-    python = "" if hasattr(sys, "frozen") else str(sys.executable)
-    is_python = _text(python, r"(?is).*[\\/](python|pypy)[\d.]*[a-z]?(\.exe)?")
     # Not `python FILE`: its folder may hold names of the standard library's.
     program = os.path.abspath(globals().get("__file__", ""))
-    if not is_python or not os.path.isfile(program):  # in a zip archive
+    if not all((own_python(), os.path.isfile(program))):  # in a zip archive
         return "left out: no Python can be started with this file"
     before = sandbox.counts["refresh_token"]
     code = "import sys; sys.path[:] = filter(None, sys.path)"
     code += f"; exec(open({program!r}, 'rb').read())"
-    command = [python, "-c", code, "--dir", directory, "--store", "file", "token"]
+    command = [own_python(), "-c", code, "--dir", directory, "--store", "file", "token"]
     environ = {**os.environ, "CLAUDE_OAUTH_SERVER": sandbox.origin}
     # Without stderr, where Ctrl-C would print tracebacks.
     start, pipe, null = subprocess.Popen, subprocess.PIPE, subprocess.DEVNULL

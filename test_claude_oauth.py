@@ -3106,6 +3106,16 @@ def test_the_failure_page_says_what_happened_without_markup_or_token():
     assert "abcdefgh" not in page and "<script>" not in page
 
 
+@pytest.mark.parametrize("paste", ["callback", "/callback", "a/callback"])
+def test_a_piece_of_an_address_may_be_of_any_page(paste):
+    with pytest.raises(ValueError, match="or not all of one"):
+        claude_oauth.parse_paste(
+            f"{paste}?code=abcdefgh&state=STATE",
+            state="STATE",
+            manual_redirect_uri="https://m/callback",
+        )
+
+
 REASONS = {
     "parameter twice": "callback?code=abcdefgh&code=abcdefgh&state=STATE",
     "no code": "callback?state=STATE",
@@ -4549,6 +4559,7 @@ PROXIES = {
     "a-brackets-mate": "http://user:ses[ame@proxy:3128",
     "without-scheme": "user:ses#ame@proxy:3128",
     "no-host": "http://",
+    "scheme-alone": "http:",
     "port-is-a-word": "http://proxy:port",
     "port-0": "http://proxy:0",
     "port-too-high": "http://proxy:99999",
@@ -9354,14 +9365,16 @@ def test_a_program_that_is_no_python_asks_the_desktop(no_python, world, listener
 
 
 @pytest.mark.parametrize("original", ["/usr/lib/mine", None], ids=["set", "unset"])
-@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "app-image"])
+@pytest.mark.parametrize("kind", ["frozen", "app-image", "embedding-program"])
 def test_a_bundles_libraries_are_not_for_the_browser(
-    world, listener, monkeypatch, original, is_frozen
+    world, listener, monkeypatch, original, kind
 ):
-    if is_frozen:
+    if kind == "frozen":
         monkeypatch.setattr(sys, "frozen", True, raising=False)
-    else:
+    elif kind == "app-image":
         world.setenv("APPDIR", "/tmp/.mount_x")
+    else:
+        monkeypatch.setattr(sys, "executable", "/opt/studio/bin/studio.bin")
     world.setenv("LD_LIBRARY_PATH", "/tmp/_MEI123")
     if original:
         world.setenv("LD_LIBRARY_PATH_ORIG", original)
@@ -9372,6 +9385,17 @@ def test_a_bundles_libraries_are_not_for_the_browser(
     with pytest.raises(claude_oauth.LoginCancelled):
         race(listener, open_browser=True)
     assert (world.folder / "path").read_text().strip() == (original or "")
+
+
+def test_the_libraries_of_a_python_are_the_browsers_too(world, listener):
+    world.setenv("LD_LIBRARY_PATH", "/usr/lib/mine")
+    note = shlex.quote(str(world.folder / "path"))
+    browser = world.add("browser", f'echo "$LD_LIBRARY_PATH" > {note}; exit 1')
+    world.setenv("BROWSER", browser)
+
+    with pytest.raises(claude_oauth.LoginCancelled):
+        race(listener, open_browser=True)
+    assert (world.folder / "path").read_text() == "/usr/lib/mine\n"
 
 
 def test_a_command_with_a_place_for_the_address_works_without_a_python(
@@ -9946,6 +9970,43 @@ def test_a_notebook_whose_kernel_has_a_terminal_is_asked(monkeypatch):
     with open(master, "wb"), open(terminal) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert race(paste=True).code == CODE
+
+
+@pytest.fixture
+def kernel_lines(monkeypatch):
+    """The lines of a notebook, whose kernel polls for them as ipykernel does."""
+    lines = queue.Queue()
+
+    def ask(prompt=""):
+        while lines.empty():
+            time.sleep(0.001)
+        return lines.get()
+
+    ask.__module__ = "ipykernel.kernelbase"
+    monkeypatch.setattr(builtins, "input", ask)
+    return lines
+
+
+def wait_for_paste_threads():
+    for thread in threading.enumerate():
+        if thread.name == "claude-oauth-paste":
+            thread.join(LIMIT)
+
+
+def test_a_notebook_gets_its_next_line_after_a_login_by_browser(listener, kernel_lines):
+    race(listener, paste=True, open_browser=lambda url: bring_code(listener))
+    wait_for_paste_threads()
+    threading.Timer(0.1, kernel_lines.put, ["mine"]).start()
+
+    assert input("name? ") == "mine"
+
+
+def test_a_notebook_whose_login_came_too_late_can_paste_into_the_next(kernel_lines):
+    with pytest.raises(claude_oauth.LoginTimeout, match="in time"):
+        race(paste=True, timeout=0.1)
+    paste = f"{CODE}#{STATE}"
+
+    assert race(paste=True, open_browser=lambda _: kernel_lines.put(paste)).code == CODE
 
 
 PIPED_LINES = {
