@@ -392,8 +392,7 @@ class _Value:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         cls, names = type(self), type(self).__annotations__
-        given = {**dict(zip(names, values)), **named}
-        fields = {**vars(cls), **given}
+        fields = {**vars(cls), **(given := {**dict(zip(names, values)), **named})}
         is_whole = given.keys() <= names.keys() <= fields.keys()
         if len(given) < len(values) + len(named) or not is_whole:
             got = f"it got {len(values)} values and {sorted(named)}"
@@ -811,8 +810,7 @@ def read_answer(
         answer = _fields_of(content)
     if answer is None and parse_json_object(b'{"":%s}' % content, lenient=True):
         raise BadAnswer("the answer", "is not a JSON object")  # JSON, but a list, say
-    known = _object(answer)
-    found = known.get(field)
+    found = (known := _object(answer)).get(field)
     is_granted = isinstance(found, dict) or _header_text(found)
     if known.get("error", answer is None) and not is_granted:  # or cannot be read
         raise error_of_answer(status, content, secrets=secrets)
@@ -939,9 +937,8 @@ def without(record: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 @hides_locals
 def clean_token(value: str) -> str:
-    """Return a token without the blanks around it; ConfigError if it is none."""
-    token = value.strip()  # b64token.  Source: RFC 6750 section 2.1.
-    if not _text(token, rf"(?a)(?!{_NO_TOKEN})[\w.~+/-]+=*"):
+    """Return a b64token (RFC 6750 section 2.1) without blanks; ConfigError if none."""
+    if not _text(token := value.strip(), rf"(?a)(?!{_NO_TOKEN})[\w.~+/-]+=*"):
         raise ConfigError("CLAUDE_OAUTH_TOKEN is no access token; set it to the token")
     return token
 
@@ -1500,6 +1497,8 @@ _FAILURES: Final = {
 
 
 def _error_of_failure(error: BaseException | None, route: str) -> BaseException | None:
+    import re
+
     if isinstance(error, ClaudeOAuthError) or not isinstance(error, Exception):
         return error
     # `requests` wraps urllib3's error, and that the socket's; they nest by args.
@@ -1520,7 +1519,9 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     why += str(error).partition("Tunnel connection failed: ")[2][:3]  # HTTP's status
     why += "hostname mismatch" * ("doesn't match" in str(error))  # urllib3 1.26
     text = _FAILURES[row].format(route=route, kind=kind, why=printable(f"{kind} {why}"))
-    return ConfigError(text) if "ValueError" in row else Unavailable(text)
+    retried = re.findall(r"too many (\d{3}) error", str(error))  # by a session's Retry
+    status = [*map(int, retried), None][0]
+    return ConfigError(text) if "ValueError" in row else Unavailable(text, None, status)
 
 
 def import_requests() -> Any:
@@ -2068,8 +2069,7 @@ class FileStorage(_RecordStorage):
     def delete(self) -> bool:
         """Remove this module's keys, and the file if nothing else is in it."""
         self._refuse_if_read_only()
-        stored = self._read_stored()
-        if (kept := without(stored, _OUR_KEYS)) == stored:
+        if (kept := without(stored := self._read_stored(), _OUR_KEYS)) == stored:
             return False
         real = os.path.realpath(self.path)
         # A mount of its own cannot be removed, only emptied.
@@ -2128,7 +2128,7 @@ class FileStorage(_RecordStorage):
             cipher = DPAPICipher()
             self._cipher = self._cipher or cipher
         if cipher is None:
-            cures = ("set CLAUDE_OAUTH_PASSPHRASE_FILE", "use Windows itself")
+            cures = ("set CLAUDE_OAUTH_PASSPHRASE_FILE", "read it on Windows")
             cure = cures[sealed.startswith(_DPAPI_MARK)]
             raise StorageError(f"{self.path} is encrypted: {cure}")
         return {**without(stored, _OUR_KEYS), **self._parse(cipher.decrypt(sealed))}
@@ -2896,8 +2896,8 @@ def find_browsers() -> list[str]:
 def own_python() -> str:
     """Return the Python to start; "" in a frozen program, or one that embeds Python."""
     # PyInstaller and Nuitka set `frozen`; of QGIS or Maya, sys.executable is the host.
-    python = "" if hasattr(sys, "frozen") else str(sys.executable)
-    return _text(python, r"(?is).*[\\/](python|pypy)[\d.]*[a-z]?(\.exe)?") or ""
+    python = "" if getattr(sys, "frozen", False) else str(sys.executable)
+    return _text(python, r"(?is).*[\\/][\w.-]*(python|pypy)[\w.-]*") or ""
 
 
 def open_in_browser(url: str) -> bool:
@@ -2931,9 +2931,9 @@ def open_in_browser(url: str) -> bool:
 class _PastePrompt:
     """Reads a paste from stdin, without buffering, and only once there is input.
 
-    So later lines are left for the host program.  An input that cannot be waited on (a
-    Windows console, a notebook, a StringIO) is read by a daemon thread: the last read
-    may take the host's next line.  It breaks bpython, IDLE and xeus-python: no paste.
+    So later lines are left for the host program.  A daemon thread reads what cannot be
+    waited on (a Windows console, a notebook, a StringIO), and may take the host's next
+    line unless it polls (Jupyter).  It breaks bpython, IDLE, xeus-python: no paste.
     """
 
     def __init__(self, state: str, manual_uri: str, *, is_open: bool) -> None:
@@ -2982,11 +2982,11 @@ class _PastePrompt:
         mark = (b"\n", self._state.encode())[self._is_terminal]  # a console splits it
         if self._is_idle and mark not in self._held:
             _NEWEST_WRITER[:] = [self._writer]
-            self._is_idle = not start_thread("paste", self._read_line)
+            self._is_idle = not start_thread("paste", self._read_line, self._is_polled)
             if all((self._is_shown, self._is_idle, not self._held)):
                 self._read_line()
 
-    def _read_line(self) -> None:
+    def _read_line(self, is_polled: bool = False) -> None:
         import builtins
 
         data, _kept = b"", sys.__stdin__  # if freed first, Python aborts at its exit
@@ -2994,21 +2994,19 @@ class _PastePrompt:
             with suppress(Exception):  # closed, no front end, no text
                 # Python's own input() in a daemon thread can abort the process.
                 read = builtins.input if self._is_notebook else sys.stdin.readline
-                if self._is_polled:
+                if is_polled:
                     sys.settrace(self._check_open)
                 line = read() + "\n" * self._is_notebook
                 data = line[-MAX_PASTE_CHARS - 1 :].encode("utf-8", "replace")
         finally:
-            if self._is_polled:
-                sys.settrace(None)
             if data:
                 _quietly(_NEWEST_WRITER[0].sendall, data + b"\n")
             else:
                 self._writer.close()
 
-    def _check_open(self, *_event: object) -> None:
-        """End a read that polls, once the login is over: this is a trace function."""
-        if not self.is_open:
+    def _check_open(self, frame: types.FrameType, *_event: object) -> None:
+        """End a kernel's poll once the login is over: a thread's trace function."""
+        if frame.f_code.co_name == "select" and not self.is_open:
             raise KeyboardInterrupt
 
     def wake(self) -> None:
@@ -3337,11 +3335,10 @@ class AccountFile:
         account = _object(self._load().get(self._ACCOUNT))
         self.update(account, {**self.notes(), **changes})
 
-    def replace(self, login: Credentials, account: Record, notes: Record) -> None:
-        """Replace the account and the notes; add whose these and the API key are."""
-        owner = key_owner_of(login.api_key, account)
-        owners = {"account_of": [self.fingerprint(login)], "key_owner": owner}
-        self.update(account, {**notes, **owners})
+    def start(self, login: Credentials, account: Record) -> None:
+        """Replace the account and all notes, for a new login."""
+        notes = {"key_owner": key_owner_of(login.api_key, account)}
+        self.update(account, {**notes, "account_of": [self.fingerprint(login)]})
 
     def note_success(
         self, renewed: Credentials, before: Credentials, stored: Credentials | None
@@ -3581,7 +3578,7 @@ class StoreView:
         if error:  # raised out here, so that no other exception is chained to it
             raise error
         if account is not None:
-            self.account_file.replace(new, account, {})
+            self.account_file.start(new, account)
 
     def remember(self, credentials: Credentials | None) -> None:
         """Use this as the store's content until the next look."""
@@ -3779,8 +3776,7 @@ class Refresher:
     ) -> tuple[Credentials, bool]:
         """Look again, check, spend, save, note; two requests at most."""
         stored, found = self._view.read()
-        newest = self._view.require(found)
-        if self._suffices(newest, min_validity, old):
+        if self._suffices(newest := self._view.require(found), min_validity, old):
             return newest, False
         scopes: tuple[str, ...] = ()  # the server keeps those granted
         if not is_last:
@@ -4084,9 +4080,9 @@ class OAuthService:
             if account.get("accountUuid") not in (None, profile.account_uuid):
                 account = {}
             account = {**account, **_without_empty(profile.to_record())}
-            file.replace(newest, account, file.notes())
-            completed = _with_plan(newest, profile)
-            if is_ours and completed != newest:
+            owners = [file.fingerprint(newest)]
+            file.update(account, {**file.notes(), "account_of": owners})
+            if (completed := _with_plan(newest, profile)) != newest and is_ours:
                 self._view.save(completed, stored)
             return completed
 
@@ -4328,7 +4324,7 @@ class OAuthService:
             "the login is in memory alone: it could not be saved": self._view.pending,
             f"requests to the server are paused for another {pause}": wait,
             f"the login ends in {ends}, refreshed or not: log in again": ends_soon,
-            "no API key is stored: `claude-oauth token` can make one": lacks_key,
+            "no API key is stored: `claude-oauth token` asks for one": lacks_key,
         }
         faults = {  # no refresh helps
             "the server refused to refresh the login: log in again": is_refused,
@@ -4336,6 +4332,8 @@ class OAuthService:
             "the stored token is malformed: log in again": is_malformed,
         }
         if is_expired:
+            is_known = any((is_foreign, stored.client_id, self.config.client_id))
+            faults["no client id is set (CLAUDE_OAUTH_CLIENT_ID)"] = not is_known
             faults["the token has expired: run the program that owns it"] = is_foreign
             faults["the token has expired, with none to refresh it: log in"] = is_final
         warnings = [text for text, holds in {**hints, **faults}.items() if holds]
@@ -4947,7 +4945,9 @@ def _check(service: OAuthService) -> str:
         if not _text(repr(error.args), r"\('permission_error'(?!.*not allowed).*403\)"):
             if console_key(service.credentials() or Credentials("")):
                 return "unknown: the API key in force cannot ask for the profile"
-            return f"refused: {error}"
+            hints = ("or try `claude-oauth refresh`", "first unset CLAUDE_OAUTH_TOKEN")
+            hint = f" ({hints[bool(environment_token())]})"
+            return f"refused: {error}" + hint * (getattr(error, "status", 0) == 401)
     except (Unavailable, BadAnswer) as error:
         return f"unknown: {error}"
     return "works"

@@ -8415,7 +8415,7 @@ def test_errors_of_windows_say_what_to_do(number, kind_of_error, words):
 @needs_posix
 def test_what_windows_has_encrypted_names_no_passphrase_elsewhere(saved):
     put_sealed(saved, b"dpapi:x")
-    with pytest.raises(claude_oauth.StorageError, match="use Windows itself") as caught:
+    with pytest.raises(claude_oauth.StorageError, match="read it on Windows") as caught:
         saved.load()
     assert "PASSPHRASE" not in str(caught.value)
 
@@ -9387,7 +9387,14 @@ def test_a_bundles_libraries_are_not_for_the_browser(
     assert (world.folder / "path").read_text().strip() == (original or "")
 
 
-def test_the_libraries_of_a_python_are_the_browsers_too(world, listener):
+PYTHONS = ["python3.13t", "python3-dbg", "platform-python", "pypy3", "PythonW.EXE"]
+
+
+@pytest.mark.parametrize("name", PYTHONS)
+def test_the_libraries_of_a_python_are_the_browsers_too(
+    world, listener, monkeypatch, name
+):
+    monkeypatch.setattr(sys, "executable", os.path.join(os.sep, "usr", "bin", name))
     world.setenv("LD_LIBRARY_PATH", "/usr/lib/mine")
     note = shlex.quote(str(world.folder / "path"))
     browser = world.add("browser", f'echo "$LD_LIBRARY_PATH" > {note}; exit 1')
@@ -9977,9 +9984,12 @@ def kernel_lines(monkeypatch):
     """The lines of a notebook, whose kernel polls for them as ipykernel does."""
     lines = queue.Queue()
 
+    def select():
+        time.sleep(0.001)
+
     def ask(prompt=""):
         while lines.empty():
-            time.sleep(0.001)
+            select()
         return lines.get()
 
     ask.__module__ = "ipykernel.kernelbase"
@@ -12605,6 +12615,21 @@ def test_a_wait_is_kept_by_other_processes(kept, auth_server):
     assert not secrets_in(second.stderr)
 
 
+def test_a_session_that_asks_again_by_itself_hides_no_wait(kept, auth_server):
+    again = urllib3.Retry(total=1, status_forcelist=[429], backoff_factor=0)
+    again.allowed_methods = again.method_whitelist = None  # all, the latter before 1.26
+    kept.save(-1)
+    for _ in range(2):
+        auth_server.fail_next("token", 429, failure("rate_limit_error", "no"))
+    with requests.Session() as session:
+        session.mount("http://", requests.adapters.HTTPAdapter(max_retries=again))
+        with pytest.raises(claude_oauth.Unavailable) as caught:
+            kept.service(session=session).access_token()
+    assert (caught.value.status, kept.requests) == (429, 2)
+    with pytest.raises(claude_oauth.Unavailable, match="paused for"):
+        kept.service().access_token()
+
+
 def test_what_is_remembered_holds_no_secret(kept, auth_server):
     kept.save(-1)
     auth_server.end_logins()
@@ -14355,16 +14380,19 @@ def test_a_second_console_login_of_the_organization_reuses_the_key(
     assert again.api_key == first.api_key
 
 
-def test_a_key_whose_organization_was_learned_later_is_reused(
-    account_service, auth_server, browser
+def test_a_key_that_is_left_beside_another_organizations_tokens_is_not_reused(
+    config, account_service, auth_server, browser
 ):
-    auth_server.fail_next("profile", 500, {})
+    """As when an account switcher replaces the tokens alone."""
     first = sign_in_at_console(account_service, auth_server, browser)
-    account_service.profile()
+    become_somebody_else(auth_server)
+    elsewhere = claude_oauth.OAuthService(config, claude_oauth.MemoryStorage())
+    other = sign_in_at_console(elsewhere, auth_server, browser)
+    account_service.storage.save(other.replace(api_key=first.api_key))
+    account_service.profile(force=True)
     again = sign_in_at_console(account_service, auth_server, browser)
 
-    assert auth_server.counts["api_key"] == 1
-    assert again.api_key == first.api_key
+    assert again.api_key not in (None, first.api_key)
 
 
 def test_a_console_login_of_another_organization_gets_a_key_of_its_own(
@@ -14727,6 +14755,24 @@ def test_the_status_tells_whether_a_token_can_be_had(
     assert status["logged_in"] is logged_in
     assert bool(status["warnings"]) is bool(warning)
     assert warning in " ".join(status["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("configured", "stored", "logged_in"),
+    [("", None, False), (CLIENT_ID, None, True), ("", CLIENT_ID, True)],
+    ids=["unknown", "configured", "stored"],
+)
+def test_an_expired_token_without_a_client_id_does_not_sign_in(
+    at_noon, clock, configured, stored, logged_in
+):
+    """As of a file of Claude Code's, which names no client id."""
+    change_stored(at_noon, client_id=stored, expires_at=clock() - 1)
+    config = at_noon.config.replace(client_id=configured)
+    service = claude_oauth.OAuthService(config, at_noon.storage, clock=clock)
+    status = service.status()
+
+    assert status["logged_in"] is logged_in
+    assert ("no client id" in " ".join(status["warnings"])) is not logged_in
 
 
 @pytest.mark.parametrize("left", [4 * 86400, 2 * 86400])
@@ -17967,7 +18013,17 @@ def test_a_check_is_shown_to_people_with_its_reason(member, auth_server, command
     said = command("status", "--check")
     assert said.code == 3
     assert rows_of(said)["check"].startswith("refused: the server refused the login")
+    assert "claude-oauth refresh" in said.out
     assert "check" not in rows_of(command("status"))
+
+
+def test_a_check_of_a_dead_token_from_outside_names_its_variable(
+    member, auth_server, command, monkeypatch
+):
+    set_a_dead_token(member, auth_server, monkeypatch)
+    check = rows_of(command("status", "--check"))["check"]
+
+    assert "unset CLAUDE_OAUTH_TOKEN" in check and "refresh" not in check
 
 
 def test_a_status_of_a_damaged_store_ends_with_5(member, command):
