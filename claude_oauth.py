@@ -506,8 +506,8 @@ _NULL: Final = r"(?i:null|nil|none|undefined|false|no|off|%\w+%)$"  # stands for
 _NAME: Final = rf"(?!\w+=+[^=]|[A-Z_]+=|sk-ant-|{_NULL})[ !%&()+-;=?-_a-z|~]*"
 # No backslash: some programs read it as a slash, and so connect to another host.
 _URL: Final = (
-    r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?"
-    r"(?:[/?#][!-\[\]-~]*)?"
+    r"(?i)https?://(?:[!$&-.0-;=_~%a-z]*@)?(?:\[[0-9a-f:.]+\]|[a-z0-9_-]{1,63}"
+    r"(?:\.[a-z0-9_-]{1,63})*\.?)(?::[0-9]*)?(?:[/?#][!-\[\]-~]*)?"
 )
 # The values of each endpoint that need not be parsed: importing urllib is slow.
 _KNOWN_ENDPOINTS: Final[dict[str, list[Any]]] = {
@@ -906,7 +906,7 @@ def error_of_answer(
 _NO_TOKEN: Final = (
     r"sk-ant-(ort|sid|admin|([a-z]+\d*-?)?$)|[A-Z_]+=|\w*(?i:token|key)=|[.~]+/|kv/"
     r"|.*(\.{3}|\.(txt|json|env|key|pem)$)|/([a-z]{2,}|Users|Volumes)/|projects/"
-    r"|(process\.)?(env|vars?|secrets?|inputs|github|steps|needs)[./]|[A-Z]+_[A-Z_]+$"
+    r"|(process\.)?(env|vars?|secrets?|inputs|github|steps|needs)[./]|_*[A-Z]+_[A-Z_]+$"
     r"|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
     rf"|__omit_|{_NULL}|(?i:true|bearer|todo|redacted|change[-_]?me|your[-_].*)$"
 )
@@ -975,8 +975,9 @@ PASTE_REFUSALS: Final = (
     ("^$", "nothing was pasted"),
     ("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "that has control characters in it"),
     (
-        "(?i)sk-ant-|(^|code:?)((gh.|github|hf|npm|[rs]k|gsk|r8|dckr|dop)_|"
-        "(sk|glpat|pypi|xox.|xai|nvapi|pplx|tvly)-|(hvs|ya29)[.]|akia|aiza)[^#]*$",
+        "(?i)sk-ant-|(^|code:?)((gh.|github|hf|npm|[rsp]k|gsk|r8|dckr|dop|shp..|ntn|"
+        "whsec|lin_api|figd|sbp|nfp)_|(sk|glp..?|pypi|xox.|xai|nvapi|pplx|tvly|tskey|"
+        "pmak|nrak)-|(hvs|ya29|sg)[.]|akia|aiza)[^#]*$",
         "that is a token or an API key, not a code: keep it safe",
     ),
 )
@@ -1146,7 +1147,7 @@ def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode
     loopback = rf"(?:localhost|127\.0\.0\.1|\[::1\])(:\d{{1,5}})?{CALLBACK_PATH}"
     whole = rf"(?i)^\w+=|(?<![\w.@-])(?:{manual}|({loopback}))$"
     if not (known := re.search(whole, [page, query][not page])):
-        raise ValueError("that is the address of another page, or not all of one")
+        raise ValueError("that is the address of another page, or a part of one")
     if known[1]:  # a browser leaves out port 80
         manual_uri = f"http://localhost{known[2] or ':80'}{CALLBACK_PATH}"
     return GrantedCode(parse_callback(query.partition("#")[0], state=state), manual_uri)
@@ -1474,7 +1475,7 @@ def _without_redirect(request: Any) -> Any:
 
 # A proxy's URL that every `requests` takes; groups: `https://`, and the host and port.
 _PROXY_URL: Final = (
-    rf"(?i)\A(?!{_NULL}|(?:\d+|yes|on|true|direct|https?:)\Z)"
+    rf"(?i)\A(?!{_NULL}|(?:\d+|yes|on|true|direct)\Z|(?:https?|socks[45]\w?):(?!//))"
     r"(?:(?:(https://)|(?:http|socks(?:4a?|5h?))://)(?:[^\s/?#\\\[\]]*@)?)?"
     r"((?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[\da-f:.]+\])(?::(?!0)[0-6]?\d{0,4})?)/?\Z"
 )
@@ -1519,7 +1520,7 @@ def _error_of_failure(error: BaseException | None, route: str) -> BaseException 
     why += str(error).partition("Tunnel connection failed: ")[2][:3]  # HTTP's status
     why += "hostname mismatch" * ("doesn't match" in str(error))  # urllib3 1.26
     text = _FAILURES[row].format(route=route, kind=kind, why=printable(f"{kind} {why}"))
-    retried = re.findall(r"too many (\d{3}) error", str(error))  # by a session's Retry
+    retried = re.findall(r"too many (\d{3}) error responses'", str(error))  # by Retry
     status = [*map(int, retried), None][0]
     return ConfigError(text) if "ValueError" in row else Unavailable(text, None, status)
 
@@ -2897,7 +2898,7 @@ def own_python() -> str:
     """Return the Python to start; "" in a frozen program, or one that embeds Python."""
     # PyInstaller and Nuitka set `frozen`; of QGIS or Maya, sys.executable is the host.
     python = "" if getattr(sys, "frozen", False) else str(sys.executable)
-    return _text(python, r"(?is).*[\\/][\w.-]*(python|pypy)[\w.-]*") or ""
+    return _text(python, r"(?is).*[\\/](python|pypy)[\d.]*(-dbg|[a-z]?)(\.exe)?") or ""
 
 
 def open_in_browser(url: str) -> bool:
@@ -4945,9 +4946,8 @@ def _check(service: OAuthService) -> str:
         if not _text(repr(error.args), r"\('permission_error'(?!.*not allowed).*403\)"):
             if console_key(service.credentials() or Credentials("")):
                 return "unknown: the API key in force cannot ask for the profile"
-            hints = ("or try `claude-oauth refresh`", "first unset CLAUDE_OAUTH_TOKEN")
-            hint = f" ({hints[bool(environment_token())]})"
-            return f"refused: {error}" + hint * (getattr(error, "status", 0) == 401)
+            hint = " (first unset CLAUDE_OAUTH_TOKEN)" * bool(environment_token())
+            return f"refused: {error}{hint}"
     except (Unavailable, BadAnswer) as error:
         return f"unknown: {error}"
     return "works"
