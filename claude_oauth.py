@@ -1402,7 +1402,7 @@ class OAuthClient:
             wait = parse_retry_after(headers.get("Retry-After"), now=self._clock())
             known: Any = {"retry_after": wait, "request_id": headers.get("request-id")}
             raise error_of_answer(status, content, secrets=secrets, **known)
-        if not field:
+        if not (field or _object(parse_json_object(content)).get("error")):
             return {}
         return read_answer(status, content, field=field, secrets=secrets)
 
