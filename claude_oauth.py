@@ -457,7 +457,8 @@ class OAuthConfig(_Value):
     @classmethod
     def for_server(cls, origin: str, *, client_id: str, **settings: Any) -> OAuthConfig:
         """Return the settings for a server that has every endpoint at one origin."""
-        origin = origin.rstrip("/")
+        scheme, _, host = origin.rstrip("/").partition(":")
+        origin = f"{scheme.lower()}:{host}"
         if not may_carry_token(_text(origin, "[^/]+//[^/?#@]+")):
             text = "the server (CLAUDE_OAUTH_SERVER) must be like https://host:port"
             raise ConfigError(f"{text}, with no path; plain http is for loopback alone")
@@ -553,7 +554,7 @@ def _field(name: str, value: object) -> str | bool | None:
 
 def _header_text(value: object) -> str | None:
     # Printable ASCII without a blank, and not what a template or a shell left unfilled.
-    return _text(value, rf"(?![\"'$<{{*]|[A-Z_]+=|{_NULL})[!-~]+")
+    return _text(value, rf"(?![\"'$<{{*\[]|[A-Z_]+=|{_NULL})[!-~]+")
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -908,7 +909,7 @@ _NO_TOKEN: Final = (
     r"|.*(\.{3}|\.(txt|json|env|key|pem)$)|/([a-z]{2,}|Users|Volumes)/|projects/"
     r"|(process\.)?(env|vars?|secrets?|inputs|github|steps|needs)[./]|_*[A-Z]+_[A-Z_]+$"
     r"|.+sk-ant-|System\.|c2stYW50|7b(22|0a)|(ey[AJ]|ew[k0o])(?!.*\.)"  # a JWT has dots
-    rf"|__omit_|{_NULL}|(?i:true|bearer|todo|redacted|change[-_]?me|your[-_].*)$"
+    rf"|__omit_|{_NULL}|(?i:true|yes|[01x]+|bearer|todo|redacted|change.?me|your.+)$"
 )
 # Statuses and codes that say nothing about the grant; HTTP's own phrases (`Not Found`).
 _PASSING_CODES: Final = (
@@ -1089,6 +1090,7 @@ def _clean_paste(text: str, state: str) -> str:
     blank = r"[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]|\\[nrt]"
     text = re.sub(f"[{quotes}]|{blank}", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
+    text = re.sub(r"(?m)(?<=[\w-]{8})(?:\^M)?[$%\u21b5\u23ce\xb6\u2192]?$", "", text)
     text = re.sub(r"(?<!\S)(~~|[*\[])+|(~~|(?<!\.)\.(?!\.)|[,;!*\]])+(?!\S)", "", text)
     text = re.sub(" +", " ", text).strip(" \n")
     text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
@@ -1580,7 +1582,7 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
         if path:
             open(os.path.expandvars(path), "ab").close()
         if bundle is True:
-            name, path = "the package `requests`", import_requests().certs.where()
+            name, path = "the package `certifi`", import_requests().certs.where()
             context.load_verify_locations(path)
         elif isinstance(bundle, (str, os.PathLike)):
             variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
@@ -1594,7 +1596,7 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
     except (OSError, TypeError, ValueError) as error:
         shown = printable(repr(path).replace("\\\\", "\\"))  # not Windows' doubled
         text = f"{name} names {shown}, which cannot be used ({_reason(error)})"
-        raise class_of_fault(error)(f"{text}; correct or unset it") from None
+        raise class_of_fault(error)(f"{text}; correct, reinstall or unset it") from None
 
 
 def _reason(error: Exception) -> str:
@@ -2001,8 +2003,7 @@ class _RecordStorage:
 
     def load(self) -> Credentials | None:
         """Return the credential, None if there is none; StorageCorrupt if damaged."""
-        record = self._read_record()
-        tokens = record.get("claudeAiOauth")
+        tokens = (record := self._read_record()).get("claudeAiOauth")
         if isinstance(tokens, dict):  # another program's logout may empty the fields
             tokens = tokens.get("accessToken") or tokens.get("refreshToken")
         return Credentials.from_record(record) if tokens else None
@@ -4107,8 +4108,7 @@ class OAuthService:
         file = self._account_file
         with self.storage.lock(LOCK_TIMEOUT):
             stored, found = self._view.read()
-            newest = self._view.require(found)
-            if not force and not needs_key(newest):
+            if not needs_key(newest := self._view.require(found)) and not force:
                 return newest
             self.storage.check()  # a permanent key must not be lost once it is made
             file.raise_known_failure(newest.replace(refresh_token=None))  # if paused

@@ -1774,7 +1774,7 @@ def test_a_stored_token_is_whatever_a_header_can_carry(token):
 
 
 UNFILLED = ["${TOKEN}", "$TOKEN", "{{token}}", "<token>", "***", '"sk-1"', "TOKEN=a"]
-UNFILLED += ["null", "None", "undefined", "%TOKEN%"]
+UNFILLED += ["null", "None", "undefined", "%TOKEN%", "[REDACTED]"]
 
 
 @pytest.mark.parametrize("token", UNFILLED)
@@ -2454,6 +2454,9 @@ BAD_TOKENS = {
     "padding-alone": "==",
     "padding-inside": "sk-ant=oat01-secret",
     "template-in-underscores": "__CLAUDE_TOKEN__",
+    "masked-with-letters": "xxxxxxxx",
+    "switched-on": "1",
+    "answer-of-a-prompt": "yes",
     "byte-order-mark": "\ufeffsk-ant-oat01-secret",
     "full-width": "ｓｋ-ant-oat01-secret",
 }
@@ -3033,6 +3036,12 @@ def test_the_tail_of_a_broken_code_is_never_taken_alone(gutter):
     text = gutter.format(LONG_CODE[:64], f"{LONG_CODE[64:]}#{STATE}")
     with contextlib.suppress(ValueError):
         assert paste(text).code == LONG_CODE
+
+
+@pytest.mark.parametrize("mark", ["$", "^M$", "%", *"\u21b5\u23ce\xb6\u2192"])
+def test_the_mark_of_a_line_end_is_no_part_of_a_code(mark):
+    text = f"{LONG_CODE[:64]}{mark}\n{LONG_CODE[64:]}#{STATE}{mark}"
+    assert paste(text).code == LONG_CODE
 
 
 @pytest.mark.parametrize(("text", "reason"), BAD_PASTES.values(), ids=BAD_PASTES)
@@ -4797,7 +4806,7 @@ WITHOUT = {
     ),
     "any-certificate": (
         "import os, requests; requests.certs.where = lambda: os.devnull",
-        "the package `requests` names",
+        "the package `certifi` names",
     ),
 }
 
@@ -17411,6 +17420,13 @@ def test_a_program_logs_in_at_a_sandbox_as_its_docstring_says(sandbox):
     service = claude_oauth.OAuthService(sandbox.config, claude_oauth.MemoryStorage())
     service.login(open_browser=sandbox.approve, paste=False)
     assert service.access_token().startswith("sk-ant-oat01-sandbox-")
+    assert sandbox.counts["authorization_code"] == 1
+
+
+def test_a_sandbox_whose_address_is_in_capitals_is_the_same(sandbox):
+    config = claude_oauth.OAuthConfig.for_server(sandbox.origin.upper(), client_id="it")
+    service = claude_oauth.OAuthService(config, claude_oauth.MemoryStorage())
+    service.login(open_browser=sandbox.approve, paste=False)
     assert sandbox.counts["authorization_code"] == 1
 
 
