@@ -1086,13 +1086,13 @@ def _clean_paste(text: str, state: str) -> str:
     if re.search("(?i)^[^=]*%3d[^=]*$|[?&](?:url|q)=https?%3a", text):  # or in a link
         text = unquote(text)
     # Quotes, brackets and the lines of a box stand around an address or a code.
-    quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f\u3008-\u3011"
+    quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f\u3001-\u3011"
     blank = r"[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]|\\[nrt]"
     text = re.sub(f"[{quotes}]|{blank}", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
     text = re.sub(r"(?m)(?<=[\w-]{8})(?:\^M)?[$%\u21b5\u23ce\xb6\u2192]?$", "", text)
     text = re.sub(r"(?<!\S)(~~|[*\[])+|(~~|(?<!\.)\.(?!\.)|[,;!*\]])+(?!\S)", "", text)
-    text = re.sub(" +", " ", text).strip(" \n")
+    text = re.sub(" +", " ", text).strip(" \n").rstrip("?")
     text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
     label = "[ \n]*(?:#|%23)|(?<![=:?&,; \n])[ \n,;]+(?i:state\\b *[:=]?)?"
     text = re.sub(f"(?:{label})[ \n]*{re.escape(state)}", f"#{state}", text)
@@ -1110,7 +1110,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
     text = re.sub(r"(?i)(?<!\S)[\w-]*code(?!\S)", "code", text)  # `auth_code`
     text = re.sub(rf"^(?i:state)\W+{re.escape(state)}(?:[^\w-]|-+(?!\S))*", "", text)
     pattern, mark = _BARE_CODE, text.find("#")
-    if found := re.search(rf"#{re.escape(state)}(?![\w#-])", text):
+    if found := re.search(rf"(?a)#{re.escape(state)}(?![\w#-])", text):
         pattern, text = _CODE_WITH_STATE, text[: found.start()]
     elif mark >= 0 and state.startswith("".join(text[mark + 1 :].split())):
         raise ValueError("the end of the code is missing")

@@ -3014,6 +3014,16 @@ def test_a_code_behind_a_part_of_itself_is_not_sent_with_it(first, behind):
         assert paste(f"{LONG_CODE[:first]}{LONG_CODE}{behind}").code == LONG_CODE
 
 
+@pytest.mark.parametrize("behind", [*".?!\u3001\u3002\uff1f\uff61", "?\u300d"])
+@pytest.mark.parametrize("text", [f"{CODE}#{STATE}", f"{LOOPBACK_URI}?{CALLBACK}"])
+def test_what_ends_a_sentence_is_no_part_of_a_code_or_an_address(text, behind):
+    assert paste(f"{text}{behind}").code == CODE
+
+
+def test_a_word_in_a_script_without_blanks_may_follow_the_state():
+    assert paste(f"{CODE}#{STATE}\u3067\u3059").code == CODE
+
+
 @pytest.mark.parametrize(
     "text", ["Minutes left: 5\n{}#{}", "State: {1} - {0}", "State: {1}\n---\n{0}"]
 )
