@@ -41,8 +41,7 @@ import sys
 import time
 import types
 
-# Shell loops run the command `token`, so this module must load fast: it imports slow
-# modules where it needs them, and `typing` never.
+# Shell loops run `token`: slow modules are imported where needed, and `typing` never.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -984,8 +983,7 @@ PASTE_REFUSALS: Final = (
 )
 # Source: RFC 6749 appendix A.11 (VSCHAR); not what a page shows that has no code.
 _CODE: Final = f"(?!{_NULL})[!-~]{{1,{MAX_PASTE_CHARS}}}"
-# A terminal breaks a code into long pieces.  None of them looks like a word, a number,
-# a date or a path, or has a character of prompts, times and addresses in it.
+# A terminal breaks a code into long pieces: none is a word, a number, a date or a path.
 # PM has no vowel, and is a word behind a time alone: a code may begin with it.
 _WORD: Final = (
     r"(?<!\S)(?:[-/.~+=]|(?<![^\W_])(?:\d+|(?<=:\d\d )PM(?!\S)"
@@ -1086,13 +1084,13 @@ def _clean_paste(text: str, state: str) -> str:
     if re.search("(?i)^[^=]*%3d[^=]*$|[?&](?:url|q)=https?%3a", text):  # or in a link
         text = unquote(text)
     # Quotes, brackets and the lines of a box stand around an address or a code.
-    quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f\u3001-\u3011"
+    quotes = "\"'`<>(){}|\u2018-\u201f\xab\xbb\u2039\u203a\u2500-\u257f\u3008-\u3011"
     blank = r"[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]|\\[nrt]"
     text = re.sub(f"[{quotes}]|{blank}", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
-    text = re.sub(r"(?m)(?<=[\w-]{8})(?:\^M)?[$%\u21b5\u23ce\xb6\u2192]?$", "", text)
+    text = re.sub(r"(?am)(?<=[\w-]{20})(?:\^M)?[$\u21b5\u23ce\xb6\u2192]?$", "", text)
     text = re.sub(r"(?<!\S)(~~|[*\[])+|(~~|(?<!\.)\.(?!\.)|[,;!*\]])+(?!\S)", "", text)
-    text = re.sub(" +", " ", text).strip(" \n").rstrip("?")
+    text = re.sub(" +", " ", text).strip(" \n").rstrip("?\u3001\u3002")
     text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
     label = "[ \n]*(?:#|%23)|(?<![=:?&,; \n])[ \n,;]+(?i:state\\b *[:=]?)?"
     text = re.sub(f"(?:{label})[ \n]*{re.escape(state)}", f"#{state}", text)
@@ -1134,7 +1132,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
 def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode:
     import re
 
-    text = re.sub("(?=https?://)", " ", text)
+    text = re.sub("(?=https?://)|[\u3001\u3002]", " ", text)
     near = "(?:(?!://).)*?"  # a line break may be in it
     name = r"\b(?:code|error|state)="
     found = re.search(rf"(?s)(?:https?://{near}|\S*){name}{near}{name}\s*\S*", text)
@@ -1492,7 +1490,7 @@ _FAILURES: Final = {
     "ConnectionResetError ConnectionAbortedError BrokenPipeError": _DROPPED,
     "Timeout TimeoutError": "no answer from {route} in time; try again later",
     "ValueError TypeError AttributeError ImportError LookupError FileNotFoundError"
-    " PermissionError OSErrorNone": "no request to {route}"
+    " PermissionError OSErrorNone RecursionError": "no request to {route}"
     " can be made ({kind}); check the address, the proxy and the certificates' files",
     "ConnectionError": "no connection to {route}; check the network and try again",
     "Exception": "no usable answer from {route} ({kind}); try again later",
@@ -1582,7 +1580,7 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
         if path:
             open(os.path.expandvars(path), "ab").close()
         if bundle is True:
-            name, path = "the package `certifi`", import_requests().certs.where()
+            name, path = "`certifi` (reinstall it)", import_requests().certs.where()
             context.load_verify_locations(path)
         elif isinstance(bundle, (str, os.PathLike)):
             variables, path = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(bundle)
@@ -1596,7 +1594,7 @@ def _check_tls_files(bundle: Any, cert: Any) -> None:
     except (OSError, TypeError, ValueError) as error:
         shown = printable(repr(path).replace("\\\\", "\\"))  # not Windows' doubled
         text = f"{name} names {shown}, which cannot be used ({_reason(error)})"
-        raise class_of_fault(error)(f"{text}; correct, reinstall or unset it") from None
+        raise class_of_fault(error)(f"{text}; correct or unset it") from None
 
 
 def _reason(error: Exception) -> str:
@@ -1718,8 +1716,10 @@ def read_private(
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
-        if os.stat(path).st_mode & 0o170000 != 0o100000:  # S_IFMT, S_IFREG
+        if (found := os.stat(path)).st_mode & 0o170000 != 0o100000:  # S_IFMT, S_IFREG
             raise StorageError(f"{path} is not a regular file; name another")
+        if not max(found.st_nlink, os.stat(path).st_nlink, any_owner, os.name == "nt"):
+            warn(f"{path}: {_REPLACED}", once=True)  # twice 0: not a rename just now
         with _try_for_a_while(open, path, "rb") as file:
             _check_owner_and_mode(file.fileno(), path, is_ours, any_owner)
             data = file.read(MAX_FILE_BYTES + 1)
@@ -1806,14 +1806,15 @@ class _AtomicFile:
             os.chmod(self._real, 0o600)  # fails unless it is ours, and can be replaced
             # On Windows, another program may have it open and not share it.
             os.close(_try_for_a_while(os.open, self._real, os.O_WRONLY))
+        if not os.stat(self._real).st_nlink + (os.name == "nt"):
+            raise OSError(errno.ESTALE, _REPLACED)
         return os.path.getsize(self._real)
 
     def _replace(self, data: bytes) -> None:
         """Rename over the file; rewrite it in place if that fails, as for a mount."""
         if _quietly(_try_for_a_while, os.replace, self._temporary, self._real):
             return
-        # Blanks, which JSON allows, first reserve space for a longer record, and then
-        # overwrite the end of a longer old one until the file is truncated.
+        # Blanks, which JSON allows, reserve space, and hide the end of an old record.
         with _open_private(self._real, 0) as file:
             size = file.seek(0, os.SEEK_END)
             file.write(b" " * (len(data) - size))
@@ -1823,6 +1824,7 @@ class _AtomicFile:
             _sync(file, self._directory)
 
 
+_REPLACED: Final = "it was replaced outside this mount; mount its folder instead"
 _DPAPI_MARK: Final = b"dpapi:"
 _UNDECRYPTABLE: Final = (
     "the encrypted login cannot be read: it is damaged, was encrypted in another way,"
@@ -2005,7 +2007,7 @@ class _RecordStorage:
         """Return the credential, None if there is none; StorageCorrupt if damaged."""
         tokens = (record := self._read_record()).get("claudeAiOauth")
         if isinstance(tokens, dict):  # another program's logout may empty the fields
-            tokens = tokens.get("accessToken") or tokens.get("refreshToken")
+            tokens = any(map(tokens.get, ("accessToken", "refreshToken")))
         return Credentials.from_record(record) if tokens else None
 
     def save(self, credentials: Credentials) -> None:
@@ -2614,8 +2616,7 @@ def make_server(
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         request_queue_size = 1024  # when it overflows, a browser waits for 1 s
         daemon_threads = True
-        # Else the last login's connections would keep a chosen port for a minute.  On
-        # Windows it would let another program bind the same port and be served.
+        # Else old connections keep a port for a minute; on Windows, it would be shared.
         allow_reuse_address = sys.platform != "win32"
 
         def server_bind(self) -> None:
@@ -2716,8 +2717,7 @@ class AuthCodeListener:
         # were in use by then, the import would fail, and glibc would abort the process.
         call_with_limit(lambda: import_package("hmac"), CONNECTION_TIMEOUT)
         with contextlib.ExitStack() as stack:
-            servers = self._bind(stack)
-            self.port = servers[0].server_address[1]
+            self.port = (servers := self._bind(stack))[0].server_address[1]
             stop, stopper = map(stack.enter_context, socket.socketpair())
             if not (thread := start_thread("listener", self._serve, servers, stop)):
                 raise OSError(errno.EAGAIN, "no thread can be started")
@@ -2761,14 +2761,14 @@ class AuthCodeListener:
         one of them would be sent the code: then take another port, or raise.
         """
         servers: list[Any] = []
-        port, problem = self.port, OSError()
+        port, problem = self.port, OSError(errno.EAFNOSUPPORT, "there is no loopback")
         for host in ("127.0.0.1", "::1"):
             try:
                 server = make_server(host, port, self._handle, _open_head)
                 servers.append(stack.enter_context(server))
                 port = servers[0].server_address[1]
             except OSError as error:
-                problem = error
+                problem = (error, problem)[error.errno == errno.EAFNOSUPPORT]
                 if error.errno in _TAKEN:
                     break
         else:
@@ -2907,8 +2907,12 @@ def open_in_browser(url: str) -> bool:
     import shlex
     import subprocess
 
-    environ = without(os.environ, ["TERM", "BROWSER"])  # no text mode, no xdg-open loop
+    bundle = str(getattr(sys, "_MEIPASS", "\0"))  # PyInstaller's hooks name files in it
+    inside = filter(lambda name: bundle in os.environ[name], os.environ)
+    # No text mode, and no loop of xdg-open.
+    environ = without(os.environ, {"TERM", "BROWSER", *inside} - {"PATH"})
     quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    quiet["creationflags"] = getattr(subprocess, "CREATE_NO_WINDOW", 0)
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
         # Source: PyInstaller's manual, "LD_LIBRARY_PATH"; an AppImage sets APPDIR.
         original = environ.pop(name + "_ORIG", "")
@@ -2916,16 +2920,12 @@ def open_in_browser(url: str) -> bool:
             environ[name] = original
     for browser in find_browsers():
         command = ("{}", '"{}" "%s"')[os.path.isfile(browser)].format(browser)
-        command = (command if "%s" in command else command + " %s").replace("%s", url)
+        command = (command + " %s" * ("%s" not in command)).replace("%s", url)
         # It fails, is missing or not well quoted.
         with suppress(subprocess.CalledProcessError, OSError, ValueError):
-            subprocess.check_call(
-                shlex.split(command) if os.name == "posix" else command,
-                **quiet,
-                env=environ,
-                start_new_session=True,  # neither Ctrl-C nor the terminal is for it
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-            )
+            words = shlex.split(command) if os.name == "posix" else command
+            # In a session of its own: neither Ctrl-C nor the terminal is for it.
+            subprocess.check_call(words, env=environ, start_new_session=True, **quiet)
             return True
     return False
 

@@ -2410,6 +2410,8 @@ BAD_TOKENS = {
     "placeholder-in-words": "your-token-here",
     "placeholder-as-a-name": "your_token_here",
     "placeholder-of-an-example": "change-me",
+    "placeholder-with-a-dot": "change.me",
+    "placeholder-in-one-word": "yourtoken",
     "path-of-a-ci-file": "/builds/group/project.tmp/CLAUDE_OAUTH_TOKEN",
     "path-of-a-vault": "/vault/secrets/token",
     "path-of-a-descriptor": "/dev/fd/63",
@@ -2456,6 +2458,7 @@ BAD_TOKENS = {
     "template-in-underscores": "__CLAUDE_TOKEN__",
     "masked-with-letters": "xxxxxxxx",
     "switched-on": "1",
+    "switched-off": "0",
     "answer-of-a-prompt": "yes",
     "byte-order-mark": "\ufeffsk-ant-oat01-secret",
     "full-width": "ｓｋ-ant-oat01-secret",
@@ -3015,7 +3018,9 @@ def test_a_code_behind_a_part_of_itself_is_not_sent_with_it(first, behind):
 
 
 @pytest.mark.parametrize("behind", [*".?!\u3001\u3002\uff1f\uff61", "?\u300d"])
-@pytest.mark.parametrize("text", [f"{CODE}#{STATE}", f"{LOOPBACK_URI}?{CALLBACK}"])
+@pytest.mark.parametrize(
+    "text", [CODE, f"{CODE}#{STATE}", f"{LOOPBACK_URI}?{CALLBACK}"]
+)
 def test_what_ends_a_sentence_is_no_part_of_a_code_or_an_address(text, behind):
     assert paste(f"{text}{behind}").code == CODE
 
@@ -3048,10 +3053,27 @@ def test_the_tail_of_a_broken_code_is_never_taken_alone(gutter):
         assert paste(text).code == LONG_CODE
 
 
-@pytest.mark.parametrize("mark", ["$", "^M$", "%", *"\u21b5\u23ce\xb6\u2192"])
+@pytest.mark.parametrize("mark", ["$", "^M$", "^M", *"\u21b5\u23ce\xb6\u2192"])
 def test_the_mark_of_a_line_end_is_no_part_of_a_code(mark):
     text = f"{LONG_CODE[:64]}{mark}\n{LONG_CODE[64:]}#{STATE}{mark}"
     assert paste(text).code == LONG_CODE
+
+
+ABOVE = {
+    "host": "web-7d9f8c6b5-x2x4z$",
+    "label": "VerificationToken\u2192",
+    "sentence": "\u30ed\u30b0\u30a4\u30f3\u3092" * 6 + "\u3002",
+}
+
+
+@pytest.mark.parametrize("above", ABOVE.values(), ids=ABOVE)
+def test_a_line_above_that_ends_in_a_mark_is_no_part_of_a_code(above):
+    assert paste(f"{above}\n{CODE}#{STATE}").code == CODE
+
+
+def test_an_escape_that_is_broken_in_two_is_whole_again():
+    address = f"{LOOPBACK_URI}?code={CODE}%\n2B{CODE}&state={STATE}"
+    assert paste(address).code == f"{CODE}+{CODE}"
 
 
 @pytest.mark.parametrize(("text", "reason"), BAD_PASTES.values(), ids=BAD_PASTES)
@@ -4028,6 +4050,19 @@ def test_a_certificate_for_another_name_is_told_by_an_old_urllib3(outside):
     assert "(SSLError hostname mismatch)" in str(error)
 
 
+def test_a_request_that_calls_itself_for_ever_is_no_passing_fault(outside):
+    """As after `gevent` has patched a program whose `requests` is imported already."""
+
+    class Session(requests.Session):
+        def request(self, *args, **options):
+            return self.request(*args, **options)
+
+    client = claude_oauth.OAuthClient(outside.config, session=Session())
+    error = failure_of("refresh", client)
+    assert isinstance(error, claude_oauth.ConfigError)
+    assert "can be made (RecursionError)" in str(error)
+
+
 @pytest.mark.parametrize("written", ["http://me:sesame@127.0.0.1:1", "127.0.0.1:1"])
 def test_a_proxy_that_is_not_there_is_named(monkeypatch, written):
     monkeypatch.setenv("HTTPS_PROXY", written)
@@ -4816,7 +4851,7 @@ WITHOUT = {
     ),
     "any-certificate": (
         "import os, requests; requests.certs.where = lambda: os.devnull",
-        "the package `certifi` names",
+        "`certifi` (reinstall it) names",
     ),
 }
 
@@ -5422,9 +5457,7 @@ BROKEN_CHARACTERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "value", BROKEN_CHARACTERS.values(), ids=BROKEN_CHARACTERS
-)
+@pytest.mark.parametrize("value", BROKEN_CHARACTERS.values(), ids=BROKEN_CHARACTERS)
 def test_a_broken_character_beside_good_tokens_does_not_cost_them(folder, value):
     damaged = record()[:-1] + b', "organizationName": ' + value + b"}"
     put_bytes(folder / "credentials.json", damaged)
@@ -9053,9 +9086,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("change", "served"), NETWORKS.values(), ids=NETWORKS)
-def test_the_listener_is_on_every_loopback_address_that_there_is(
-    bwrap, change, served
-):
+def test_the_listener_is_on_every_loopback_address_that_there_is(bwrap, change, served):
     network = [bwrap, "--dev-bind", "/", "/", "--unshare-net", "--cap-add", "ALL"]
     script = f'{change}; exec "$@"'
     done = run_python(LISTEN, under=[*network, "sh", "-c", script, "sh"])
@@ -9080,6 +9111,15 @@ print(claude_oauth.start_listener("s" * 43, 79)[1])
 def test_a_port_that_is_forbidden_is_named_with_the_reason(bwrap):
     network = [bwrap, "--dev-bind", "/", "/", "--unshare-net", "--cap-drop", "ALL"]
     done = run_python(ONE_PORT_TOO_LOW, under=network)
+
+    assert done.stdout == "port 79 cannot be used (permission denied)\n", done
+
+
+def test_the_reason_is_the_ports_where_there_is_no_ipv6(bwrap, strace):
+    network = [bwrap, "--dev-bind", "/", "/", "--unshare-net", "--cap-drop", "ALL"]
+    fault = "inject=socket:error=EAFNOSUPPORT:when=2+"
+    under = [*network, strace, "-f", "-qq", "-o", os.devnull, "-e", fault]
+    done = run_python(ONE_PORT_TOO_LOW, under=under)
 
     assert done.stdout == "port 79 cannot be used (permission denied)\n", done
 
@@ -9418,6 +9458,23 @@ def test_a_bundles_libraries_are_not_for_the_browser(
     with pytest.raises(claude_oauth.LoginCancelled):
         race(listener, open_browser=True)
     assert (world.folder / "path").read_text().strip() == (original or "")
+
+
+def test_what_a_bundle_points_into_itself_is_not_for_the_browser(
+    world, listener, monkeypatch
+):
+    """PyInstaller's hooks do so for Qt and GTK, and keep no `_ORIG`."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "_MEIPASS", "/tmp/_MEI123", raising=False)
+    world.setenv("QT_PLUGIN_PATH", "/tmp/_MEI123/PyQt5/plugins")
+    world.setenv("GTK_PATH", "/usr/lib/gtk")
+    note = shlex.quote(str(world.folder / "paths"))
+    program = f'echo "$QT_PLUGIN_PATH $GTK_PATH" > {note}; exit 1'
+    world.setenv("BROWSER", world.add("browser", program))
+
+    with pytest.raises(claude_oauth.LoginCancelled):
+        race(listener, open_browser=True)
+    assert (world.folder / "paths").read_text().split() == ["/usr/lib/gtk"]
 
 
 PYTHONS = ["python", "python3.13t", "python3-dbg", "pypy3", "PythonW.EXE"]
@@ -10068,9 +10125,7 @@ def test_a_notebook_sends_its_message_whole_although_the_login_ends(
     assert sent == ["whole"]
 
 
-def test_a_notebook_without_threads_keeps_its_trace_function(
-    kernel_lines, monkeypatch
-):
+def test_a_notebook_without_threads_keeps_its_trace_function(kernel_lines, monkeypatch):
     before = sys.gettrace()
     monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
     kernel_lines.put(f"{CODE}#{STATE}")
@@ -12997,16 +13052,25 @@ def test_a_process_that_is_stopped_past_its_time_limit_keeps_its_new_token(
     assert kept.is_alive()
 
 
-READ_ONLY = {
-    "folder": "mount --bind $1 $1 && mount -o remount,bind,ro $1",
-    "file": "mount --bind $1/credentials.json $1/credentials.json"
-    " && mount -o remount,bind,ro $1/credentials.json",
+# As a container sees a file that is mounted alone, once a save outside has replaced it.
+REPLACED = (
+    "cp -p $1/credentials.json $1/../own"
+    " && mount --bind $1/../own $1/credentials.json && rm $1/../own"
+)
+UNWRITABLE = {
+    "folder": ("mount --bind $1 $1 && mount -o remount,bind,ro $1", "read-only file"),
+    "file": (
+        "mount --bind $1/credentials.json $1/credentials.json"
+        " && mount -o remount,bind,ro $1/credentials.json",
+        "read-only file system",
+    ),
+    "replaced": (REPLACED, "it was replaced outside this mount; mount its folder"),
 }
 
 
-@pytest.mark.parametrize("setting", READ_ONLY.values(), ids=READ_ONLY)
+@pytest.mark.parametrize(("setting", "because"), UNWRITABLE.values(), ids=UNWRITABLE)
 def test_where_nothing_can_be_written_what_lives_is_served_and_nothing_spent(
-    kept, own_mounts, auth_server, setting
+    kept, own_mounts, auth_server, setting, because
 ):
     kept.clock.now = time.time()
     script = f'{setting} && shift && exec "$@"'
@@ -13016,9 +13080,22 @@ def test_where_nothing_can_be_written_what_lives_is_served_and_nothing_spent(
     assert done.stdout.strip() == kept.token, done
     kept.save(-1)
     done = run_python(ASK, auth_server.origin, under=under)
-    assert re.search("StorageError: .*read-only file system", done.stderr), done
+    assert re.search(f"StorageError: .*{because}", done.stderr), done
     assert kept.requests == 0
     assert kept.is_alive()
+
+
+def test_a_borrowed_file_that_was_replaced_outside_its_mount_costs_one_warning(
+    own_mounts, saved
+):
+    read = "c.FileStorage(sys.argv[1], read_only=True).load(); "
+    script = f'{REPLACED} && shift && exec "$@"'
+    under = [*own_mounts, script, "sh", os.path.dirname(saved.path)]
+    done = run_python(
+        f"import sys, claude_oauth as c; {read * 2}", saved.path, under=under
+    )
+    assert done.stderr.count("mount its folder") == 1, done
+    assert done.returncode == 0
 
 
 def test_a_file_that_is_a_mount_is_refreshed_in_place(kept, traced, auth_server):
