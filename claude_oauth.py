@@ -1088,7 +1088,6 @@ def _clean_paste(text: str, state: str) -> str:
     blank = r"[^\S\n\r\x0b\x0c\x1c-\x1f\u2028\u2029]|\\[nrt]"
     text = re.sub(f"[{quotes}]|{blank}", " ", text)
     text = re.sub(r" *[\n\r\u2028\u2029][ \n\r\u2028\u2029]*", "\n", text)
-    text = re.sub(r"(?am)(?<=[\w-]{20})(?:\^M)?[$\u21b5\u23ce\xb6\u2192]?$", "", text)
     text = re.sub(r"(?<!\S)(~~|[*\[])+|(~~|(?<!\.)\.(?!\.)|[,;!*\]])+(?!\S)", "", text)
     text = re.sub(" +", " ", text).strip(" \n").rstrip("?\u3001\u3002")
     text = re.sub("[ \n]*".join(map(re.escape, state)), state, text)
@@ -1132,7 +1131,7 @@ def _parse_pasted_code(text: str, state: str) -> str:
 def _parse_pasted_address(text: str, state: str, manual_uri: str) -> GrantedCode:
     import re
 
-    text = re.sub("(?=https?://)|[\u3001\u3002]", " ", text)
+    text = re.sub("(?=https?://)", " ", text)
     near = "(?:(?!://).)*?"  # a line break may be in it
     name = r"\b(?:code|error|state)="
     found = re.search(rf"(?s)(?:https?://{near}|\S*){name}{near}{name}\s*\S*", text)
@@ -1716,10 +1715,10 @@ def read_private(
     """
     try:
         # Not after opening it: a named pipe would hold the program up.
-        if (found := os.stat(path)).st_mode & 0o170000 != 0o100000:  # S_IFMT, S_IFREG
+        if os.stat(path).st_mode & 0o170000 != 0o100000:  # S_IFMT, S_IFREG
             raise StorageError(f"{path} is not a regular file; name another")
-        if not max(found.st_nlink, os.stat(path).st_nlink, any_owner, os.name == "nt"):
-            warn(f"{path}: {_REPLACED}", once=True)  # twice 0: not a rename just now
+        if not any_owner and _is_replaced(path):
+            warn(f"{path}: {_REPLACED}", once=True)
         with _try_for_a_while(open, path, "rb") as file:
             _check_owner_and_mode(file.fileno(), path, is_ours, any_owner)
             data = file.read(MAX_FILE_BYTES + 1)
@@ -1732,6 +1731,13 @@ def read_private(
         raise StorageCorrupt(f"{path} is too large to be a credential; move it away")
     blank = (b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
     return None if data.strip(b"\0 \t\r\n\v\f") in blank else data
+
+
+def _is_replaced(path: str) -> bool:
+    """Tell whether a file that is mounted alone was replaced outside the mount."""
+    if not os.stat(path).st_nlink:
+        time.sleep(0.02)  # perhaps another file is renamed over it just now
+    return os.stat(path).st_nlink + (os.name == "nt") == 0
 
 
 def _check_owner_and_mode(fd: int, path: str, is_ours: bool, any_owner: bool) -> None:
@@ -1806,7 +1812,7 @@ class _AtomicFile:
             os.chmod(self._real, 0o600)  # fails unless it is ours, and can be replaced
             # On Windows, another program may have it open and not share it.
             os.close(_try_for_a_while(os.open, self._real, os.O_WRONLY))
-        if not os.stat(self._real).st_nlink + (os.name == "nt"):
+        if _is_replaced(self._real):
             raise OSError(errno.ESTALE, _REPLACED)
         return os.path.getsize(self._real)
 
@@ -2289,8 +2295,7 @@ class _SecretStorage(_RecordStorage):
 _USE_FILE: Final = "set CLAUDE_OAUTH_STORE=file (`--store file` for one command)"
 STORE_TIMEOUT: Final = 10.0  # seconds: a dialog that nobody sees waits for ever
 SECURITY: Final = "/usr/bin/security"  # the first on PATH could be anybody's
-# The most bytes in a line for `security -i`, newline included.  From 4096 on, it stores
-# a truncated value and exits with 0.  Source: Apple's SecurityTool, readline.c.
+# `security -i` cuts longer lines and exits with 0.  Source: SecurityTool, readline.c.
 SECURITY_LINE: Final = 4094
 # What `security` exits with where a person is needed: an OSStatus, modulo 256.  With
 # -U, 45 (-25299) is no duplicate: the update was refused.  Source: Apple's SecBase.h.
@@ -2713,8 +2718,7 @@ class AuthCodeListener:
         import contextlib
         import socket
 
-        # Load now what a request needs, and let a first thread end: if all descriptors
-        # were in use by then, the import would fail, and glibc would abort the process.
+        # Imports and a thread's first end need descriptors, or glibc aborts: do it now.
         call_with_limit(lambda: import_package("hmac"), CONNECTION_TIMEOUT)
         with contextlib.ExitStack() as stack:
             self.port = (servers := self._bind(stack))[0].server_address[1]
@@ -2907,10 +2911,7 @@ def open_in_browser(url: str) -> bool:
     import shlex
     import subprocess
 
-    bundle = str(getattr(sys, "_MEIPASS", "\0"))  # PyInstaller's hooks name files in it
-    inside = filter(lambda name: bundle in os.environ[name], os.environ)
-    # No text mode, and no loop of xdg-open.
-    environ = without(os.environ, {"TERM", "BROWSER", *inside} - {"PATH"})
+    environ = without(os.environ, ["TERM", "BROWSER"])  # no text mode, no xdg-open loop
     quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     quiet["creationflags"] = getattr(subprocess, "CREATE_NO_WINDOW", 0)
     for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
@@ -2921,10 +2922,9 @@ def open_in_browser(url: str) -> bool:
     for browser in find_browsers():
         command = ("{}", '"{}" "%s"')[os.path.isfile(browser)].format(browser)
         command = (command + " %s" * ("%s" not in command)).replace("%s", url)
-        # It fails, is missing or not well quoted.
+        # It may fail.  Its own session keeps Ctrl-C and the terminal from it.
         with suppress(subprocess.CalledProcessError, OSError, ValueError):
             words = shlex.split(command) if os.name == "posix" else command
-            # In a session of its own: neither Ctrl-C nor the terminal is for it.
             subprocess.check_call(words, env=environ, start_new_session=True, **quiet)
             return True
     return False

@@ -3053,14 +3053,9 @@ def test_the_tail_of_a_broken_code_is_never_taken_alone(gutter):
         assert paste(text).code == LONG_CODE
 
 
-@pytest.mark.parametrize("mark", ["$", "^M$", "^M", *"\u21b5\u23ce\xb6\u2192"])
-def test_the_mark_of_a_line_end_is_no_part_of_a_code(mark):
-    text = f"{LONG_CODE[:64]}{mark}\n{LONG_CODE[64:]}#{STATE}{mark}"
-    assert paste(text).code == LONG_CODE
-
-
 ABOVE = {
     "host": "web-7d9f8c6b5-x2x4z$",
+    "long-host": "node-exporter-7d9f8c6b5-x2x4z$",
     "label": "VerificationToken\u2192",
     "sentence": "\u30ed\u30b0\u30a4\u30f3\u3092" * 6 + "\u3002",
 }
@@ -9460,21 +9455,18 @@ def test_a_bundles_libraries_are_not_for_the_browser(
     assert (world.folder / "path").read_text().strip() == (original or "")
 
 
-def test_what_a_bundle_points_into_itself_is_not_for_the_browser(
-    world, listener, monkeypatch
-):
-    """PyInstaller's hooks do so for Qt and GTK, and keep no `_ORIG`."""
-    monkeypatch.setattr(sys, "frozen", True, raising=False)
-    monkeypatch.setattr(sys, "_MEIPASS", "/tmp/_MEI123", raising=False)
-    world.setenv("QT_PLUGIN_PATH", "/tmp/_MEI123/PyQt5/plugins")
-    world.setenv("GTK_PATH", "/usr/lib/gtk")
-    note = shlex.quote(str(world.folder / "paths"))
-    program = f'echo "$QT_PLUGIN_PATH $GTK_PATH" > {note}; exit 1'
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_a_browser_has_a_session_of_its_own(world, listener):
+    """So neither Ctrl-C nor the terminal is for it."""
+    note = shlex.quote(str(world.folder / "session"))
+    program = (
+        f"read _ _ _ _ _ session _ < /proc/$$/stat; echo $session > {note}; exit 1"
+    )
     world.setenv("BROWSER", world.add("browser", program))
 
     with pytest.raises(claude_oauth.LoginCancelled):
         race(listener, open_browser=True)
-    assert (world.folder / "paths").read_text().split() == ["/usr/lib/gtk"]
+    assert int((world.folder / "session").read_text()) != os.getsid(0)
 
 
 PYTHONS = ["python", "python3.13t", "python3-dbg", "pypy3", "PythonW.EXE"]
@@ -13083,6 +13075,18 @@ def test_where_nothing_can_be_written_what_lives_is_served_and_nothing_spent(
     assert re.search(f"StorageError: .*{because}", done.stderr), done
     assert kept.requests == 0
     assert kept.is_alive()
+
+
+@needs_posix
+@pytest.mark.parametrize("is_passphrase", [True, False])
+def test_a_passphrase_without_a_name_is_read_without_a_warning(caplog, is_passphrase):
+    """A here-document is a file that is removed already; a login there is odd."""
+    with tempfile.TemporaryFile() as file:
+        file.write(b"{}")
+        file.flush()
+        path = f"/dev/fd/{file.fileno()}"
+        claude_oauth.read_private(path, any_owner=is_passphrase)
+    assert ("mount its folder" in caplog.text) is not is_passphrase
 
 
 def test_a_borrowed_file_that_was_replaced_outside_its_mount_costs_one_warning(
