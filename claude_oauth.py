@@ -977,7 +977,7 @@ PASTE_REFUSALS: Final = (
     (
         "(?i)sk-ant-|(^|code:?)((gh.|github|hf|npm|[rsp]k|gsk|r8|dckr|dop|shp..|ntn|"
         "whsec|lin_api|figd|sbp|nfp)_|(sk|glp..?|pypi|xox.|xai|nvapi|pplx|tvly|tskey|"
-        "pmak|nrak)-|(hvs|ya29|sg)[.]|akia|aiza)[^#]*$",
+        "pmak|nrak)-|(hvs|ya29|sg)[.]|akia|aiza|(vv|cc)cccc(?=[b-lnrt-v]{38}$))[^#]*$",
         "that is a token or an API key, not a code: keep it safe",
     ),
 )
@@ -3095,8 +3095,8 @@ class _PastePrompt:
         return found
 
     def _find_code(self, text: str) -> GrantedCode:
-        longest = max(map(len, self._held.splitlines()))
-        if self._is_terminal and longest >= MAX_TERMINAL_LINE:
+        longest = max(map(len, self._held.splitlines()))  # by ssh, a terminal's too
+        if longest == max(longest * self._is_terminal, MAX_TERMINAL_LINE):
             limit = f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more"
             raise ValueError(f"the terminal has cut it. {limit}")
         lines = self._earlier.splitlines(keepends=True)
