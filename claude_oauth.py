@@ -3095,9 +3095,9 @@ class _PastePrompt:
         return found
 
     def _find_code(self, text: str) -> GrantedCode:
-        longest = max(map(len, self._held.splitlines()))  # by ssh, a terminal's too
-        if longest == max(longest * self._is_terminal, MAX_TERMINAL_LINE):
-            limit = f"A terminal takes {MAX_TERMINAL_LINE} characters a line, no more"
+        longest, most = max(map(len, self._held.splitlines())), MAX_TERMINAL_LINE
+        if longest == most or longest * self._is_terminal > most:  # or before a pipe
+            limit = f"A terminal takes {most} characters a line, no more"
             raise ValueError(f"the terminal has cut it. {limit}")
         lines = self._earlier.splitlines(keepends=True)
         for first in range(len(lines)):

@@ -13067,7 +13067,10 @@ REPLACED = (
     " && mount --bind $1/../own $1/credentials.json && rm $1/../own"
 )
 UNWRITABLE = {
-    "folder": ("mount --bind $1 $1 && mount -o remount,bind,ro $1", "read-only file"),
+    "folder": (
+        "mount --bind $1 $1 && mount -o remount,bind,ro $1",
+        "read-only file system",
+    ),
     "file": (
         "mount --bind $1/credentials.json $1/credentials.json"
         " && mount -o remount,bind,ro $1/credentials.json",
